@@ -1,0 +1,40 @@
+# Everything a fresh machine needs is set up by the first target that needs it.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/ready
+
+.PHONY: demo test test-all mutations lint bench lock clean
+
+demo: $(READY)  ## see what it does
+	$(BIN)/flexreason demo
+
+test: $(READY)  ## what CI runs, with lint
+	$(BIN)/pytest -q -n 2
+
+test-all: $(READY)  ## also the slow, exhaustive tests, and many more random examples
+	HYPOTHESIS_PROFILE=thorough $(BIN)/pytest -q -n 2 -m "not gpu"
+	$(BIN)/python tests/mutations.py
+
+mutations: $(READY)  ## break the code in known places, and see which test notices
+	$(BIN)/python tests/mutations.py
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(READY)  ## tables on this machine; minutes
+	$(BIN)/python benchmarks/layout.py
+
+lock: $(READY)  ## write down what is installed now
+	$(BIN)/pip freeze --all --exclude-editable | grep -v '^pip==' | sed 's/+cpu//' > requirements-dev.txt
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info
+
+$(READY): requirements-dev.txt pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	touch $(READY)

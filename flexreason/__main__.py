@@ -1,0 +1,3 @@
+from flexreason.cli import main
+
+raise SystemExit(main())

@@ -1,0 +1,41 @@
+"""Tools for proving that a pass is exact."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+
+class true_float64(TorchFunctionMode):
+    """Stock models in fp64 throughout.
+
+    `model.double()` alone is not enough: norms, softmax and rotary embeddings cast to float32 inside, which
+    moves gradients by 1e-8 to 1e-7. Under this mode a cast to float32 becomes a cast to float64. Run forward
+    and backward inside it. Models with experts also need `experts_implementation="eager"` in their config,
+    since grouped matrix products take no float64.
+
+    >>> with true_float64():
+    ...     torch.ones(2, dtype=torch.float64).float().dtype
+    torch.float64
+    """
+
+    def __torch_function__(
+        self, func: Callable, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is Tensor.float:
+            func = Tensor.double
+        args = tuple(torch.float64 if arg is torch.float32 else arg for arg in args)
+        kwargs = {k: torch.float64 if v is torch.float32 else v for k, v in (kwargs or {}).items()}
+        return func(*args, **kwargs)
+
+
+def relative_l2(found: Iterable[Tensor], expected: Iterable[Tensor]) -> float:
+    """|found - expected| / |expected| over all tensors taken as one vector, in fp64."""
+    difference = norm = 0.0
+    for a, b in zip(found, expected, strict=True):
+        a, b = a.detach().double(), b.detach().double()
+        difference += float((a - b).square().sum())
+        norm += float(b.square().sum())
+    return (difference / norm) ** 0.5 if norm else float(difference > 0)
