@@ -1,5 +1,8 @@
 """flexreason: train on every turn of a multi-turn reasoning conversation in one pass, exactly."""
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from flexreason.blocks import block_mask
 from flexreason.draw import draw_layout, draw_mask
 from flexreason.layout import Layout, lay_out_turns, unmerge
@@ -7,6 +10,9 @@ from flexreason.mask import dense_mask, mask_mod
 from flexreason.row import collate
 from flexreason.sample import Role, Sample
 from flexreason.tree import lay_out
+
+if TYPE_CHECKING:
+    from flexreason.patching import patch, unpatch
 
 __version__ = "0.1.0.dev0"
 
@@ -22,5 +28,16 @@ __all__ = [
     "lay_out",
     "lay_out_turns",
     "mask_mod",
+    "patch",
     "unmerge",
+    "unpatch",
 ]
+
+NEEDS_TRANSFORMERS = {"patch": "flexreason.patching", "unpatch": "flexreason.patching"}
+"""Imported when first asked for, since transformers takes seconds to import."""
+
+
+def __getattr__(name: str) -> Any:
+    if name in NEEDS_TRANSFORMERS:
+        return getattr(importlib.import_module(NEEDS_TRANSFORMERS[name]), name)
+    raise AttributeError(f"module 'flexreason' has no attribute {name!r}")

@@ -1,0 +1,1 @@
+"""How attention over a tree is computed: one module a backend, and what they share."""

@@ -1,0 +1,187 @@
+"""The visible region as few large rectangles: what a tree's attention has to compute, and nothing else.
+
+Storage is cut into diagonal tiles of `TILE` tokens; inside a tile a small mask decides. Everything visible
+outside these tiles is covered here by rectangles, every pair exactly once. The storage order makes them
+large. A *chain* is a stretch of storage whose every token is the child of the one before (the trunk; a
+branch). What hangs off a chain lies right behind it, deepest fork first, so the branches that see a common
+prefix of the chain are neighbours, and one rectangle serves them all::
+
+              keys of the trunk
+              0          f1        f0
+    trunk     ◣
+    branch 1  ██████████████████████        [a common prefix]  one rectangle for both branches,
+    branch 0  ██████████                    [what is left]     then one for what only branch 1 sees
+
+Whether to share a prefix is decided by the cost of both ways. Under a window, rectangles are cut along the
+key positions that all of a tile's queries see; the *edge*, which some see, is a tile with a mask.
+
+Shapes: S tokens. All of this is plain integers, made once a row and used by every layer.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+from itertools import pairwise
+from typing import NamedTuple
+
+TILE = 128
+
+# What a rectangle costs beside its pairs, in pairs: a call, and reading and writing a row of queries or keys.
+# From timing the fused CPU kernels; a factor of two in any of them changes the time by about a percent.
+CALL_COST, ROW_COST, KEY_COST = 4000, 40, 40
+
+
+class Rectangle(NamedTuple):
+    """Queries [q_start, q_stop) see keys [k_start, k_stop): all of them, or those in the window if on its edge."""
+
+    q_start: int
+    q_stop: int
+    k_start: int
+    k_stop: int
+    edge: bool = False
+
+    @property
+    def q(self) -> slice:
+        return slice(self.q_start, self.q_stop)
+
+    @property
+    def k(self) -> slice:
+        return slice(self.k_start, self.k_stop)
+
+
+@dataclass(frozen=True, slots=True)
+class Chain:
+    """Storage [start, stop), each token the child of the one before."""
+
+    start: int
+    stop: int
+    position: int  # of its first token
+    end: int  # where the subtree of its first token ends
+    parent: int  # number of the chain it hangs off, or -1
+    fork: int  # behind the index of its first token's parent
+
+
+def chains(until: Sequence[int], position: Sequence[int]) -> list[Chain]:
+    """All chains in storage order."""
+    starts = [i for i in range(len(until)) if i == 0 or position[i] != position[i - 1] + 1]
+    found: list[Chain] = []
+    path: list[int] = []  # chains from the root to here
+    for start, stop in pairwise([*starts, len(until)]):
+        while path and found[path[-1]].position >= position[start]:
+            path.pop()
+        if position[start] == 0:
+            path.clear()
+        parent = path[-1] if path else -1
+        fork = found[parent].start + position[start] - found[parent].position if path else start
+        path.append(len(found))
+        found.append(Chain(start, stop, position[start], until[start], parent, fork))
+    return found
+
+
+def cover(
+    until: Sequence[int], position: Sequence[int], window: int | None = None, chunk: int | None = None
+) -> list[Rectangle]:
+    """Rectangles that hold every visible pair outside the diagonal tiles exactly once."""
+    in_storage = chains(until, position)
+    if window is not None and window > max(position, default=0):
+        window = None
+    if window is not None or chunk is not None:
+        return [r for c in in_storage for r in _limited(in_storage, c, window, chunk)]
+    children: list[list[Chain]] = [[] for _ in in_storage]
+    for chain in in_storage:
+        if chain.parent >= 0:
+            children[chain.parent].append(chain)
+    return [
+        r
+        for chain, hanging in zip(in_storage, children, strict=True)
+        for r in (*_staircase(chain), *_shared_prefixes(chain, hanging))
+    ]
+
+
+def _staircase(chain: Chain) -> Iterator[Rectangle]:
+    """A chain's own pairs below its diagonal tiles, halved until a tile is reached."""
+    first = chain.start // TILE + 1
+    steps = [chain.start, *range(first * TILE, chain.stop, TILE), chain.stop]
+
+    def halve(low: int, high: int) -> Iterator[Rectangle]:
+        if high - low > 1:
+            middle = (low + high + 1) // 2
+            yield Rectangle(steps[middle], steps[high], steps[low], steps[middle])
+            yield from halve(low, middle)
+            yield from halve(middle, high)
+
+    yield from halve(0, len(steps) - 1)
+
+
+def _shared_prefixes(chain: Chain, hanging: list[Chain]) -> Iterator[Rectangle]:
+    """What the subtrees hanging off a chain see of it. They stand in storage order, forks not increasing."""
+
+    def cost(rows: int, keys: int) -> int:
+        return rows * keys + ROW_COST * rows + KEY_COST * keys + CALL_COST if rows and keys else 0
+
+    def rows(low: int, high: int) -> int:
+        return hanging[high - 1].end - hanging[low].start
+
+    @cache
+    def best(low: int, high: int, seen: int) -> tuple[int, bool]:
+        """Cost for the subtrees low..high and the keys from `seen` on, and whether a common prefix comes first."""
+        common = hanging[high - 1].fork
+        together = cost(rows(low, high), common - seen)
+        if hanging[low].fork == common:
+            return together, True
+        middle = (low + high) // 2
+        shared = together + best(low, middle, common)[0] + best(middle, high, common)[0]
+        apart = best(low, middle, seen)[0] + best(middle, high, seen)[0]
+        return (shared, True) if shared <= apart else (apart, False)
+
+    def emit(low: int, high: int, seen: int) -> Iterator[Rectangle]:
+        common, middle = hanging[high - 1].fork, (low + high) // 2
+        if best(low, high, seen)[1]:
+            yield from _outside_tiles(hanging[low].start, hanging[high - 1].end, seen, common)
+            seen = common
+        if hanging[low].fork > seen:
+            yield from emit(low, middle, seen)
+            yield from emit(middle, high, seen)
+
+    if hanging:
+        yield from emit(0, len(hanging), chain.start)
+
+
+def _outside_tiles(q_start: int, q_stop: int, k_start: int, k_stop: int) -> Iterator[Rectangle]:
+    """A rectangle without the corner that lies in the diagonal tile of its first queries."""
+    tile = q_start // TILE * TILE
+    if k_stop > tile:
+        corner = min(tile + TILE, q_stop)
+        if k_start < tile:
+            yield Rectangle(q_start, corner, k_start, tile)
+        q_start = corner
+    if q_start < q_stop and k_start < k_stop:
+        yield Rectangle(q_start, q_stop, k_start, k_stop)
+
+
+def _limited(in_storage: list[Chain], chain: Chain, window: int | None, chunk: int | None) -> Iterator[Rectangle]:
+    """What a chain's queries see under a window or chunks: a tile of queries at a time, up the path."""
+    shift = chain.position - chain.start
+    stops = set(range(chain.start // TILE * TILE, chain.stop, TILE)) | {chain.start, chain.stop}
+    if chunk is not None:
+        stops |= set(range(-(-(chain.start + shift) // chunk) * chunk - shift, chain.stop, chunk))
+    for q_start, q_stop in pairwise(sorted(stop for stop in stops if stop >= chain.start)):
+        lowest = 0 if window is None else q_start + shift - window + 1  # position that the first query still sees
+        all_see = 0 if window is None else q_stop - 1 + shift - window + 1
+        if chunk is not None:
+            lowest = max(lowest, (q_start + shift) // chunk * chunk)
+        tile = q_start // TILE * TILE
+        above: Chain | None = chain
+        k_stop = tile
+        while above is not None:
+            offset = above.start - above.position
+            low = max(above.start, lowest + offset)
+            cut = min(max(low, all_see + offset), k_stop)
+            if low < cut and window is not None:  # of the queries, those that see its last key at least
+                yield Rectangle(q_start, min(q_stop, cut - 1 - offset + window - shift), low, cut, edge=True)
+            if cut < k_stop:
+                yield Rectangle(q_start, q_stop, max(cut, low), k_stop)
+            if above.position <= lowest or above.parent < 0:
+                break
+            k_stop = min(above.fork, tile)
+            above = in_storage[above.parent]

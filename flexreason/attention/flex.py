@@ -1,0 +1,68 @@
+"""Compiled FlexAttention over closed-form block lists: the backend for GPUs. On CPU it has no backward.
+
+Shapes: S tokens, H query heads, G key heads, D head size of queries and keys, E of values.
+"""
+
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
+
+from flexreason.blocks import block_mask
+from flexreason.mask import Tree
+
+MASKS = ("interval", "turn_role")
+
+
+def prepare(tree: Tree, mask: str, window: int | None, chunk: int | None) -> BlockMask:
+    return block_mask(tree, mask=mask, window=window, chunk=chunk)
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    visible: BlockMask,
+    scale: float,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """Attention of queries [1, H, S, D] over keys [1, G, S, D] and values [1, G, S, E]: [1, S, H, E]."""
+    if q.device.type == "cpu" and torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
+        raise NotImplementedError(
+            'backend "flex" has no backward on CPU: use backend="segments" to train, or torch.no_grad() to evaluate'
+        )
+    score_mod = None if softcap is None else _capped(softcap)
+    out, aux = _flex()(
+        q,
+        k,
+        v,
+        score_mod=score_mod,
+        block_mask=visible,
+        scale=scale,
+        enable_gqa=q.shape[1] != k.shape[1],
+        return_aux=AuxRequest(lse=True),
+    )
+    if sinks is not None:  # one more logit a head, without a value: it only scales the output, and fp32 keeps it exact
+        out = out * torch.sigmoid(aux.lse - sinks.view(1, -1, 1)).unsqueeze(-1).to(out.dtype)
+    return out.transpose(1, 2)
+
+
+def _flex() -> Any:
+    return flex_attention if torch.compiler.is_compiling() else _compiled()
+
+
+@cache
+def _compiled() -> Any:
+    """With `fullgraph`, too many recompiles are an error; without, they are a silent fall-back to S x S scores."""
+    return torch.compile(flex_attention, fullgraph=True)
+
+
+@cache
+def _capped(softcap: float) -> Any:
+    def capped(score: Tensor, b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
+        return softcap * torch.tanh(score / softcap)
+
+    return capped

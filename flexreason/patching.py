@@ -1,0 +1,297 @@
+"""`patch`: an ordinary Hugging Face model that takes rows, and does all else as before.
+
+What it does to a model, and all that it does:
+
+- its attention layers find an attention function under a new name. It computes a tree where it is handed
+  one, and otherwise calls what the model used before; so do the masks registered under that name.
+- before the decoder runs, a hook turns a row's keywords into one `TreeRow`, which every layer is handed;
+  after it, a hook keeps the hidden states that predict a target. So the head, and whatever replaced the
+  head's loss, see T rows instead of S, and are left alone.
+- the model's loss function takes weights, and an empty row.
+
+>>> import flexreason as fr
+>>> from transformers import Qwen3Config, Qwen3ForCausalLM
+>>> model = Qwen3ForCausalLM(Qwen3Config(vocab_size=40, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+...     num_attention_heads=4, num_key_value_heads=2, head_dim=8))
+>>> row = fr.collate([fr.lay_out_turns([([1, 2], [10, 11], [20]), ([3], [12], [21])])])
+>>> model = fr.patch(model)
+>>> model(**row).loss.backward()
+"""
+
+import inspect
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, PreTrainedModel
+from transformers.loss.loss_utils import ForCausalLMLoss
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from flexreason.attention.tree_row import BACKENDS, PER_TOKEN, TreeRow, choose_backend
+from flexreason.mask import MASKS
+from flexreason.refuse import refuse_model, refuse_other_layouts, refuse_row, warn_of_dropout
+from flexreason.row import IGNORED
+
+NAME = "flexreason"
+"""The attribute that holds a model's `Patch`, and the beginning of its attention implementations' names."""
+
+TREE = "flexreason_tree"
+"""The keyword that carries a `TreeRow` to the layers."""
+
+PER_TARGET = ("target_source", "target_turn", "target_document", "target_weight")
+ROW_KEYS = {"until", "turn", "role", "document", *PER_TARGET}
+"""What only rows have; a stock model's own keywords are not among them."""
+
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def patch(model: Model, backend: str = "auto", mask: str = "interval") -> Model:
+    """Make `model` take rows of `collate`; the same object back. Patching again changes backend and mask.
+
+    `backend`: "flex" (GPU), "segments" (trains anywhere), "dense" (for comparison), or "auto". `mask`: "interval",
+    or "turn_role", the paper's own rule, for rows of `lay_out_turns` layouts. Models that cannot be exact are
+    refused with the reason.
+    """
+    if backend not in ("auto", *BACKENDS):
+        raise ValueError(f"patch: backend: expected one of 'auto', {', '.join(map(repr, BACKENDS))}, found {backend!r}")
+    if mask not in MASKS:
+        raise ValueError(f"patch: mask: expected one of {', '.join(map(repr, MASKS))}, found {mask!r}")
+    if backend != "auto":
+        _check_pair(backend, mask)
+    root = find_root(model)
+    unpatch(root)
+    refuse_model(root)
+    Patch(root, backend, mask).apply()
+    return model
+
+
+def unpatch(model: Model) -> Model:
+    """Undo `patch`, to the last hook; the same object back. A model that is not patched stays as it is."""
+    found = find_root(model).__dict__.get(NAME)
+    if isinstance(found, Patch):
+        found.undo()
+    return model
+
+
+def find_root(model: nn.Module) -> PreTrainedModel:
+    """The transformers model with a head inside whatever wraps it (PEFT, compile, DDP)."""
+    if isinstance(model, nn.Module):
+        for module in model.modules():
+            if isinstance(module, PreTrainedModel) and module.get_output_embeddings() is not None:
+                return module
+    raise ValueError(
+        f"patch: expected a transformers model with an LM head (...ForCausalLM), found {type(model).__name__}"
+    )
+
+
+@dataclass(eq=False)
+class Patch:
+    """What was done to one model, and how to undo it. It lies on the model, and is copied with it."""
+
+    root: PreTrainedModel
+    backend: str
+    mask: str
+    configs: list[tuple[Any, str]] = field(default_factory=list)  # with the attention implementation before
+    hooks: list[Any] = field(default_factory=list)
+    warned: bool = False
+
+    def apply(self) -> None:
+        for config in {id(c): c for m in self.root.modules() if (c := getattr(m, "config", None)) is not None}.values():
+            if (previous := getattr(config, "_attn_implementation", None)) is not None:
+                self.configs.append((config, previous))
+                config._attn_implementation_internal = _register(previous)
+        decoder = self.root.base_model
+        self.hooks = [
+            decoder.register_forward_pre_hook(self.before, with_kwargs=True),
+            decoder.register_forward_hook(self.after, with_kwargs=True),
+        ]
+        self.root.loss_function = TreeLoss(self.root)
+        self.root.__dict__[NAME] = self
+
+    def undo(self) -> None:
+        for config, previous in self.configs:
+            config._attn_implementation_internal = previous
+        for hook in self.hooks:
+            hook.remove()
+        self.root.loss_function.undo(self.root)
+        del self.root.__dict__[NAME]
+
+    @torch.compiler.disable
+    def before(self, decoder: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
+        """Turn a row's keywords into the one that the layers are handed."""
+        given = {**dict(zip(inspect.signature(decoder.forward).parameters, args, strict=False)), **kwargs}
+        mask = given.get("attention_mask")
+        marked = isinstance(mask, Tensor) and mask.dim() == 4 and not mask.numel()
+        if not marked and not ROW_KEYS & given.keys():
+            return None
+        refuse_row(decoder, given, ROW_KEYS | {"position_ids"})
+        self.refuse_weights(given)
+        if decoder.training and not self.warned:
+            self.warned = True
+            warn_of_dropout(self.root)
+        backend = choose_backend(self.backend, given["until"].device)
+        _check_pair(backend, self.mask)
+        row = {key: given[key] for key in PER_TOKEN}
+        if self.mask == "turn_role":
+            refuse_other_layouts(row)
+        kwargs = {key: value for key, value in kwargs.items() if key not in ROW_KEYS}
+        kwargs[TREE] = TreeRow(row, given["target_source"], backend, self.mask)
+        kwargs["use_cache"] = False
+        if mask is None:
+            kwargs["attention_mask"] = torch.empty(1, 1, 0, 0, device=given["until"].device)
+        return args, kwargs
+
+    def after(self, decoder: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
+        """Keep the hidden states of the tokens that predict a target, [1, T, D]."""
+        if TREE not in kwargs:
+            return None
+        source = kwargs[TREE].target_source[0]
+        if isinstance(output, tuple):
+            return (output[0][:, source], *output[1:])
+        output.last_hidden_state = output.last_hidden_state[:, source]
+        return output
+
+    def refuse_weights(self, given: dict[str, Any]) -> None:
+        """Whatever replaced the model's forward (trl's fused head, Liger) has a loss that takes no weights."""
+        stock = type(self.root).forward
+        replaced = "forward" in vars(self.root) or stock.__module__ != type(self.root).__module__
+        if replaced and _weighted(given["target_weight"], given["target_source"]):
+            by = vars(self.root).get("forward", stock)
+            raise ValueError(
+                f"row: it has target weights other than 1, and the model's forward was replaced (by {by.__module__}."
+                f"{by.__qualname__}), whose loss takes none; use weights of 1, or the model's own forward"
+            )
+
+
+class TreeLoss:
+    """The model's loss function; for a row, the sum of w x nll over its targets by the sum of w, or by
+    `num_items_in_batch` where that is given. An empty row has loss 0."""
+
+    def __init__(self, root: PreTrainedModel) -> None:
+        self.own = vars(root).get("_loss_function")
+        self.previous = root.loss_function
+
+    def undo(self, root: PreTrainedModel) -> None:
+        if self.own is None:
+            del root._loss_function
+        else:
+            root._loss_function = self.own
+
+    def __call__(self, logits: Tensor, labels: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if "target_weight" not in kwargs:
+            return self.previous(logits, labels, *args, **kwargs)
+        weight = kwargs["target_weight"]
+        labels = kwargs.get("shift_labels", labels)
+        if labels is None or labels.shape != weight.shape or logits.shape[:2] != labels.shape:
+            raise ValueError(
+                f"row: expected labels and logits for its {weight.shape[1]} targets, found labels of shape "
+                f"{None if labels is None else list(labels.shape)} and logits of shape {list(logits.shape)}"
+            )
+        if self.previous is not ForCausalLMLoss:
+            if _weighted(weight, labels):
+                raise ValueError(
+                    f"row: it has target weights other than 1, and the loss function was replaced (by {self.previous}) "
+                    "and takes none; use weights of 1, or the model's own loss"
+                )
+            if not (labels != IGNORED).any():
+                return logits.sum() * 0.0
+            kwargs = {key: value for key, value in kwargs.items() if key not in ROW_KEYS}
+            return self.previous(logits, labels, *args, **kwargs)
+        nll = nn.functional.cross_entropy(
+            logits[0].float(), labels[0].to(logits.device), ignore_index=IGNORED, reduction="none"
+        )
+        weight = weight[0].to(nll)
+        total = kwargs.get("num_items_in_batch")
+        if total is None:
+            total = weight.sum()
+            total = torch.where(total > 0, total, 1)
+        return (nll * weight).sum() / total
+
+
+def _weighted(weight: Tensor, labels: Tensor) -> bool:
+    """Whether any target has a weight other than 1; ignored ones have 0."""
+    return bool(((weight != 1) & (weight != 0)).any())
+
+
+def _check_pair(backend: str, mask: str) -> None:
+    if mask not in BACKENDS[backend].MASKS:
+        raise ValueError(
+            f'patch: backend "{backend}" cannot compute mask="{mask}"; use backend="flex" (on CPU: no backward) or '
+            '"dense", or mask="interval", which is the same mask'
+        )
+
+
+def _register(previous: str) -> str:
+    """The name under which attention does what `previous` did, and trees."""
+    previous = previous.removeprefix(f"{NAME}_")
+    name = f"{NAME}_{previous}"
+    if name not in ALL_ATTENTION_FUNCTIONS:
+        AttentionInterface.register(name, _attention(previous))
+        AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[previous])
+    return name
+
+
+def _attention(previous: str) -> Callable:
+    def attention(
+        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        tree = kwargs.pop(TREE, None)
+        if tree is not None:
+            return _tree_attention(module, query, key, value, tree, *args, **kwargs), None
+        if isinstance(attention_mask, Tensor) and attention_mask.dim() == 4 and not attention_mask.numel():
+            raise ValueError(
+                f"row: it reached {type(module).__name__} without its tree; the model is not patched, or does "
+                "not hand keywords on to its layers, and cannot take rows"
+            )
+        if previous == "eager":
+            stock = sys.modules[type(module).__module__].eager_attention_forward
+        else:
+            stock = ALL_ATTENTION_FUNCTIONS[previous]
+        return stock(module, query, key, value, attention_mask, *args, **kwargs)
+
+    return attention
+
+
+def _tree_attention(
+    module: nn.Module,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    tree: TreeRow,
+    *,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    position_bias: Tensor | None = None,
+    is_causal: bool | None = None,
+    **kwargs: Any,
+) -> Tensor:
+    name = type(module).__name__
+    if dropout:
+        raise ValueError(f"row: {name} has attention dropout {dropout}, of which one draw cannot serve all samples")
+    if position_bias is not None:
+        raise ValueError(f"row: {name} adds a position bias to its scores, which is not supported")
+    if is_causal is False or getattr(module, "is_causal", True) is False:
+        raise ValueError(f"row: {name} is not causal")
+    if q.shape[2] != tree.length or k.shape[2] != tree.length:
+        raise ValueError(f"row: {name} has {q.shape[2]} queries and {k.shape[2]} keys for {tree.length} tokens")
+    if q.dtype != v.dtype:  # under autocast, norms behind the projections leave q and k in float32
+        q, k = q.to(v.dtype), k.to(v.dtype)
+    scale = q.shape[-1] ** -0.5 if scaling is None else scaling
+    return tree.attend(q, k, v, scale, window=_window(module, sliding_window), softcap=softcap, sinks=s_aux)
+
+
+def _window(module: nn.Module, said: int | None) -> int | None:
+    """The window of a layer: by its type in the config, as stock masks are made, or else as it says itself."""
+    config: Any = getattr(module, "config", None)
+    number, kinds = getattr(module, "layer_idx", None), getattr(config, "layer_types", None)
+    if not kinds or number is None:
+        return said
+    return config.sliding_window if kinds[number] == "sliding_attention" else None

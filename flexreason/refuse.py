@@ -1,0 +1,166 @@
+"""Everything that is refused, with the reason: models that cannot be exact, and rows that are not whole.
+
+Shapes: S tokens, T targets.
+"""
+
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from flexreason.mask import interval_rule, turn_role_rule
+
+LAYER_TYPES = ("full_attention", "sliding_attention")
+"""Kinds of layers whose limits are known; a model that has others is refused."""
+
+IMPLEMENTATIONS = ("sdpa", "eager", "flex_attention")
+"""What a model may have used before, and goes on using for ordinary batches."""
+
+ATTENTION_DROPOUTS = ("attention_dropout", "attn_pdrop", "attn_dropout", "attention_probs_dropout_prob")
+
+ROPE_BY_LONGEST = ("dynamic", "longrope")
+"""RoPE types whose angles depend on the longest position of the whole batch."""
+
+
+def refuse_model(root: PreTrainedModel) -> None:
+    """Raise if the model cannot take rows exactly, naming it, the reason, and what can be done."""
+    name, config = type(root).__name__, root.config.get_text_config()
+
+    def refuse(reason: str, remedy: str) -> None:
+        raise ValueError(f"patch: {name} is refused: {reason}; {remedy}")
+
+    kinds = sorted(set(getattr(config, "layer_types", None) or ()) - set(LAYER_TYPES))
+    if getattr(root, "_is_stateful", False):
+        refuse("it has recurrent layers, which carry state from token to token past any mask", "train on the N samples")
+    if not root._supports_attention_backend:
+        refuse("it has attention code of its own, which no mask of ours reaches", "train on the N samples")
+    if kinds:
+        refuse(f"it has layers of type {', '.join(kinds)}, which are not known to be exact", "train on the N samples")
+    if root.config.is_encoder_decoder or not getattr(config, "is_causal", True):
+        refuse("it is no causal language model", "use a decoder-only one")
+    for key in ATTENTION_DROPOUTS:
+        if (getattr(config, key, 0) or 0) > 0:
+            refuse(
+                f"{key} is {getattr(config, key)}, and one draw of dropout cannot serve all samples",
+                f"load it with {key}=0.0",
+            )
+    for module in root.modules():
+        used = getattr(getattr(module, "config", None), "_attn_implementation", None)
+        if used is not None and used not in IMPLEMENTATIONS:
+            refuse(
+                f"its attention implementation is {used!r}, which reads its own name",
+                'load it with attn_implementation="sdpa"; rows do not use it anyway',
+            )
+
+
+def refuse_row(decoder: nn.Module, given: Mapping[str, Any], required: set[str]) -> None:
+    """Raise if what the decoder was given is not one whole row that fits its input."""
+    missing = sorted(key for key in required if given.get(key) is None)
+    if missing:
+        raise ValueError(
+            f"row: the keys {', '.join(missing)} are missing; pass all that fr.collate made, as model(**row) "
+            "(with a Trainer: remove_unused_columns=False)"
+        )
+    ids, embeds = given.get("input_ids"), given.get("inputs_embeds")
+    tokens = ids if ids is not None else embeds
+    if tokens is None:
+        raise ValueError("row: input_ids is missing")
+    until = given["until"]
+    if until.dim() != 2 or until.shape[0] != 1:
+        raise ValueError(
+            f"row: expected one row, [1, S], found until of shape {list(until.shape)}; collate packs all layouts of a "
+            "batch into one row, so use a batch size of 1 and a longer row"
+        )
+    for key in ("until", "position_ids", "turn", "role", "document"):
+        if given[key].shape != tokens.shape[:2]:
+            raise ValueError(
+                f"row: expected {key} of shape {list(tokens.shape[:2])} like the tokens, found {list(given[key].shape)}"
+            )
+        if given[key].is_floating_point():
+            raise ValueError(f"row: expected {key} of integers, found {given[key].dtype}")
+    weight = next(decoder.parameters())
+    for key in required:
+        if given[key].device != weight.device and weight.device.type != "meta":
+            raise ValueError(f"row: {key} is on {given[key].device} and the model on {weight.device}; move the row")
+    mask = given.get("attention_mask")
+    if mask is not None and (mask.dim() != 4 or mask.numel()):
+        raise ValueError("row: it came with an attention_mask of its own; a row's mask follows from its layout")
+    if given.get("past_key_values") is not None:
+        raise ValueError("row: it came with past_key_values; a row is whole in itself and takes no cache")
+    config = decoder.config
+    if given.get("output_router_logits") or getattr(config, "output_router_logits", False):
+        raise ValueError(
+            "row: output_router_logits is on, but the router's auxiliary loss would count the tokens of the tree, not "
+            "of the samples; set config.output_router_logits = False (trl: router_aux_loss_coef=0.0)"
+        )
+    _refuse_rope(config, given)
+
+
+def _refuse_rope(config: Any, given: Mapping[str, Any]) -> None:
+    """RoPE that reads the longest position of a batch is the samples' own only if all are on one side."""
+    found = getattr(config, "rope_parameters", None) or {}
+    for rope in [found] if "rope_type" in found else [r for r in found.values() if isinstance(r, dict)]:
+        if rope.get("rope_type") not in ROPE_BY_LONGEST:
+            continue
+        original = rope.get("original_max_position_embeddings") or config.max_position_embeddings
+        longest = sample_lengths(given)
+        short = bool((longest <= original).all())
+        if not short and (rope["rope_type"] == "dynamic" or bool((longest <= original).any())):
+            raise ValueError(
+                f"row: its samples have {int(longest.min())} to {int(longest.max())} tokens, and this model's RoPE "
+                f"({rope['rope_type']}) changes with the longest of a batch above {original}: one pass would differ "
+                f"from the samples; keep samples on both sides of {original} in different rows"
+            )
+
+
+def sample_lengths(row: Mapping[str, Any]) -> Tensor:
+    """Tokens of each sample in a row."""
+    real = row["target_document"][0] >= 0
+    document, turn = row["target_document"][0, real], row["target_turn"][0, real]
+    if not len(turn):
+        return torch.zeros(1, dtype=torch.int64)
+    _, number = torch.stack([document, turn]).unique(dim=1, return_inverse=True)
+    length = row["position_ids"][0, row["target_source"][0, real]] + 2
+    return torch.zeros_like(length).scatter_reduce(0, number, length, "amax")[: int(number.max()) + 1]
+
+
+def refuse_other_layouts(row: Mapping[str, Tensor]) -> None:
+    """Raise unless the paper's rule and the tree agree: under mask="turn_role" only `lay_out_turns` layouts do.
+
+    Both rules are the same for all tokens of a run (consecutive positions, one turn, role, document and `until`)
+    and all of another, so that one token of each run tells; inside a run both are causal.
+    """
+    keys = [row[key][0] for key in ("until", "turn", "role", "document")]
+    starts = torch.cat([keys[0].new_ones(1, dtype=torch.bool), row["position_ids"][0].diff() != 1])
+    for key in keys:
+        starts[1:] |= key.diff() != 0
+    first = starts.nonzero().squeeze(1)
+    first = first[row["document"][0, first] >= 0]
+    q, kv = first[:, None], first[None, :]
+    zero = torch.zeros((), dtype=torch.int64, device=first.device)
+    by_tree = interval_rule(keys[0])(zero, zero, q, kv)
+    by_words = turn_role_rule(*keys[1:])(zero, zero, q, kv)
+    differ = by_tree != by_words
+    if differ.any():
+        at, other = (int(first[i]) for i in differ.nonzero()[0])
+        raise ValueError(
+            f'row: mask="turn_role" takes rows of lay_out_turns layouts only, and here turns and roles say otherwise than '
+            f'the tree whether token {at} sees token {other}; use mask="interval"'
+        )
+
+
+def warn_of_dropout(root: nn.Module) -> None:
+    """Say that one draw of dropout or embedding noise is shared by all samples of a row."""
+    found = [name for name, m in root.named_modules() if isinstance(m, nn.Dropout) and m.p > 0 and m.training]
+    if found:
+        warnings.warn(
+            f"flexreason: dropout is on in {len(found)} modules ({found[0]}, ...); one draw is shared by all samples of "
+            "a row, where N passes would draw N times",
+            stacklevel=2,
+        )
+    embeddings = root.get_input_embeddings() if isinstance(root, PreTrainedModel) else None
+    if getattr(embeddings, "neftune_noise_alpha", None):
+        warnings.warn("flexreason: NEFTune is on; one draw of noise is shared by all samples of a row", stacklevel=2)
