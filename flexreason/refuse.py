@@ -147,8 +147,8 @@ def refuse_other_layouts(row: Mapping[str, Tensor]) -> None:
     if differ.any():
         at, other = (int(first[i]) for i in differ.nonzero()[0])
         raise ValueError(
-            f'row: mask="turn_role" takes rows of lay_out_turns layouts only, and here turns and roles say otherwise than '
-            f'the tree whether token {at} sees token {other}; use mask="interval"'
+            f'row: mask="turn_role" takes rows of lay_out_turns layouts only, and here turns and roles say otherwise '
+            f'than the tree whether token {at} sees token {other}; use mask="interval"'
         )
 
 
@@ -157,8 +157,8 @@ def warn_of_dropout(root: nn.Module) -> None:
     found = [name for name, m in root.named_modules() if isinstance(m, nn.Dropout) and m.p > 0 and m.training]
     if found:
         warnings.warn(
-            f"flexreason: dropout is on in {len(found)} modules ({found[0]}, ...); one draw is shared by all samples of "
-            "a row, where N passes would draw N times",
+            f"flexreason: dropout is on in {len(found)} modules ({found[0]}, ...); one draw is shared by all samples "
+            "of a row, where N passes would draw N times",
             stacklevel=2,
         )
     embeddings = root.get_input_embeddings() if isinstance(root, PreTrainedModel) else None

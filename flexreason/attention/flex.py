@@ -34,20 +34,20 @@ def attend(
         raise NotImplementedError(
             'backend "flex" has no backward on CPU: use backend="segments" to train, or torch.no_grad() to evaluate'
         )
-    score_mod = None if softcap is None else _capped(softcap)
-    out, aux = _flex()(
-        q,
-        k,
-        v,
-        score_mod=score_mod,
-        block_mask=visible,
-        scale=scale,
-        enable_gqa=q.shape[1] != k.shape[1],
-        return_aux=AuxRequest(lse=True),
-    )
-    if sinks is not None:  # one more logit a head, without a value: it only scales the output, and fp32 keeps it exact
-        out = out * torch.sigmoid(aux.lse - sinks.view(1, -1, 1)).unsqueeze(-1).to(out.dtype)
-    return out.transpose(1, 2)
+    options = {
+        "score_mod": None if softcap is None else _capped(softcap),
+        "block_mask": visible,
+        "scale": scale,
+        "enable_gqa": q.shape[1] != k.shape[1],
+    }
+    if sinks is None:
+        return _flex()(q, k, v, **options).transpose(1, 2)
+    if q.device.type == "cpu":
+        raise NotImplementedError('backend "flex" has no attention sinks on CPU: use backend="segments"')
+    out, aux = _flex()(q, k, v, **options, return_aux=AuxRequest(lse=True))
+    # One more logit a head, without a value, only scales the output; in fp32, since the factor's gradient needs it.
+    factor = torch.sigmoid(aux.lse - sinks.view(1, -1, 1)).unsqueeze(-1)
+    return (out * factor).to(out.dtype).transpose(1, 2)
 
 
 def _flex() -> Any:

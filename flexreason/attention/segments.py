@@ -99,8 +99,8 @@ class _Attend(torch.autograd.Function):
         out = _untiled([out for out, _ in found]).to(high)  # [1, H, S, E]
         lse = _untiled([lse.unsqueeze(-1) for _, lse in found]).squeeze(-1)  # [1, H, S]
         for r in work.rectangles:
-            mask = work.edge(r, q.dtype)
-            more = pieces.forward(how, q[:, :, r.q], k[:, :, r.k], v[:, :, r.k], mask, score)
+            edge = work.edge(r, q.dtype)
+            more = pieces.forward(how, q[:, :, r.q], k[:, :, r.k], v[:, :, r.k], edge, score)
             pieces.merge(out[:, :, r.q], lse[:, :, r.q], *more)
         if sinks is not None:
             with_sinks = torch.logaddexp(lse, sinks.to(high)[None, :, None])
