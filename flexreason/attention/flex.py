@@ -30,10 +30,9 @@ def attend(
     sinks: Tensor | None = None,
 ) -> Tensor:
     """Attention of queries [1, H, S, D] over keys [1, G, S, D] and values [1, G, S, E]: [1, S, H, E]."""
-    if q.device.type == "cpu" and torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
-        raise NotImplementedError(
-            'backend "flex" has no backward on CPU: use backend="segments" to train, or torch.no_grad() to evaluate'
-        )
+    if q.device.type == "cpu":
+        _check_cpu(q, k, v, sinks)
+        q, k, v = q.detach(), k.detach(), v.detach()
     options = {
         "score_mod": None if softcap is None else _capped(softcap),
         "block_mask": visible,
@@ -42,12 +41,19 @@ def attend(
     }
     if sinks is None:
         return _flex()(q, k, v, **options).transpose(1, 2)
-    if q.device.type == "cpu":
-        raise NotImplementedError('backend "flex" has no attention sinks on CPU: use backend="segments"')
     out, aux = _flex()(q, k, v, **options, return_aux=AuxRequest(lse=True))
     # One more logit a head, without a value, only scales the output; in fp32, since the factor's gradient needs it.
     factor = torch.sigmoid(aux.lse - sinks.view(1, -1, 1)).unsqueeze(-1)
     return (out * factor).to(out.dtype).transpose(1, 2)
+
+
+def _check_cpu(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None) -> None:
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
+        raise NotImplementedError(
+            'backend "flex" has no backward on CPU: use backend="segments" to train, or torch.no_grad() to evaluate'
+        )
+    if sinks is not None:
+        raise NotImplementedError('backend "flex" has no attention sinks on CPU: use backend="segments"')
 
 
 def _flex() -> Any:
