@@ -20,6 +20,7 @@ What it does to a model, and all that it does:
 
 import inspect
 import sys
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -103,6 +104,7 @@ class Patch:
     def apply(self) -> None:
         for config in {id(c): c for m in self.root.modules() if (c := getattr(m, "config", None)) is not None}.values():
             if (previous := getattr(config, "_attn_implementation", None)) is not None:
+                previous = previous.removeprefix(f"{NAME}_")  # of a config shared with a patched model
                 self.configs.append((config, previous))
                 config._attn_implementation_internal = _register(previous)
         decoder = self.root.base_model
@@ -112,10 +114,13 @@ class Patch:
         ]
         self.root.loss_function = TreeLoss(self.root)
         self.root.__dict__[NAME] = self
+        _APPLIED.add(self)
 
     def undo(self) -> None:
+        _APPLIED.discard(self)
         for config, previous in self.configs:
-            config._attn_implementation_internal = previous
+            if not any(config is shared for other in _APPLIED for shared, _ in other.configs):
+                config._attn_implementation_internal = previous
         for hook in self.hooks:
             hook.remove()
         self.root.loss_function.undo(self.root)
@@ -166,6 +171,10 @@ class Patch:
                 f"row: it has target weights other than 1, and the model's forward was replaced (by {by.__module__}."
                 f"{by.__qualname__}), whose loss takes none; use weights of 1, or the model's own forward"
             )
+
+
+_APPLIED: "weakref.WeakSet[Patch]" = weakref.WeakSet()
+"""All patches in force, since models may share a config: the last to be undone restores it."""
 
 
 class TreeLoss:
@@ -228,7 +237,6 @@ def _check_pair(backend: str, mask: str) -> None:
 
 def _register(previous: str) -> str:
     """The name under which attention does what `previous` did, and trees."""
-    previous = previous.removeprefix(f"{NAME}_")
     name = f"{NAME}_{previous}"
     if name not in ALL_ATTENTION_FUNCTIONS:
         AttentionInterface.register(name, _attention(previous))

@@ -49,7 +49,7 @@ def refuse_model(root: PreTrainedModel) -> None:
             )
     for module in root.modules():
         used = getattr(getattr(module, "config", None), "_attn_implementation", None)
-        if used is not None and used not in IMPLEMENTATIONS:
+        if used is not None and used.removeprefix("flexreason_") not in IMPLEMENTATIONS:
             refuse(
                 f"its attention implementation is {used!r}, which reads its own name",
                 'load it with attn_implementation="sdpa"; rows do not use it anyway',

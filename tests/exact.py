@@ -15,7 +15,9 @@ def single_pass(model, row):
     model.zero_grad()
     out = model(**row)
     out.loss.backward()
-    logprobs = out.logits[0, real].log_softmax(-1).gather(1, row["labels"][0, real, None])[:, 0]
+    logits = out.logits[0, real]
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    logprobs = logits.log_softmax(-1).gather(1, row["labels"][0, real, None])[:, 0]
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     return out.loss.detach(), logprobs.detach(), gradients
 

@@ -12,6 +12,7 @@ TINY = {
     "num_key_value_heads": 2,
     "head_dim": 8,
     "max_position_embeddings": 4096,
+    "initializer_range": 0.2,  # with the usual 0.02 attention is all but uniform, and tests of masks half blind
 }
 
 
@@ -20,3 +21,9 @@ def tiny(family, seed=0, **config):
     torch.manual_seed(seed)
     made = getattr(transformers, f"{family}Config")(**{**TINY, **config})
     return getattr(transformers, f"{family}ForCausalLM")(made)
+
+
+def checkpoint(model, use_reentrant=False):
+    """Gradient checkpointing on, under whichever name this transformers has."""
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": use_reentrant})

@@ -1,0 +1,538 @@
+"""A patched model takes rows exactly, does all else as before, and refuses what it cannot do."""
+
+import copy
+
+import pytest
+import torch
+import transformers
+
+import flexreason as fr
+from exact import EXACT, errors, samples_of, single_pass
+from flexreason import oracle
+from flexreason.attention import cover, segments
+from flexreason.testing import relative_l2, true_float64
+from models import checkpoint, tiny
+from strategies import random_tree, random_turns
+
+FAMILIES = {
+    "Llama": {},
+    "Mistral": {"sliding_window": 20},
+    "Qwen3": {},
+    "Qwen3Moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
+    "Gemma2": {"sliding_window": 20, "query_pre_attn_scalar": 8, "attn_logit_softcapping": 2.0},
+    "Phi3": {"pad_token_id": 0, "eos_token_id": 0, "bos_token_id": 0},
+}
+PAPER = [(11, 20, 5), (3, 0, 5), (20, 30, 9)]
+
+
+def made(family, seed=0, **config):
+    model = tiny(family, seed, **{**FAMILIES[family], **config})
+    if family == "Qwen3Moe":
+        model.set_experts_implementation("eager")  # grouped matrix products take no float64
+    return model
+
+
+UNSUPPORTED = [("Gemma2", "sdpa")]  # by transformers itself: sdpa has no softcap
+
+
+def layouts(kind):
+    return {
+        "paper": [fr.lay_out_turns(random_turns(PAPER))],
+        "tree": [fr.lay_out(random_tree())],
+        "packed": [fr.lay_out(random_tree()), fr.lay_out_turns(random_turns(PAPER, 1)), fr.lay_out(random_tree(2))],
+        "unaligned": [fr.lay_out_turns(random_turns([(61, 150, 67)] * 2))],
+    }[kind]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("kind", ["paper", "tree", "packed", "unaligned"])
+@pytest.mark.parametrize("backend", ["segments", "dense"])
+def test_one_pass_has_the_loss_log_probabilities_and_gradients_of_the_samples(family, kind, backend):
+    found = errors(made(family).double(), layouts(kind), backend=backend)
+    assert max(found.values()) <= EXACT, found
+
+
+def test_the_windows_above_are_crossed_and_the_softcap_bites():
+    """The families' special things change the result, so that the test above can fail."""
+    for family, without in (
+        ("Mistral", {"sliding_window": None}),
+        ("Gemma2", {"sliding_window": 4096}),
+        ("Gemma2", {"attn_logit_softcapping": None}),
+    ):
+        with_it, plain = made(family), made(family, **without)
+        samples = samples_of(layouts("paper"))
+        a, b = (oracle.n_samples(model, samples, gradients=False).loss_sum for model in (with_it, plain))
+        assert abs(a / b - 1) > 1e-5, (family, without)
+
+
+@pytest.mark.parametrize("kind", ["paper", "packed"])
+def test_the_papers_rule_by_turns_and_roles_trains_the_same(kind):
+    given = {"paper": layouts("paper"), "packed": [fr.lay_out_turns(random_turns(PAPER, seed)) for seed in range(2)]}
+    found = errors(made("Gemma2").double(), given[kind], backend="dense", mask="turn_role")
+    assert max(found.values()) <= EXACT, found
+
+
+def test_flex_through_a_model_is_dense_by_both_rules():
+    model, row = made("Gemma2"), fr.collate(layouts("unaligned"))
+    with torch.no_grad():
+        expected = fr.patch(model, "dense")(**row)
+        for mask in ("interval", "turn_role"):
+            found = fr.patch(model, "flex", mask=mask)(**row)
+            torch.testing.assert_close(found.logits, expected.logits, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(found.loss, expected.loss)
+    with pytest.raises(NotImplementedError, match='"flex" has no backward on CPU'):
+        model(**row)
+
+
+def test_other_layouts_are_refused_under_the_papers_rule():
+    model = fr.patch(made("Qwen3"), "dense", mask="turn_role")
+    model(**fr.collate(layouts("paper")))
+    for given in (layouts("tree"), layouts("packed")):
+        with pytest.raises(ValueError, match='mask="turn_role" takes rows of lay_out_turns layouts only'):
+            model(**fr.collate(given))
+    with pytest.raises(ValueError, match='backend "segments" cannot compute mask="turn_role"'):
+        fr.patch(model, "segments", mask="turn_role")
+    with pytest.raises(ValueError, match='backend "segments" cannot compute mask="turn_role"'):
+        fr.patch(model, "auto", mask="turn_role")(**fr.collate(layouts("paper")))
+
+
+@pytest.mark.parametrize("family", ["Qwen3", "Gemma2"])
+def test_in_bf16_the_single_pass_errs_no_more_than_the_samples_do(family):
+    """Against fp64: relative L2 over all log-probabilities and all gradients, median of 8 seeds, at most 1.5 times."""
+    ratios = {"logprobs": [], "gradients": []}
+    for seed in range(8):
+        low = made(family, seed).bfloat16()
+        exact = copy.deepcopy(low).double()
+        given = [fr.lay_out_turns(random_turns(PAPER, seed))]
+        with true_float64():
+            right = oracle.n_samples(exact, samples_of(given))
+        naive = oracle.n_samples(low, samples_of(given))
+        _, logprobs, gradients = single_pass(fr.patch(low, "segments"), fr.collate(given))
+        ours = [gradients[name] * right.n_targets for name in right.gradients]
+        theirs, wanted = naive.gradients.values(), right.gradients.values()
+        ratios["gradients"].append(relative_l2(ours, wanted) / relative_l2(theirs, wanted))
+        theirs, wanted = [torch.cat(naive.logprobs)], [torch.cat(right.logprobs)]
+        ratios["logprobs"].append(relative_l2([logprobs], wanted) / relative_l2(theirs, wanted))
+    assert all(sorted(found)[4] <= 1.5 for found in ratios.values()), ratios
+
+
+# ---- training
+
+
+def trajectory(model, batches, optimizer_steps):
+    """Parameters after AdamW steps; `batches(step)` leaves the gradients of a step."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    for step in range(optimizer_steps):
+        optimizer.zero_grad()
+        batches(step)
+        optimizer.step()
+    return [p.detach().clone() for p in model.parameters()]
+
+
+def trained(dtype, steps=30):
+    """(parameters trained on rows, and on the samples of the same conversations in 5 orders)."""
+    conversations = [fr.lay_out_turns(random_turns([(4, 6, 3)] * 8, seed)) for seed in range(6)]
+
+    def start():
+        return tiny("Qwen3").to(dtype)
+
+    def by_samples(order):
+        model = start()
+
+        def batch(step):
+            samples = samples_of(conversations[step % 3 * 2 : step % 3 * 2 + 2])
+            found = oracle.n_samples(model, [samples[(order + i) % len(samples)] for i in range(len(samples))])
+            for name, p in model.named_parameters():
+                p.grad = found.gradients[name] / found.n_targets
+
+        return trajectory(model, batch, steps)
+
+    model = fr.patch(start(), "segments")
+    rows = [fr.collate(conversations[i * 2 : i * 2 + 2]) for i in range(3)]
+    ours = trajectory(model, lambda step: model(**rows[step % 3]).loss.backward(), steps)
+    return ours, [by_samples(order) for order in range(5 if dtype == torch.float32 else 1)]
+
+
+def test_thirty_steps_over_rows_are_thirty_steps_over_samples_in_fp64():
+    with true_float64():
+        ours, [expected] = trained(torch.float64)
+    assert relative_l2(ours, expected) <= 1e-8
+
+
+def test_thirty_steps_in_fp32_drift_no_more_than_the_order_of_samples_makes_them():
+    ours, orders = trained(torch.float32)
+    drift = max(relative_l2(a, b) for i, a in enumerate(orders) for b in orders[:i])
+    assert relative_l2(ours, orders[0]) <= 2 * drift
+
+
+# ---- weights
+
+
+def test_the_loss_is_the_weighted_mean_over_targets():
+    model, [layout] = made("Qwen3").double(), layouts("paper")
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.rand(len(layout.target_ids), generator=generator)
+    weighted = fr.Layout(**{**vars(layout), "target_weight": weight})
+    with true_float64():
+        logprobs = torch.cat(oracle.n_samples(model, fr.unmerge(layout)).logprobs)
+        loss, _, _ = single_pass(fr.patch(model), fr.collate([weighted]))
+        total = model(**fr.collate([weighted]), num_items_in_batch=torch.tensor(7.0)).loss
+    expected = -(weight.double() * logprobs).sum()
+    torch.testing.assert_close(loss, expected / weight.double().sum(), rtol=1e-9, atol=0)
+    torch.testing.assert_close(total.detach(), expected / 7, rtol=1e-9, atol=0)
+
+
+def test_every_turn_weighing_the_same_is_the_mean_of_the_samples_means():
+    model, [layout] = made("Llama").double(), layouts("paper")
+    sizes = layout.target_turn.bincount()
+    weighted = fr.Layout(**{**vars(layout), "target_weight": 1 / sizes[layout.target_turn].float()})
+    with true_float64():
+        parts = [oracle.n_samples(model, [sample]) for sample in fr.unmerge(layout)]
+        _, _, gradients = single_pass(fr.patch(model), fr.collate([weighted]))
+    expected = [
+        sum(part.gradients[name] / part.n_targets for part in parts) / len(parts) for name in parts[0].gradients
+    ]
+    assert relative_l2(gradients.values(), expected) <= 1e-6  # the weights themselves are fp32
+
+
+@pytest.mark.parametrize("backend", ["segments", "dense"])
+def test_an_empty_row_adds_exactly_nothing(backend):
+    for family in FAMILIES:
+        model = fr.patch(made(family), backend)
+        for total in ({}, {"num_items_in_batch": torch.tensor(5)}):
+            loss, _, gradients = single_pass(model, fr.collate([], 128) | total)
+            assert float(loss) == 0
+            assert gradients
+            assert all((gradient == 0).all() for gradient in gradients.values())
+
+
+def test_weights_that_the_loss_cannot_take_are_refused():
+    [layout] = layouts("paper")
+    half = fr.Layout(**{**vars(layout), "target_weight": layout.target_weight / 2})
+    model = made("Qwen3")
+    model.loss_function = lambda logits, labels, vocab_size, **kwargs: logits.sum()
+    fr.patch(model)
+    model(**fr.collate([layout]))
+    with pytest.raises(ValueError, match="target weights other than 1, and the loss function was replaced"):
+        model(**fr.collate([half]))
+
+    model = fr.patch(made("Qwen3"))
+    original = model.forward
+    model.forward = lambda *args, **kwargs: original(*args, **kwargs)
+    model(**fr.collate([layout]))
+    with pytest.raises(ValueError, match="target weights other than 1, and the model's forward was replaced"):
+        model(**fr.collate([half]))
+
+
+# ---- ordinary batches
+
+
+def ordinary(model):
+    """Outputs of everything that is not a row: logits and generated tokens."""
+    ids = torch.randint(1, 97, (2, 30), generator=torch.Generator().manual_seed(0))
+    padded = torch.ones_like(ids)
+    padded[0, :7] = 0
+    positions = torch.cat([torch.arange(12), torch.arange(18)])[None]
+    square = torch.ones(30, 30, dtype=torch.bool).tril()[None, None]
+    if model.config._attn_implementation.endswith("eager"):
+        square = torch.zeros(1, 1, 30, 30).masked_fill(~square, torch.finfo(torch.float32).min)
+    with torch.no_grad():
+        found = {
+            "plain": model(input_ids=ids).logits,
+            "left-padded": model(input_ids=ids, attention_mask=padded).logits,
+            "right-padded": model(input_ids=ids, attention_mask=padded.flip(1)).logits,
+            "packed": model(input_ids=ids[:1], position_ids=positions, use_cache=False).logits,
+            "4-D mask": model(input_ids=ids, attention_mask=square, use_cache=False).logits,
+            "loss": model(input_ids=ids, labels=ids).loss,
+        }
+        for name, options in {
+            "greedy": {},
+            "beam": {"num_beams": 3},
+            "no cache": {"use_cache": False},
+            "static cache": {"cache_implementation": "static"},
+        }.items():
+            found[name] = model.generate(
+                input_ids=ids, attention_mask=padded, max_new_tokens=8, do_sample=False, pad_token_id=0, **options
+            )
+    return found
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("family", ["Llama", "Mistral", "Gemma2"])
+def test_ordinary_batches_are_the_same_to_the_last_bit_before_during_and_after(family, implementation):
+    if (family, implementation) in UNSUPPORTED:
+        pytest.skip("transformers itself refuses this pair")
+    model = made(family, attn_implementation=implementation).eval()
+    model.generation_config.eos_token_id = None
+    before = ordinary(model)
+    fr.patch(model)
+    model(**fr.collate(layouts("paper")))
+    during = ordinary(model)
+    after = ordinary(fr.unpatch(model))
+    for name, expected in before.items():
+        assert torch.equal(during[name], expected), name
+        assert torch.equal(after[name], expected), name
+
+
+@pytest.mark.filterwarnings("ignore:_compile flag on create_block_mask:DeprecationWarning")  # transformers' own call
+def test_an_ordinary_forward_under_flex_attention_is_the_same():
+    model = made("Llama", attn_implementation="flex_attention").eval()
+    ids = torch.randint(1, 97, (1, 128), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        before = model(input_ids=ids, use_cache=False).logits
+        assert torch.equal(fr.patch(model)(input_ids=ids, use_cache=False).logits, before)
+
+
+def state(model):
+    """Everything about a model that patching might leave behind."""
+    return {
+        "config": model.config.to_dict(),
+        "implementations": [
+            m.config._attn_implementation for m in model.modules() if getattr(m, "config", None) is not None
+        ],
+        "hooks": [{key: len(value) for key, value in vars(m).items() if "hooks" in key} for m in model.modules()],
+        "attributes": [sorted(vars(m)) for m in model.modules()],
+        "loss": model.loss_function,
+        "forward": model.forward.__func__,
+    }
+
+
+def test_unpatch_restores_everything_and_patching_twice_is_no_harm():
+    model = made("Qwen3")
+    before = state(model)
+    assert fr.patch(model) is model
+    once = state(model)
+    assert fr.patch(model, "dense") is model
+    assert [{**s, "loss": None} for s in (state(model),)] == [{**once, "loss": None}]
+    assert fr.unpatch(model) is model
+    assert state(model) == before
+    assert fr.unpatch(model) is model
+    model.loss_function = own = lambda *args, **kwargs: None
+    assert fr.unpatch(fr.patch(model)).loss_function is own
+
+
+def test_models_that_share_a_config_are_patched_and_unpatched_one_by_one():
+    first = made("Qwen3")
+    second = transformers.Qwen3ForCausalLM(first.config)
+    row = fr.collate(layouts("paper"))
+    expected = fr.patch(first)(**row).loss
+    fr.patch(second, "dense")(**row)
+    fr.unpatch(second)
+    torch.testing.assert_close(first(**row).loss, expected)
+    fr.patch(second)
+    fr.unpatch(first)
+    second(**row)
+    fr.unpatch(second)
+    assert first.config._attn_implementation == "sdpa"
+
+
+# ---- what is refused
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager", "flex_attention"])
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("with_labels", [True, False])
+def test_a_row_given_to_a_model_that_is_not_patched_raises(family, implementation, with_labels):
+    if (family, implementation) in UNSUPPORTED:
+        pytest.skip("transformers itself refuses this pair")
+    model = made(family, attn_implementation=implementation)
+    row = fr.collate(layouts("paper"))
+    if not with_labels:
+        del row["labels"], row["shift_labels"]
+    with pytest.raises((RuntimeError, ValueError, IndexError, AttributeError)):
+        model(**row)
+
+
+def test_a_recurrent_model_raises_through_the_size_of_the_loss():
+    """It never looks at the mask; only with labels does it notice that T is not S."""
+    config = transformers.MambaConfig(vocab_size=97, hidden_size=16, num_hidden_layers=1, state_size=4)
+    with pytest.raises((RuntimeError, ValueError)):
+        transformers.MambaForCausalLM(config)(**fr.collate(layouts("paper")))
+
+
+@pytest.mark.parametrize(
+    "missing", sorted(set(fr.collate([])) - {"labels", "shift_labels", "attention_mask", "input_ids"})
+)
+def test_a_row_without_one_of_its_keys_is_refused(missing):
+    row = fr.collate(layouts("paper"))
+    del row[missing]
+    with pytest.raises(ValueError, match=f"row: the keys {missing} are missing; pass all that fr.collate made"):
+        fr.patch(made("Qwen3"))(**row)
+
+
+def test_a_row_whose_own_keys_a_trainer_removed_is_refused():
+    kept = ("input_ids", "position_ids", "labels", "attention_mask")
+    row = {key: value for key, value in fr.collate(layouts("paper")).items() if key in kept}
+    with pytest.raises(ValueError, match="with a Trainer: remove_unused_columns=False"):
+        fr.patch(made("Qwen3"))(**row)
+
+
+def test_what_is_not_one_whole_row_is_refused():
+    model, row = fr.patch(made("Qwen3")), fr.collate(layouts("paper"))
+    two = {key: value.expand(2, *value.shape[1:]) for key, value in row.items()}
+    with pytest.raises(
+        ValueError, match=r"expected one row, \[1, S\], found until of shape \[2, 128\]; .* batch size of 1"
+    ):
+        model(**two)
+    with pytest.raises(ValueError, match=r"expected turn of shape \[1, 128\] like the tokens, found \[1, 64\]"):
+        model(**{**row, "turn": row["turn"][:, :64]})
+    with pytest.raises(ValueError, match=r"expected until of integers, found torch\.float32"):
+        model(**{**row, "until": row["until"].float()})
+    with pytest.raises(ValueError, match="turn is on meta and the model on cpu; move the row"):
+        model(**{**row, "turn": row["turn"].to("meta")})
+    with pytest.raises(ValueError, match="an attention_mask of its own"):
+        model(**{**row, "attention_mask": torch.ones(1, 128)})
+    with pytest.raises(ValueError, match=r"labels of shape \[1, 64\]|expected labels and logits for its"):
+        model(**{**row, "labels": row["labels"][:, :8], "shift_labels": row["labels"][:, :8]})
+    cache = transformers.DynamicCache(config=model.config)
+    with pytest.raises(ValueError, match="past_key_values; a row is whole in itself"):
+        model(**row, past_key_values=cache)
+
+
+def test_the_configs_default_cache_and_a_dropped_mask_are_no_error():
+    model, row = fr.patch(made("Qwen3")), fr.collate(layouts("paper"))
+    assert model.config.use_cache
+    expected = model(**row)
+    assert expected.past_key_values is None
+    del row["attention_mask"]
+    assert torch.equal(model(**row).loss, expected.loss)
+
+
+def test_embeddings_in_place_of_ids_are_the_same_row():
+    model, row = fr.patch(made("Qwen3")), fr.collate(layouts("paper"))
+    expected = model(**row).loss
+    embeds = model.get_input_embeddings()(row.pop("input_ids"))
+    torch.testing.assert_close(model(**row, inputs_embeds=embeds).loss, expected)
+
+
+OWN_ATTENTION = {
+    "Bloom": {"n_layer": 1, "n_head": 2, "hidden_size": 16},
+    "Falcon": {"num_hidden_layers": 1, "num_attention_heads": 2, "hidden_size": 16},
+    "GPTJ": {"n_layer": 1, "n_head": 2, "n_embd": 16, "rotary_dim": 4},
+}
+RECURRENT = {
+    "Mamba": {"hidden_size": 16, "num_hidden_layers": 1, "state_size": 4},
+    "Mamba2": {
+        "hidden_size": 16,
+        "num_hidden_layers": 1,
+        "state_size": 4,
+        "num_heads": 4,
+        "head_dim": 8,
+        "n_groups": 1,
+    },
+}
+
+
+@pytest.mark.parametrize("family", [*OWN_ATTENTION, *RECURRENT])
+def test_models_that_cannot_be_exact_are_refused_by_name(family):
+    config = getattr(transformers, f"{family}Config")(vocab_size=97, **OWN_ATTENTION.get(family, RECURRENT.get(family)))
+    model = getattr(transformers, f"{family}ForCausalLM")(config)
+    reason = "it has attention code of its own" if family in OWN_ATTENTION else "it has recurrent layers"
+    with pytest.raises(ValueError, match=f"patch: {family}ForCausalLM is refused: {reason}.*; train on the N samples"):
+        fr.patch(model)
+
+
+def test_layers_of_an_unknown_type_are_refused():
+    config = transformers.Llama4TextConfig(
+        vocab_size=97, hidden_size=32, intermediate_size=48, intermediate_size_mlp=48, num_hidden_layers=4,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=8, num_local_experts=2, pad_token_id=0,
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="refused: it has layers of type chunked_attention"):
+        fr.patch(transformers.Llama4ForCausalLM(config))
+
+
+def test_attention_dropout_is_refused_and_other_dropout_said_once():
+    with pytest.raises(ValueError, match=r"attention_dropout is 0\.1.*load it with attention_dropout=0\.0"):
+        fr.patch(tiny("Llama", attention_dropout=0.1))
+    model = fr.patch(tiny("Phi3", resid_pdrop=0.1, pad_token_id=0, eos_token_id=0, bos_token_id=0))
+    row = fr.collate(layouts("paper"))
+    with pytest.warns(UserWarning, match="dropout is on in 4 modules .* one draw is shared by all samples"):
+        model(**row)
+    model(**row)  # warnings are errors here: the second time it is silent
+
+
+def test_what_is_no_model_is_refused():
+    for thing in (torch.nn.Linear(2, 2), "gpt2", made("Llama").model):
+        with pytest.raises(
+            ValueError, match=r"patch: expected a transformers model with an LM head \(\.\.\.ForCausalLM\)"
+        ):
+            fr.patch(thing)
+    with pytest.raises(ValueError, match="backend: expected one of 'auto', 'flex', 'segments', 'dense', found 'flash'"):
+        fr.patch(made("Llama"), backend="flash")
+    with pytest.raises(ValueError, match="mask: expected one of 'interval', 'turn_role', found 'causal'"):
+        fr.patch(made("Llama"), mask="causal")
+
+
+def test_router_losses_are_refused():
+    model = fr.patch(made("Qwen3Moe"))
+    with pytest.raises(ValueError, match="output_router_logits is on"):
+        model(**fr.collate(layouts("paper")), output_router_logits=True)
+    model.config.output_router_logits = True
+    with pytest.raises(ValueError, match="output_router_logits is on"):
+        model(**fr.collate(layouts("paper")))
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
+def test_rope_that_reads_the_longest_position_is_refused_only_where_samples_straddle_its_threshold(kind):
+    rope = {"rope_type": kind, "rope_theta": 10000.0, "factor": 2.0, "original_max_position_embeddings": 40}
+    if kind == "longrope":
+        rope |= {"short_factor": [1.0] * 4, "long_factor": [3.0] * 4}
+    config = {"rope_parameters": rope, "max_position_embeddings": 40 if kind == "dynamic" else 80}
+    short, long = (
+        [fr.lay_out_turns(random_turns([(5, 6, 7), (5, 6, 7)]))],
+        [fr.lay_out_turns(random_turns([(50, 6, 7)] * 2))],
+    )
+    assert max(errors(tiny("Llama", **config).double(), short, backend="segments").values()) <= EXACT
+    with pytest.raises(ValueError, match=f"RoPE .{kind}. changes with the longest of a batch above 40"):
+        fr.patch(tiny("Llama", **config))(**fr.collate([*short, *long]))
+    if kind == "longrope":
+        assert max(errors(tiny("Llama", **config).double(), long, backend="segments").values()) <= EXACT
+
+
+# ---- what it costs
+
+
+def saved_for_backward(call, skip):
+    """Bytes of distinct storages that autograd keeps, those of `skip` left out."""
+    skipped = {tensor.untyped_storage().data_ptr() for tensor in skip}
+    kept = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in skipped:
+            kept[storage.data_ptr()] = (storage.nbytes(), tensor)  # held, so that no address is used twice
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        out = call()
+    return sum(nbytes for nbytes, _ in kept.values()), out
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_decoder_keeps_no_more_for_backward_a_token_than_a_plain_pass(checkpointing):
+    model = tiny("Qwen3", hidden_size=64, head_dim=16)
+    layout = fr.lay_out_turns(random_turns([(64, 120, 64)] * 6))
+    longest = max(fr.unmerge(layout), key=lambda s: len(s.prompt_ids) + len(s.target_ids))
+    ids = torch.tensor([longest.prompt_ids + longest.target_ids])
+    if checkpointing:
+        checkpoint(model)
+    model.train()
+    skip = list(model.parameters())
+    plain, _ = saved_for_backward(lambda: model.model(input_ids=ids, use_cache=False).last_hidden_state, skip)
+    row = fr.collate([layout])
+    fr.patch(model, "segments")
+    ours, _ = saved_for_backward(lambda: model.model(**{k: v for k, v in row.items() if "labels" not in k}), skip)
+    assert ours / row["input_ids"].shape[1] <= 1.1 * plain / ids.shape[1]
+
+
+def test_the_head_sees_targets_only():
+    model, row = fr.patch(made("Qwen3")), fr.collate(layouts("packed"))
+    assert model(**row).logits.shape == (1, row["labels"].shape[1], 97)
+
+
+def test_a_prefix_shared_by_many_branches_is_one_rectangle_for_all(monkeypatch):
+    """What makes it fast is in use: fewer pieces than branches times what they see."""
+    calls = []
+    monkeypatch.setattr(segments, "cover", lambda *args: calls.append(cover.cover(*args)) or calls[-1])
+    fr.patch(made("Qwen3"))(**fr.collate([fr.lay_out_turns(random_turns([(60, 30, 20)] * 20))]))
+    assert len(calls) == 1  # one work list for both layers
