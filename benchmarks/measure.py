@@ -57,7 +57,7 @@ def print_table(title: str, rows: list[dict[str, Any]]) -> None:
     widths = [max(map(len, column)) for column in zip(names, *cells, strict=True)]
     for line in [names, *cells]:
         first, *rest = (cell.rjust(width) for cell, width in zip(line, widths, strict=True))
-        print("  ".join([first.strip().ljust(widths[0]), *rest]))
+        print("  ".join([first.strip().ljust(widths[0]), *rest]), flush=True)
 
 
 def _cell(value: Any) -> str:

@@ -5,7 +5,6 @@ import shutil
 from typing import Any
 
 import torch
-from torch import Tensor
 
 import flexreason as fr
 from flexreason import oracle
@@ -45,9 +44,12 @@ def run(options: argparse.Namespace) -> int:
     model = _tiny_model(len(words), options.seed)
     with true_float64():
         samples = oracle.n_samples(model, fr.unmerge(layout))
-        loss, gradients = _single_pass(model, layout)
-    worst = max(relative_l2([gradients[name]], [expected]) for name, expected in samples.gradients.items())
+        fr.patch(model)
+        mean = model(**fr.collate([layout])).loss
+        mean.backward()
     n = samples.n_targets
+    loss, gradients = float(mean.detach()) * n, {name: p.grad * n for name, p in model.named_parameters()}
+    worst = max(relative_l2([gradients[name]], [expected]) for name, expected in samples.gradients.items())
     print("\nA tiny Qwen3 with random weights, in fp64:\n")
     print(f"  {'':<12}{'passes':>7}{'tokens':>8}{'targets':>9}   loss")
     print(f"  {'N samples':<12}{layout.n_samples:>7}{samples.tokens:>8}{n:>9}   {samples.loss_sum / n:.12f}")
@@ -72,18 +74,3 @@ def _tiny_model(vocabulary: int, seed: int) -> Any:
         head_dim=8,
     )
     return Qwen3ForCausalLM(config).double()
-
-
-def _single_pass(model: Any, layout: fr.Layout) -> tuple[float, dict[str, Tensor]]:
-    """Loss sum and gradients of all samples at once, the mask given to the model as it is."""
-    hidden = model.model(
-        input_ids=layout.input_ids[None],
-        position_ids=layout.position_ids[None],
-        attention_mask=fr.dense_mask(layout)[None, None],
-        use_cache=False,
-    ).last_hidden_state
-    logits = model.lm_head(hidden[0, layout.target_source])
-    loss = torch.nn.functional.cross_entropy(logits, layout.target_ids, reduction="sum")
-    parameters = dict(model.named_parameters())
-    gradients = torch.autograd.grad(loss, list(parameters.values()))
-    return float(loss.detach()), dict(zip(parameters, gradients, strict=True))

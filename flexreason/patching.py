@@ -19,34 +19,23 @@ What it does to a model, and all that it does:
 """
 
 import inspect
-import sys
 import weakref
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, PreTrainedModel
-from transformers.loss.loss_utils import ForCausalLMLoss
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers import PreTrainedModel
 
+from flexreason.attention.registry import TREE, before_patching, register
 from flexreason.attention.tree_row import BACKENDS, PER_TOKEN, TreeRow, choose_backend
+from flexreason.loss import TreeLoss, is_weighted
 from flexreason.mask import MASKS
 from flexreason.refuse import refuse_model, refuse_other_layouts, refuse_row, warn_of_dropout
-from flexreason.row import IGNORED
+from flexreason.row import ROW_KEYS
 
-NAME = "flexreason"
-"""The attribute that holds a model's `Patch`, and the beginning of its attention implementations' names."""
-
-TREE = "flexreason_tree"
-"""The keyword that carries a `TreeRow` to the layers."""
-
-PER_TARGET = ("target_source", "target_turn", "target_document", "target_weight")
-ROW_KEYS = {"until", "turn", "role", "document", *PER_TARGET}
-"""What only rows have; a stock model's own keywords are not among them."""
-
+ATTRIBUTE = "_flexreason"
+"""Where a model keeps its `Patch`."""
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -73,7 +62,7 @@ def patch(model: Model, backend: str = "auto", mask: str = "interval") -> Model:
 
 def unpatch(model: Model) -> Model:
     """Undo `patch`, to the last hook; the same object back. A model that is not patched stays as it is."""
-    found = find_root(model).__dict__.get(NAME)
+    found = find_root(model).__dict__.get(ATTRIBUTE)
     if isinstance(found, Patch):
         found.undo()
     return model
@@ -104,16 +93,21 @@ class Patch:
     def apply(self) -> None:
         for config in {id(c): c for m in self.root.modules() if (c := getattr(m, "config", None)) is not None}.values():
             if (previous := getattr(config, "_attn_implementation", None)) is not None:
-                previous = previous.removeprefix(f"{NAME}_")  # of a config shared with a patched model
+                previous = before_patching(previous)  # a config may be shared with a patched model
                 self.configs.append((config, previous))
-                config._attn_implementation_internal = _register(previous)
+                config._attn_implementation_internal = register(previous)
         decoder = self.root.base_model
         self.hooks = [
             decoder.register_forward_pre_hook(self.before, with_kwargs=True),
             decoder.register_forward_hook(self.after, with_kwargs=True),
         ]
         self.root.loss_function = TreeLoss(self.root)
-        self.root.__dict__[NAME] = self
+        self.root.__dict__[ATTRIBUTE] = self
+        _APPLIED.add(self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A copy of a patched model is patched too."""
+        self.__dict__.update(state)
         _APPLIED.add(self)
 
     def undo(self) -> None:
@@ -124,7 +118,7 @@ class Patch:
         for hook in self.hooks:
             hook.remove()
         self.root.loss_function.undo(self.root)
-        del self.root.__dict__[NAME]
+        del self.root.__dict__[ATTRIBUTE]
 
     @torch.compiler.disable
     def before(self, decoder: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
@@ -165,7 +159,7 @@ class Patch:
         """Whatever replaced the model's forward (trl's fused head, Liger) has a loss that takes no weights."""
         stock = type(self.root).forward
         replaced = "forward" in vars(self.root) or stock.__module__ != type(self.root).__module__
-        if replaced and _weighted(given["target_weight"], given["target_source"]):
+        if replaced and is_weighted(given["target_weight"]):
             by = vars(self.root).get("forward", stock)
             raise ValueError(
                 f"row: it has target weights other than 1, and the model's forward was replaced (by {by.__module__}."
@@ -177,129 +171,9 @@ _APPLIED: "weakref.WeakSet[Patch]" = weakref.WeakSet()
 """All patches in force, since models may share a config: the last to be undone restores it."""
 
 
-class TreeLoss:
-    """The model's loss function; for a row, the sum of w x nll over its targets by the sum of w, or by
-    `num_items_in_batch` where that is given. An empty row has loss 0."""
-
-    def __init__(self, root: PreTrainedModel) -> None:
-        self.own = vars(root).get("_loss_function")
-        self.previous = root.loss_function
-
-    def undo(self, root: PreTrainedModel) -> None:
-        if self.own is None:
-            del root._loss_function
-        else:
-            root._loss_function = self.own
-
-    def __call__(self, logits: Tensor, labels: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if "target_weight" not in kwargs:
-            return self.previous(logits, labels, *args, **kwargs)
-        weight = kwargs["target_weight"]
-        labels = kwargs.get("shift_labels", labels)
-        if labels is None or labels.shape != weight.shape or logits.shape[:2] != labels.shape:
-            raise ValueError(
-                f"row: expected labels and logits for its {weight.shape[1]} targets, found labels of shape "
-                f"{None if labels is None else list(labels.shape)} and logits of shape {list(logits.shape)}"
-            )
-        if self.previous is not ForCausalLMLoss:
-            if _weighted(weight, labels):
-                raise ValueError(
-                    f"row: it has target weights other than 1, and the loss function was replaced (by {self.previous}) "
-                    "and takes none; use weights of 1, or the model's own loss"
-                )
-            if not (labels != IGNORED).any():
-                return logits.sum() * 0.0
-            kwargs = {key: value for key, value in kwargs.items() if key not in ROW_KEYS}
-            return self.previous(logits, labels, *args, **kwargs)
-        nll = nn.functional.cross_entropy(
-            logits[0].float(), labels[0].to(logits.device), ignore_index=IGNORED, reduction="none"
-        )
-        weight = weight[0].to(nll)
-        total = kwargs.get("num_items_in_batch")
-        if total is None:
-            total = weight.sum()
-            total = torch.where(total > 0, total, 1)
-        return (nll * weight).sum() / total
-
-
-def _weighted(weight: Tensor, labels: Tensor) -> bool:
-    """Whether any target has a weight other than 1; ignored ones have 0."""
-    return bool(((weight != 1) & (weight != 0)).any())
-
-
 def _check_pair(backend: str, mask: str) -> None:
     if mask not in BACKENDS[backend].MASKS:
         raise ValueError(
             f'patch: backend "{backend}" cannot compute mask="{mask}"; use backend="flex" (on CPU: no backward) or '
             '"dense", or mask="interval", which is the same mask'
         )
-
-
-def _register(previous: str) -> str:
-    """The name under which attention does what `previous` did, and trees."""
-    name = f"{NAME}_{previous}"
-    if name not in ALL_ATTENTION_FUNCTIONS:
-        AttentionInterface.register(name, _attention(previous))
-        AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[previous])
-    return name
-
-
-def _attention(previous: str) -> Callable:
-    def attention(
-        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor | None]:
-        tree = kwargs.pop(TREE, None)
-        if tree is not None:
-            return _tree_attention(module, query, key, value, tree, *args, **kwargs), None
-        if isinstance(attention_mask, Tensor) and attention_mask.dim() == 4 and not attention_mask.numel():
-            raise ValueError(
-                f"row: it reached {type(module).__name__} without its tree; the model is not patched, or does "
-                "not hand keywords on to its layers, and cannot take rows"
-            )
-        if previous == "eager":
-            stock = sys.modules[type(module).__module__].eager_attention_forward
-        else:
-            stock = ALL_ATTENTION_FUNCTIONS[previous]
-        return stock(module, query, key, value, attention_mask, *args, **kwargs)
-
-    return attention
-
-
-def _tree_attention(
-    module: nn.Module,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    tree: TreeRow,
-    *,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    s_aux: Tensor | None = None,
-    position_bias: Tensor | None = None,
-    is_causal: bool | None = None,
-    **kwargs: Any,
-) -> Tensor:
-    name = type(module).__name__
-    if dropout:
-        raise ValueError(f"row: {name} has attention dropout {dropout}, of which one draw cannot serve all samples")
-    if position_bias is not None:
-        raise ValueError(f"row: {name} adds a position bias to its scores, which is not supported")
-    if is_causal is False or getattr(module, "is_causal", True) is False:
-        raise ValueError(f"row: {name} is not causal")
-    if q.shape[2] != tree.length or k.shape[2] != tree.length:
-        raise ValueError(f"row: {name} has {q.shape[2]} queries and {k.shape[2]} keys for {tree.length} tokens")
-    if q.dtype != v.dtype:  # under autocast, norms behind the projections leave q and k in float32
-        q, k = q.to(v.dtype), k.to(v.dtype)
-    scale = q.shape[-1] ** -0.5 if scaling is None else scaling
-    return tree.attend(q, k, v, scale, window=_window(module, sliding_window), softcap=softcap, sinks=s_aux)
-
-
-def _window(module: nn.Module, said: int | None) -> int | None:
-    """The window of a layer: by its type in the config, as stock masks are made, or else as it says itself."""
-    config: Any = getattr(module, "config", None)
-    number, kinds = getattr(module, "layer_idx", None), getattr(config, "layer_types", None)
-    if not kinds or number is None:
-        return said
-    return config.sliding_window if kinds[number] == "sliding_attention" else None

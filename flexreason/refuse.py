@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from flexreason.attention.registry import before_patching
 from flexreason.mask import interval_rule, turn_role_rule
 
 LAYER_TYPES = ("full_attention", "sliding_attention")
@@ -49,7 +50,7 @@ def refuse_model(root: PreTrainedModel) -> None:
             )
     for module in root.modules():
         used = getattr(getattr(module, "config", None), "_attn_implementation", None)
-        if used is not None and used.removeprefix("flexreason_") not in IMPLEMENTATIONS:
+        if used is not None and before_patching(used) not in IMPLEMENTATIONS:
             refuse(
                 f"its attention implementation is {used!r}, which reads its own name",
                 'load it with attn_implementation="sdpa"; rows do not use it anyway',
@@ -86,6 +87,11 @@ def refuse_row(decoder: nn.Module, given: Mapping[str, Any], required: set[str])
         if given[key].device != weight.device and weight.device.type != "meta":
             raise ValueError(f"row: {key} is on {given[key].device} and the model on {weight.device}; move the row")
     mask = given.get("attention_mask")
+    if mask is not None and not isinstance(mask, Tensor):
+        raise ValueError(
+            f"row: its attention_mask came as a {type(mask).__name__}, as a table returns empty tensors; keep layouts "
+            "in a datasets.Dataset and call fr.collate in the data collator, or leave the key out"
+        )
     if mask is not None and (mask.dim() != 4 or mask.numel()):
         raise ValueError("row: it came with an attention_mask of its own; a row's mask follows from its layout")
     if given.get("past_key_values") is not None:

@@ -28,6 +28,12 @@ Row = dict[str, Tensor]
 IGNORED = -100
 """The label that losses leave out."""
 
+ROW_KEYS = {
+    *("until", "turn", "role", "document"),
+    *("target_source", "target_turn", "target_document", "target_weight"),
+}
+"""What only rows have; a stock model's own keywords are not among them."""
+
 NOBODY = -1
 """Turn and document of padding and of ignored targets."""
 

@@ -12,9 +12,9 @@ class true_float64(TorchFunctionMode):
     """Stock models in fp64 throughout.
 
     `model.double()` alone is not enough: norms, softmax and rotary embeddings cast to float32 inside, which
-    moves gradients by 1e-8 to 1e-7. Under this mode a cast to float32 becomes a cast to float64. Run forward
-    and backward inside it. Models with experts also need `experts_implementation="eager"` in their config,
-    since grouped matrix products take no float64.
+    moves gradients by 1e-8 to 1e-7. Under this mode a cast to float32 becomes a cast to float64. It holds where
+    it is entered, and not in layers that gradient checkpointing runs again during backward. Models with experts
+    also need `experts_implementation="eager"`, since grouped matrix products take no float64.
 
     >>> with true_float64():
     ...     torch.ones(2, dtype=torch.float64).float().dtype
@@ -39,3 +39,20 @@ def relative_l2(found: Iterable[Tensor], expected: Iterable[Tensor]) -> float:
         difference += float((a - b).square().sum())
         norm += float(b.square().sum())
     return (difference / norm) ** 0.5 if norm else float(difference > 0)
+
+
+def saved_bytes(call: Callable[[], Any], skip: Iterable[Tensor] = ()) -> int:
+    """Bytes that autograd keeps for the backward of `call()`: distinct storages, without those of `skip`."""
+    skipped = {tensor.untyped_storage().data_ptr() for tensor in skip}
+    kept: dict[int, tuple[int, Tensor]] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in skipped:
+            kept[storage.data_ptr()] = (storage.nbytes(), tensor)  # held, so that no address is used twice
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        out = call()
+    del out
+    return sum(n_bytes for n_bytes, _ in kept.values())

@@ -86,10 +86,86 @@ MUTATIONS = {  # name: (file, what stands there, what to write instead)
     "rows: padding is one long segment": (
         "row.py", "torch.arange(starts[-1] + 1, length + 1, dtype=torch.int32)", "torch.full((n_padding,), length, dtype=torch.int32)",
     ),
+    "cover: the corner in the diagonal tile is computed twice": (
+        "attention/cover.py", "    if k_stop > tile:", "    if k_stop < 0:",
+    ),
+    "cover: the edge of the window is whole": (
+        "attention/cover.py", "low, cut, edge=True)", "low, cut)",
+    ),
+    "merge: the old log-sum-exp stays": (
+        "attention/pieces.py", "    lse.copy_(both)", "    both = both",
+    ),
+    "merge: one half is not weighed down": (
+        "attention/pieces.py", "out.lerp_(more_out.to(out.dtype), (more_lse - both).exp_().unsqueeze(-1))",
+        "out.add_(more_out.to(out.dtype) * (more_lse - both).exp_().unsqueeze(-1))",
+    ),
+    "fused backward: the delta term is dropped": (
+        "attention/pieces.py", "return _fused_backward(grad, q, k, v, out, lse,", "return _fused_backward(grad, q, k, v, out * 0, lse,",
+    ),
+    "tiled backward: the delta term is dropped": (
+        "attention/pieces.py", " - delta_r) * slope", ") * slope",
+    ),
+    "tiled backward: the softcap's slope is dropped": (
+        "attention/pieces.py", "self.scale * (1 - (score / self.softcap).square())", "self.scale",
+    ),
+    "segments: a rectangle's gradients replace those before": (
+        "attention/segments.py", "                total += piece", "                total.copy_(piece)",
+    ),
+    "segments: sinks have no gradient": (
+        "attention/segments.py", "d_sinks = -(taken * delta)", "d_sinks = 0 * (taken * delta)",
+    ),
+    "flex: the softcap is dropped": (
+        "attention/flex.py", "None if softcap is None else _capped(softcap)", "None",
+    ),
+    "patch: the hidden states gathered are one off": (
+        "patching.py", "output.last_hidden_state[:, source]", "output.last_hidden_state[:, source - 1]",
+    ),
+    "patch: no mask function is registered": (
+        "attention/registry.py", "        AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[previous])\n", "",
+    ),
+    "patch: the hook before the decoder is not there": (
+        "patching.py", "            decoder.register_forward_pre_hook(self.before, with_kwargs=True),\n", "",
+    ),
+    "patch: the hook behind the decoder is not there": (
+        "patching.py", "            decoder.register_forward_hook(self.after, with_kwargs=True),\n", "",
+    ),
+    "patch: layers have no window": (
+        "attention/registry.py", 'return config.sliding_window if kinds[number] == "sliding_attention" else None', "return None",
+    ),
+    "patch: q and k are not cast under autocast": (
+        "attention/registry.py", "    if q.dtype != v.dtype:", "    if q.dtype is None:",
+    ),
+    "patch: unpatch leaves the loss": (
+        "patching.py", "        self.root.loss_function.undo(self.root)\n", "",
+    ),
+    "loss: the mean is over targets, not over weights": (
+        "loss.py", "            total = weight.sum()\n", "            total = (weight > 0).sum()\n",
+    ),
+    "loss: an empty row divides by nothing": (
+        "loss.py", "            total = torch.where(total > 0, total, 1)\n", "",
+    ),
+    "refuse: samples may straddle a RoPE threshold": (
+        "refuse.py", "        if not short and (", "        if False and (",
+    ),
+    "refuse: other layouts under the paper's rule": (
+        "refuse.py", "    if differ.any():", "    if differ.all():",
+    ),
     "fp64: casts stay": (
         "testing.py", "if func is Tensor.float:", "if func is None:",
     ),
 }  # fmt: skip
+
+
+CORE = ["tests/test_layout.py", "tests/test_mask.py", "tests/test_blocks.py", "tests/test_row.py"]
+TESTS = {  # where to look for the test that notices, so that all of this takes minutes
+    "attention/registry.py": ["tests/test_patching.py", "tests/test_integrations.py"],
+    "attention/": ["tests/test_cover.py", "tests/test_attention.py"],
+    "patching.py": ["tests/test_patching.py", "tests/test_integrations.py"],
+    "loss.py": ["tests/test_patching.py"],
+    "refuse.py": ["tests/test_patching.py"],
+    "testing.py": ["flexreason"],
+    "": [*CORE, "tests/test_single_pass.py"],
+}
 
 
 def main() -> int:
@@ -106,7 +182,7 @@ def main() -> int:
             source = path.read_text()
             assert source.count(old) == 1, f"{name}: found {source.count(old)} times in {file}: {old}"
             path.write_text(source.replace(old, new))
-            caught = first_failure(folder)
+            caught = first_failure(folder, next(tests for part, tests in TESTS.items() if part in file))
             path.write_text(source)
             print(f"{name:<58} {caught or 'NOT NOTICED'}", flush=True)
             if caught is None:
@@ -115,10 +191,10 @@ def main() -> int:
     return 1 if unseen else 0
 
 
-def first_failure(folder: str) -> str | None:
+def first_failure(folder: str, tests: list[str]) -> str | None:
     """The test that notices, run on the copy in `folder`."""
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider"],
+        [sys.executable, "-m", "pytest", "-x", "-q", "-n", "2", "-p", "no:cacheprovider", *tests],
         cwd=folder,
         capture_output=True,
         text=True,

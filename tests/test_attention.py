@@ -94,6 +94,16 @@ def test_the_tiled_route_is_exact_however_small_its_tiles(monkeypatch):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
 
 
+def test_a_slower_route_is_said_once_by_name(caplog):
+    segments.say_route.cache_clear()
+    row = rows()["tree"]
+    q, k, v = inputs(row["until"].shape[1])
+    for _ in range(2):
+        segments.attend(q, k, v, segments.prepare(row), 0.4, softcap=2.0)
+        segments.attend(q, k, v, segments.prepare(row), 0.4)
+    assert caplog.messages == ["segments: attention takes the slower route, tiled: softcap"]
+
+
 def test_the_route_is_said_by_name():
     q, k, v = inputs(16)
     assert pieces.route(q, k, v, None) == "fused"
@@ -220,7 +230,7 @@ def test_flex_refuses_what_it_cannot_do_on_cpu():
 
 def test_flex_raises_where_torch_would_fall_back_to_scores_of_s_by_s(monkeypatch):
     """After too many recompiles torch runs eager flex with one warning; here that is an error."""
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 1)
+    monkeypatch.setattr(flex, "KERNELS", 1)
     torch._dynamo.reset()
     flex._compiled.cache_clear()
     row = compiled_rows()

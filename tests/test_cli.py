@@ -4,9 +4,11 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 import flexreason
 from flexreason.cli import main
+from flexreason.mask import interval_rule
 
 
 def test_demo_draws_a_conversation_and_shows_that_one_pass_is_exact(capsys, monkeypatch):
@@ -25,9 +27,9 @@ def test_demo_draws_a_conversation_and_shows_that_one_pass_is_exact(capsys, monk
 
 
 def test_demo_fails_when_the_single_pass_is_wrong(capsys, monkeypatch):
-    monkeypatch.setattr(
-        "flexreason.dense_mask", lambda layout: (layout.until[None] > -1).expand(len(layout), -1).tril()
-    )
+    """Here: every token sees all before it."""
+    plain = interval_rule
+    monkeypatch.setattr("flexreason.mask.interval_rule", lambda until: plain(torch.full_like(until, len(until))))
     assert main(["demo"]) == 1
     assert "NOT the same" in capsys.readouterr().out
 

@@ -10,7 +10,7 @@ import flexreason as fr
 from exact import EXACT, errors, samples_of, single_pass
 from flexreason import oracle
 from flexreason.attention import cover, segments
-from flexreason.testing import relative_l2, true_float64
+from flexreason.testing import relative_l2, saved_bytes, true_float64
 from models import checkpoint, tiny
 from strategies import random_tree, random_turns
 
@@ -276,6 +276,7 @@ def test_ordinary_batches_are_the_same_to_the_last_bit_before_during_and_after(f
 
 @pytest.mark.filterwarnings("ignore:_compile flag on create_block_mask:DeprecationWarning")  # transformers' own call
 def test_an_ordinary_forward_under_flex_attention_is_the_same():
+    torch._dynamo.reset()  # what other tests compiled makes shapes dynamic, which flex on CPU does not compile
     model = made("Llama", attn_implementation="flex_attention").eval()
     ids = torch.randint(1, 97, (1, 128), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
@@ -492,22 +493,6 @@ def test_rope_that_reads_the_longest_position_is_refused_only_where_samples_stra
 # ---- what it costs
 
 
-def saved_for_backward(call, skip):
-    """Bytes of distinct storages that autograd keeps, those of `skip` left out."""
-    skipped = {tensor.untyped_storage().data_ptr() for tensor in skip}
-    kept = {}
-
-    def pack(tensor):
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in skipped:
-            kept[storage.data_ptr()] = (storage.nbytes(), tensor)  # held, so that no address is used twice
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        out = call()
-    return sum(nbytes for nbytes, _ in kept.values()), out
-
-
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_the_decoder_keeps_no_more_for_backward_a_token_than_a_plain_pass(checkpointing):
     model = tiny("Qwen3", hidden_size=64, head_dim=16)
@@ -518,10 +503,10 @@ def test_the_decoder_keeps_no_more_for_backward_a_token_than_a_plain_pass(checkp
         checkpoint(model)
     model.train()
     skip = list(model.parameters())
-    plain, _ = saved_for_backward(lambda: model.model(input_ids=ids, use_cache=False).last_hidden_state, skip)
+    plain = saved_bytes(lambda: model.model(input_ids=ids, use_cache=False).last_hidden_state, skip)
     row = fr.collate([layout])
     fr.patch(model, "segments")
-    ours, _ = saved_for_backward(lambda: model.model(**{k: v for k, v in row.items() if "labels" not in k}), skip)
+    ours = saved_bytes(lambda: model.model(**{k: v for k, v in row.items() if "labels" not in k}), skip)
     assert ours / row["input_ids"].shape[1] <= 1.1 * plain / ids.shape[1]
 
 

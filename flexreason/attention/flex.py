@@ -15,6 +15,9 @@ from flexreason.mask import Tree
 
 MASKS = ("interval", "turn_role")
 
+KERNELS = 64
+"""How many kernels (a kind of layer in a dtype and row length each) one process may compile before it is an error."""
+
 
 def prepare(tree: Tree, mask: str, window: int | None, chunk: int | None) -> BlockMask:
     return block_mask(tree, mask=mask, window=window, chunk=chunk)
@@ -40,8 +43,8 @@ def attend(
         "enable_gqa": q.shape[1] != k.shape[1],
     }
     if sinks is None:
-        return _flex()(q, k, v, **options).transpose(1, 2)
-    out, aux = _flex()(q, k, v, **options, return_aux=AuxRequest(lse=True))
+        return _flex(q, k, v, **options).transpose(1, 2)
+    out, aux = _flex(q, k, v, **options, return_aux=AuxRequest(lse=True))
     # One more logit a head, without a value, only scales the output; in fp32, since the factor's gradient needs it.
     factor = torch.sigmoid(aux.lse - sinks.view(1, -1, 1)).unsqueeze(-1)
     return (out * factor).to(out.dtype).transpose(1, 2)
@@ -56,14 +59,20 @@ def _check_cpu(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None) -> None:
         raise NotImplementedError('backend "flex" has no attention sinks on CPU: use backend="segments"')
 
 
-def _flex() -> Any:
-    return flex_attention if torch.compiler.is_compiling() else _compiled()
+def _flex(*args: Any, **kwargs: Any) -> Any:
+    if torch.compiler.is_compiling():  # the model is compiled as a whole, and flex with it
+        return flex_attention(*args, **kwargs)
+    with torch._dynamo.config.patch(recompile_limit=KERNELS):
+        return _compiled()(*args, **kwargs)
 
 
 @cache
 def _compiled() -> Any:
-    """With `fullgraph`, too many recompiles are an error; without, they are a silent fall-back to S x S scores."""
-    return torch.compile(flex_attention, fullgraph=True)
+    """With `fullgraph`, too many recompiles are an error; without, they are a silent fall-back to S x S scores.
+
+    Not `dynamic`: a kernel for one known row length needs no bounds checks.
+    """
+    return torch.compile(flex_attention, fullgraph=True, dynamic=False)
 
 
 @cache

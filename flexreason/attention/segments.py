@@ -11,7 +11,9 @@ out * exp(lse - lse_with_sink). So they need no route of their own, and their gr
 Shapes: S tokens, H query heads, G key heads, D head size of queries and keys, E of values, n tiles of t tokens.
 """
 
+import logging
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import torch
@@ -72,6 +74,7 @@ def prepare(tree: Tree, mask: str = "interval", window: int | None = None, chunk
     )
 
 
+@torch.compiler.disable  # it follows the row's work list, for which a compiler would compile anew every time
 def attend(
     q: Tensor,
     k: Tensor,
@@ -91,6 +94,7 @@ class _Attend(torch.autograd.Function):
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, work: Segments, score: pieces.Score
     ) -> Tensor:
         how = pieces.route(q, k, v, score.softcap)
+        say_route(how)
         high = torch.float64 if q.dtype == torch.float64 else torch.float32
         found = []
         for part, mask in work.masks(q.dtype):
@@ -134,6 +138,13 @@ class _Attend(torch.autograd.Function):
             taken = (sinks.to(lse.dtype)[None, :, None] - lse).exp_()
             d_sinks = -(taken * delta).sum((0, 2)).to(sinks.dtype)
         return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), d_sinks, None, None
+
+
+@cache
+def say_route(how: str) -> None:
+    """Once for every slower route that is taken."""
+    if how != "fused":
+        logging.getLogger("flexreason").warning("segments: attention takes the slower route, %s", how)
 
 
 def _tiled(x: Tensor, part: slice) -> Tensor:
