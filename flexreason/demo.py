@@ -42,10 +42,11 @@ def run(options: argparse.Namespace) -> int:
         print(f"{words[token]:>8} {line}")
 
     model = _tiny_model(len(words), options.seed)
+    row = fr.collate([layout], block_size=1)  # no padding: a conversation this small is all there is
     with true_float64():
         samples = oracle.n_samples(model, fr.unmerge(layout))
         fr.patch(model)
-        mean = model(**fr.collate([layout])).loss
+        mean = model(**row).loss
         mean.backward()
     n = samples.n_targets
     loss, gradients = float(mean.detach()) * n, {name: p.grad * n for name, p in model.named_parameters()}
@@ -53,7 +54,7 @@ def run(options: argparse.Namespace) -> int:
     print("\nA tiny Qwen3 with random weights, in fp64:\n")
     print(f"  {'':<12}{'passes':>7}{'tokens':>8}{'targets':>9}   loss")
     print(f"  {'N samples':<12}{layout.n_samples:>7}{samples.tokens:>8}{n:>9}   {samples.loss_sum / n:.12f}")
-    print(f"  {'single pass':<12}{1:>7}{len(layout):>8}{n:>9}   {loss / n:.12f}")
+    print(f"  {'single pass':<12}{1:>7}{row['input_ids'].shape[1]:>8}{n:>9}   {loss / n:.12f}")
     print(f"\n  largest difference of a parameter's gradient, relative: {worst:.1e}")
     exact = worst <= 1e-9 and abs(loss / samples.loss_sum - 1) <= 1e-9
     print("  the same loss and the same gradients" if exact else "  NOT the same: please report this")

@@ -157,14 +157,27 @@ class Patch:
 
     def refuse_weights(self, given: dict[str, Any]) -> None:
         """Whatever replaced the model's forward (trl's fused head, Liger) has a loss that takes no weights."""
-        stock = type(self.root).forward
-        replaced = "forward" in vars(self.root) or stock.__module__ != type(self.root).__module__
-        if replaced and is_weighted(given["target_weight"]):
-            by = vars(self.root).get("forward", stock)
+        if (by := replaced_forward(self.root)) and is_weighted(given["target_weight"]):
             raise ValueError(
-                f"row: it has target weights other than 1, and the model's forward was replaced (by {by.__module__}."
-                f"{by.__qualname__}), whose loss takes none; use weights of 1, or the model's own forward"
+                f"row: it has target weights other than 1, and the model's forward was replaced (by {by}), whose loss "
+                "takes none; use weights of 1, or the model's own forward"
             )
+
+
+def replaced_forward(root: PreTrainedModel) -> str | None:
+    """The module of a function that stands in place of the model's own forward, or None.
+
+    What only wraps the model's own, as torch's and accelerate's autocast do, replaces nothing. Where a function is
+    from is asked of its globals, since wrappers take on the name of what they wrap.
+    """
+    own = {cls.__module__.partition(".")[0] for cls in type(root).__mro__} | {"accelerate", "functools"}
+    forward: Any = getattr(root.forward, "__func__", root.forward)
+    while forward is not None:
+        module = getattr(forward, "__globals__", {}).get("__name__", type(forward).__module__)
+        if module.partition(".")[0] not in own:
+            return module
+        forward = getattr(forward, "__wrapped__", None)
+    return None
 
 
 _APPLIED: "weakref.WeakSet[Patch]" = weakref.WeakSet()

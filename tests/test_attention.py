@@ -5,11 +5,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.attention.flex_attention import create_block_mask
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import flexreason as fr
 from flexreason.attention import dense, flex, pieces, segments
 from strategies import random_tree, random_turns, samples
+from watch import Largest
 
 
 def written_out(q, k, v, visible, scale, softcap=None, sinks=None):
@@ -138,19 +138,6 @@ def test_low_precision_errs_no_more_than_attention_written_out(dtype, softcap):
         right, naive, ours = outcomes
         ratios.append(float((ours - right).norm() / (naive - right).norm()))
     assert sorted(ratios)[4] <= 1.5, ratios
-
-
-class Largest(TorchDispatchMode):
-    """The most elements of any tensor that an operation made."""
-
-    elements = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for tensor in out if isinstance(out, tuple | list) else [out]:
-            if isinstance(tensor, torch.Tensor):
-                self.elements = max(self.elements, tensor.numel())
-        return out
 
 
 @pytest.mark.parametrize("softcap", [None, 2.0])

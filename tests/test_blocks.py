@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 import flexreason as fr
 from strategies import random_tree, random_turns, samples, turns
+from watch import Largest
 
 SIZES = [16, 64, 128, (16, 64), (64, 16), (128, 32), (48, 16)]
 
@@ -110,28 +111,12 @@ def test_the_block_mask_is_built_on_the_device_asked_for():
 
 def test_no_tensor_of_s_by_s_is_made():
     layout = fr.lay_out_turns(random_turns([(1000, 300, 200)] * 4))
-    largest = max_elements(lambda: fr.block_mask(layout))
-    assert largest < len(layout) ** 2 / 100
-    assert max_elements(lambda: fr.dense_mask(layout)) == len(layout) ** 2  # the count counts
-
-
-def max_elements(call):
-    """The number of elements of the largest tensor that any operation in `call` returned."""
-    from torch.utils._python_dispatch import TorchDispatchMode
-
-    class Count(TorchDispatchMode):
-        largest = 0
-
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            out = func(*args, **(kwargs or {}))
-            for tensor in out if isinstance(out, tuple | list) else [out]:
-                if isinstance(tensor, torch.Tensor):
-                    self.largest = max(self.largest, tensor.numel())
-            return out
-
-    with Count() as count:
-        call()
-    return count.largest
+    with Largest() as blocks:
+        fr.block_mask(layout)
+    with Largest() as dense:  # so that the test can fail
+        fr.dense_mask(layout)
+    assert blocks.elements < len(layout) ** 2 / 100
+    assert dense.elements == len(layout) ** 2
 
 
 def test_a_block_size_below_one_is_refused():

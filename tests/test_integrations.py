@@ -4,9 +4,11 @@ Trainers are held to a loop written by hand, everything else to the oracle; in t
 """
 
 import copy
+import dataclasses
 import random
 from itertools import chain
 
+import accelerate
 import datasets
 import peft
 import pytest
@@ -17,6 +19,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from transformers import PreTrainedTokenizerFast, Trainer, TrainingArguments
 from transformers.modeling_layers import GradientCheckpointingLayer
 from trl import SFTConfig, SFTTrainer
+from trl.trainer.utils import add_fused_lm_head
 
 import flexreason as fr
 from exact import EXACT, samples_of, single_pass
@@ -436,3 +439,26 @@ def test_a_row_that_went_through_a_datasets_table_says_what_became_of_its_mask()
     table = datasets.Dataset.from_list([{key: value.numpy() for key, value in row.items()}]).with_format("torch")
     with pytest.raises(ValueError, match="attention_mask came as a list, as a table returns empty tensors"):
         fr.patch(tiny("Qwen3"))(**table[0])
+
+
+def weighted(layout):
+    """A layout whose targets weigh 1, 1/2, 1/3, ..."""
+    return dataclasses.replace(layout, target_weight=1 / torch.arange(1, len(layout.target_ids) + 1))
+
+
+def test_weights_are_refused_by_name_where_trls_fused_head_would_drop_them():
+    model, _ = a_model()
+    add_fused_lm_head(model)
+    assert torch.isfinite(model(**fr.collate([CONVERSATION], LENGTH), fused_lm_head=True).loss)
+    with pytest.raises(ValueError, match=r"forward was replaced \(by trl\.trainer\.utils\), whose loss takes none"):
+        model(**fr.collate([weighted(CONVERSATION)], LENGTH), fused_lm_head=True)
+
+
+def test_weights_count_in_a_model_that_accelerate_prepared_for_bf16():
+    model, stock = a_model()
+    row = fr.collate([weighted(CONVERSATION)], LENGTH)
+    expected = fr.patch(stock.float())(**row).loss
+    prepared = accelerate.Accelerator(mixed_precision="bf16", cpu=True).prepare_model(model.float())
+    assert "forward" in vars(prepared)
+    torch.testing.assert_close(prepared(**row).loss, expected, rtol=0.02, atol=0)
+    assert abs(float(expected.detach() / prepared(**fr.collate([CONVERSATION], LENGTH)).loss.detach()) - 1) > 0.02

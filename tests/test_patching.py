@@ -13,6 +13,7 @@ from flexreason.attention import cover, segments
 from flexreason.testing import relative_l2, saved_bytes, true_float64
 from models import checkpoint, tiny
 from strategies import random_tree, random_turns
+from watch import Largest
 
 FAMILIES = {
     "Llama": {},
@@ -508,6 +509,20 @@ def test_the_decoder_keeps_no_more_for_backward_a_token_than_a_plain_pass(checkp
     fr.patch(model, "segments")
     ours = saved_bytes(lambda: model.model(**{k: v for k, v in row.items() if "labels" not in k}), skip)
     assert ours / row["input_ids"].shape[1] <= 1.1 * plain / ids.shape[1]
+
+
+def test_no_tensor_of_s_by_s_is_made_anywhere_in_a_step():
+    model = tiny("Qwen3", hidden_size=8, num_attention_heads=1, num_key_value_heads=1, intermediate_size=8)
+    row = fr.collate([fr.lay_out_turns(random_turns([(64, 120, 64)] * 6))])
+
+    def largest(backend):
+        with Largest() as seen:
+            fr.patch(model, backend)(**row).loss.backward()
+        return seen.elements
+
+    length = row["input_ids"].shape[1]
+    assert largest("segments") <= length * segments.TILE  # the masks of the diagonal tiles, all together
+    assert largest("dense") >= length**2
 
 
 def test_the_head_sees_targets_only():
