@@ -31,7 +31,10 @@ class TreeLoss:
         if "target_weight" not in kwargs:
             return self.previous(logits, labels, *args, **kwargs)
         weight = kwargs["target_weight"]
-        labels = kwargs.get("shift_labels", labels)
+        shifted = kwargs.get("shift_labels", labels)
+        if labels.device.type == "cpu" and not torch.equal(labels, shifted):
+            raise ValueError("row: labels and shift_labels differ; shift_labels is what counts, so change both alike")
+        labels = shifted
         if labels is None or labels.shape != weight.shape or logits.shape[:2] != labels.shape:
             raise ValueError(
                 f"row: expected labels and logits for its {weight.shape[1]} targets, found labels of shape "
@@ -50,7 +53,7 @@ class TreeLoss:
         nll = nn.functional.cross_entropy(
             logits[0].float(), labels[0].to(logits.device), ignore_index=IGNORED, reduction="none"
         )
-        weight = weight[0].to(nll)
+        weight = weight[0].to(nll) * (labels[0] != IGNORED).to(nll)
         total = kwargs.get("num_items_in_batch")
         if total is None:
             total = weight.sum()

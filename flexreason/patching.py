@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from flexreason.attention.registry import TREE, before_patching, register
+from flexreason.attention.registry import NAME, TREE, before_patching, empty_mask, register
 from flexreason.attention.tree_row import BACKENDS, PER_TOKEN, TreeRow, choose_backend
 from flexreason.loss import TreeLoss, is_weighted
 from flexreason.mask import MASKS
@@ -109,11 +109,14 @@ class Patch:
         """A copy of a patched model is patched too."""
         self.__dict__.update(state)
         _APPLIED.add(self)
+        for _, previous in self.configs:
+            register(previous)  # in the process where it is unpickled, the names may not be known yet
 
     def undo(self) -> None:
         _APPLIED.discard(self)
         for config, previous in self.configs:
-            if not any(config is shared for other in _APPLIED for shared, _ in other.configs):
+            still_ours = config._attn_implementation.startswith(f"{NAME}_")
+            if still_ours and not any(config is shared for other in _APPLIED for shared, _ in other.configs):
                 config._attn_implementation_internal = previous
         for hook in self.hooks:
             hook.remove()
@@ -141,8 +144,7 @@ class Patch:
         kwargs = {key: value for key, value in kwargs.items() if key not in ROW_KEYS}
         kwargs[TREE] = TreeRow(row, given["target_source"], backend, self.mask)
         kwargs["use_cache"] = False
-        if mask is None:
-            kwargs["attention_mask"] = torch.empty(1, 1, 0, 0, device=given["until"].device)
+        kwargs["attention_mask"] = empty_mask(given["until"].device)
         return args, kwargs
 
     def after(self, decoder: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:

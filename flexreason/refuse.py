@@ -22,6 +22,9 @@ IMPLEMENTATIONS = ("sdpa", "eager", "flex_attention")
 
 ATTENTION_DROPOUTS = ("attention_dropout", "attn_pdrop", "attn_dropout", "attention_probs_dropout_prob")
 
+RANDOM = ("dropout", "pdrop", "jitter", "layerdrop")
+"""What the names of config entries say that draw at random while training."""
+
 ROPE_BY_LONGEST = ("dynamic", "longrope")
 """RoPE types whose angles depend on the longest position of the whole batch."""
 
@@ -82,6 +85,8 @@ def refuse_row(decoder: nn.Module, given: Mapping[str, Any], required: set[str])
             )
         if given[key].is_floating_point():
             raise ValueError(f"row: expected {key} of integers, found {given[key].dtype}")
+    if until.device.type == "cpu" and not bool((until[0] > torch.arange(until.shape[1])).all()):
+        raise ValueError("row: until does not end behind every token; pass what fr.collate made, unchanged")
     weight = next(decoder.parameters())
     for key in required:
         if given[key].device != weight.device and weight.device.type != "meta":
@@ -96,7 +101,7 @@ def refuse_row(decoder: nn.Module, given: Mapping[str, Any], required: set[str])
         raise ValueError("row: it came with an attention_mask of its own; a row's mask follows from its layout")
     if given.get("past_key_values") is not None:
         raise ValueError("row: it came with past_key_values; a row is whole in itself and takes no cache")
-    config = decoder.config
+    config = getattr(decoder.config, "get_text_config", lambda: decoder.config)()
     if given.get("output_router_logits") or getattr(config, "output_router_logits", False):
         raise ValueError(
             "row: output_router_logits is on, but the router's auxiliary loss would count the tokens of the tree, not "
@@ -111,7 +116,9 @@ def _refuse_rope(config: Any, given: Mapping[str, Any]) -> None:
     for rope in [found] if "rope_type" in found else [r for r in found.values() if isinstance(r, dict)]:
         if rope.get("rope_type") not in ROPE_BY_LONGEST:
             continue
-        original = rope.get("original_max_position_embeddings") or config.max_position_embeddings
+        original = config.max_position_embeddings
+        if rope["rope_type"] == "longrope":
+            original = rope.get("original_max_position_embeddings") or original
         longest = sample_lengths(given)
         short = bool((longest <= original).all())
         if not short and (rope["rope_type"] == "dynamic" or bool((longest <= original).any())):
@@ -161,9 +168,13 @@ def refuse_other_layouts(row: Mapping[str, Tensor]) -> None:
 def warn_of_dropout(root: nn.Module) -> None:
     """Say that one draw of dropout or embedding noise is shared by all samples of a row."""
     found = [name for name, m in root.named_modules() if isinstance(m, nn.Dropout) and m.p > 0 and m.training]
+    config = root.config.get_text_config() if isinstance(root, PreTrainedModel) else None
+    for key, value in (vars(config) if config is not None else {}).items():
+        if any(word in key for word in RANDOM) and isinstance(value, float) and value > 0:
+            found.append(f"config.{key} = {value}")
     if found:
         warnings.warn(
-            f"flexreason: dropout is on in {len(found)} modules ({found[0]}, ...); one draw is shared by all samples "
+            f"flexreason: randomness is on in {len(found)} places ({found[0]}, ...); one draw is shared by all samples "
             "of a row, where N passes would draw N times",
             stacklevel=2,
         )

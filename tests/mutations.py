@@ -121,7 +121,7 @@ MUTATIONS = {  # name: (file, what stands there, what to write instead)
         "patching.py", "output.last_hidden_state[:, source]", "output.last_hidden_state[:, source - 1]",
     ),
     "patch: no mask function is registered": (
-        "attention/registry.py", "        AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[previous])\n", "",
+        "attention/registry.py", "        AttentionMaskInterface.register(name, _mask(ALL_MASK_ATTENTION_FUNCTIONS[previous]))\n", "",
     ),
     "patch: the hook before the decoder is not there": (
         "patching.py", "            decoder.register_forward_pre_hook(self.before, with_kwargs=True),\n", "",
@@ -130,7 +130,7 @@ MUTATIONS = {  # name: (file, what stands there, what to write instead)
         "patching.py", "            decoder.register_forward_hook(self.after, with_kwargs=True),\n", "",
     ),
     "patch: layers have no window": (
-        "attention/registry.py", 'return config.sliding_window if kinds[number] == "sliding_attention" else None', "return None",
+        "attention/registry.py", "    return Asked(local_size)", "    return Asked(None)",
     ),
     "patch: q and k are not cast under autocast": (
         "attention/registry.py", "    if q.dtype != v.dtype:", "    if q.dtype is None:",
@@ -140,6 +140,15 @@ MUTATIONS = {  # name: (file, what stands there, what to write instead)
     ),
     "loss: the mean is over targets, not over weights": (
         "loss.py", "            total = weight.sum()\n", "            total = (weight > 0).sum()\n",
+    ),
+    "loss: ignored labels count in the mean": (
+        "loss.py", " * (labels[0] != IGNORED).to(nll)", "",
+    ),
+    "segments: a second backward is silently wrong": (
+        "attention/segments.py", "        if torch.is_grad_enabled():  #", "        if False:  #",
+    ),
+    "segments: autocast reaches into the tiled route": (
+        "attention/segments.py", "torch.autocast(q.device.type, enabled=False)", "torch.autocast(q.device.type, enabled=torch.is_autocast_enabled(q.device.type))",
     ),
     "loss: an empty row divides by nothing": (
         "loss.py", "            total = torch.where(total > 0, total, 1)\n", "",

@@ -462,3 +462,19 @@ def test_weights_count_in_a_model_that_accelerate_prepared_for_bf16():
     assert "forward" in vars(prepared)
     torch.testing.assert_close(prepared(**row).loss, expected, rtol=0.02, atol=0)
     assert abs(float(expected.detach() / prepared(**fr.collate([CONVERSATION], LENGTH)).loss.detach()) - 1) > 0.02
+
+
+def test_autocast_does_not_reach_into_the_route_without_a_fused_kernel():
+    """Gemma-2's softcap takes the tiled route, which sums in float32 whatever autocast says."""
+    ratios = []
+    for seed in range(8):
+        stock = tiny("Gemma2", seed, attn_logit_softcapping=2.0)
+        samples = samples_of(PACKED)
+        with true_float64():
+            wanted = oracle.n_samples(copy.deepcopy(stock).double(), samples).gradients.values()
+        with torch.autocast("cpu", torch.bfloat16):
+            by_hand = oracle.n_samples(stock, samples)
+            _, _, gradients = single_pass(fr.patch(copy.deepcopy(stock), "segments"), fr.collate(PACKED, LENGTH))
+        ours = relative_l2([g * by_hand.n_targets for g in gradients.values()], wanted)
+        ratios.append(ours / relative_l2(by_hand.gradients.values(), wanted))
+    assert sorted(ratios)[4] <= 1.25, ratios

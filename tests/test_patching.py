@@ -1,6 +1,8 @@
 """A patched model takes rows exactly, does all else as before, and refuses what it cannot do."""
 
 import copy
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -70,6 +72,31 @@ def test_the_windows_above_are_crossed_and_the_softcap_bites():
 def test_the_papers_rule_by_turns_and_roles_trains_the_same(kind):
     given = {"paper": layouts("paper"), "packed": [fr.lay_out_turns(random_turns(PAPER, seed)) for seed in range(2)]}
     found = errors(made("Gemma2").double(), given[kind], backend="dense", mask="turn_role")
+    assert max(found.values()) <= EXACT, found
+
+
+MISLEADING = {  # (family, config): what the config or the layers say of a window is not what the model's mask does
+    "a sliding mask that no layer is told of": (
+        "Phimoe", {"sliding_window": 20, "num_local_experts": 4, "num_experts_per_tok": 2, "pad_token_id": 0,
+                   "router_jitter_noise": 0.0},
+    ),
+    "layers told of a window that the mask lacks": (
+        "Olmoe", {"sliding_window": 20, "num_experts": 4, "num_experts_per_tok": 2, "pad_token_id": 0},
+    ),
+    "layer types that the model ignores": ("Mistral", {"sliding_window": 20, "layer_types": ["full_attention"] * 2}),
+    "a window of layer types that the model ignores": (
+        "Llama", {"sliding_window": 20, "layer_types": ["sliding_attention"] * 2},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", MISLEADING)
+def test_a_layers_window_is_that_of_the_mask_the_model_would_have_made(case):
+    family, config = MISLEADING[case]
+    model = tiny(family, **config).double()
+    if "experts" in str(config):
+        model.set_experts_implementation("eager")
+    found = errors(model, layouts("paper"), backend="segments")
     assert max(found.values()) <= EXACT, found
 
 
@@ -196,6 +223,20 @@ def test_every_turn_weighing_the_same_is_the_mean_of_the_samples_means():
     assert relative_l2(gradients.values(), expected) <= 1e-6  # the weights themselves are fp32
 
 
+def test_targets_that_the_user_ignores_do_not_count():
+    model, [layout] = made("Qwen3").double(), layouts("paper")
+    row = fr.collate([layout])
+    row["labels"] = row["shift_labels"] = row["labels"].clone()
+    row["labels"][0, 3:10] = -100
+    with true_float64():
+        logprobs = torch.cat(oracle.n_samples(model, fr.unmerge(layout)).logprobs)
+        loss = fr.patch(model)(**row).loss.detach()
+    expected = -torch.cat([logprobs[:3], logprobs[10:]]).mean()
+    torch.testing.assert_close(loss, expected, rtol=1e-9, atol=0)
+    with pytest.raises(ValueError, match="labels and shift_labels differ; shift_labels is what counts"):
+        model(**{**row, "labels": fr.collate([layout])["labels"]})
+
+
 @pytest.mark.parametrize("backend", ["segments", "dense"])
 def test_an_empty_row_adds_exactly_nothing(backend):
     for family in FAMILIES:
@@ -313,6 +354,25 @@ def test_unpatch_restores_everything_and_patching_twice_is_no_harm():
     assert fr.unpatch(fr.patch(model)).loss_function is own
 
 
+def test_unpatch_keeps_an_implementation_chosen_meanwhile():
+    model = fr.patch(made("Llama"))
+    model.set_attn_implementation("eager")
+    assert fr.unpatch(model).config._attn_implementation == "eager"
+
+
+def test_a_pickled_patched_model_works_in_a_new_process(tmp_path):
+    torch.save(fr.patch(made("Llama")), tmp_path / "model.pt")
+    torch.save(fr.collate(layouts("paper")), tmp_path / "row.pt")
+    code = (
+        "import torch, sys\n"
+        "model, row = (torch.load(f'{sys.argv[1]}/{name}.pt', weights_only=False) for name in ('model', 'row'))\n"
+        "print(float(model(**row).loss.detach()), model(input_ids=row['input_ids']).logits.shape)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True)
+    expected = float(fr.patch(made("Llama"))(**fr.collate(layouts("paper"))).loss.detach())
+    assert float(done.stdout.split()[0]) == pytest.approx(expected, rel=1e-5)
+
+
 def test_models_that_share_a_config_are_patched_and_unpatched_one_by_one():
     first = made("Qwen3")
     second = transformers.Qwen3ForCausalLM(first.config)
@@ -382,6 +442,8 @@ def test_what_is_not_one_whole_row_is_refused():
         model(**{**row, "until": row["until"].float()})
     with pytest.raises(ValueError, match="turn is on meta and the model on cpu; move the row"):
         model(**{**row, "turn": row["turn"].to("meta")})
+    with pytest.raises(ValueError, match="until does not end behind every token"):
+        model(**{**row, "until": torch.zeros_like(row["until"])})
     with pytest.raises(ValueError, match="an attention_mask of its own"):
         model(**{**row, "attention_mask": torch.ones(1, 128)})
     with pytest.raises(ValueError, match=r"labels of shape \[1, 64\]|expected labels and logits for its"):
@@ -448,9 +510,33 @@ def test_attention_dropout_is_refused_and_other_dropout_said_once():
         fr.patch(tiny("Llama", attention_dropout=0.1))
     model = fr.patch(tiny("Phi3", resid_pdrop=0.1, pad_token_id=0, eos_token_id=0, bos_token_id=0))
     row = fr.collate(layouts("paper"))
-    with pytest.warns(UserWarning, match="dropout is on in 4 modules .* one draw is shared by all samples"):
+    with pytest.warns(UserWarning, match="randomness is on in .* one draw is shared by all samples"):
         model(**row)
     model(**row)  # warnings are errors here: the second time it is silent
+
+
+def test_router_jitter_is_said_once():
+    model = fr.patch(tiny("Mixtral", router_jitter_noise=0.1, num_local_experts=4)).train()
+    with pytest.warns(UserWarning, match=r"config\.router_jitter_noise = 0\.1.* one draw is shared"):
+        model(**fr.collate(layouts("paper")))
+
+
+def test_a_model_that_does_not_hand_keywords_to_its_layers_is_refused():
+    config = transformers.OPTConfig(
+        vocab_size=97, hidden_size=32, ffn_dim=48, num_hidden_layers=1, num_attention_heads=4, word_embed_proj_dim=32,
+        dropout=0.0, attention_dropout=0.0, pad_token_id=0,
+    )  # fmt: skip
+    model = fr.patch(transformers.OPTForCausalLM(config))
+    with pytest.raises(ValueError, match=r"OPTAttention without its tree; .* does not hand keywords on to its layers"):
+        model(**fr.collate(layouts("paper")))
+
+
+@pytest.mark.parametrize("family", ["Qwen3", "Gemma2"])
+def test_a_second_backward_raises(family):
+    """The fused and the tiled route alike; dense has one."""
+    model, row = fr.patch(made(family), "segments"), fr.collate(layouts("paper"))
+    with pytest.raises(RuntimeError, match=r'"segments" has no second backward: use backend="dense"'):
+        torch.autograd.grad(model(**row).loss, list(model.parameters()), create_graph=True)
 
 
 def test_what_is_no_model_is_refused():

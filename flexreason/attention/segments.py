@@ -85,7 +85,8 @@ def attend(
     sinks: Tensor | None = None,
 ) -> Tensor:
     """Attention of queries [1, H, S, D] over keys [1, G, S, D] and values [1, G, S, E]: [1, S, H, E]."""
-    return _Attend.apply(q, k, v, sinks, work, pieces.Score(scale, softcap))
+    with torch.autocast(q.device.type, enabled=False):  # the tiled route's sums are in the precision it asks for
+        return _Attend.apply(q, k, v, sinks, work, pieces.Score(scale, softcap))
 
 
 class _Attend(torch.autograd.Function):
@@ -117,6 +118,8 @@ class _Attend(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():  # which it is under create_graph=True alone
+            raise RuntimeError('backend "segments" has no second backward: use backend="dense"')
         q, k, v, sinks, out, lse = ctx.saved_tensors
         work, score, how = ctx.work, ctx.score, ctx.how
         grad = rearrange(grads[0], "b s h e -> b h s e")
