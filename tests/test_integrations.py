@@ -13,6 +13,7 @@ import datasets
 import peft
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -458,7 +459,9 @@ def test_weights_count_in_a_model_that_accelerate_prepared_for_bf16():
     model, stock = a_model()
     row = fr.collate([weighted(CONVERSATION)], LENGTH)
     expected = fr.patch(stock.float())(**row).loss
+    AcceleratorState._reset_state(reset_partial_state=True)  # which trainers of other tests have set
     prepared = accelerate.Accelerator(mixed_precision="bf16", cpu=True).prepare_model(model.float())
+    AcceleratorState._reset_state(reset_partial_state=True)
     assert "forward" in vars(prepared)
     torch.testing.assert_close(prepared(**row).loss, expected, rtol=0.02, atol=0)
     assert abs(float(expected.detach() / prepared(**fr.collate([CONVERSATION], LENGTH)).loss.detach()) - 1) > 0.02
