@@ -24,8 +24,9 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(READY)  ## tables on this machine; minutes
+bench: $(READY)  ## tables on this machine; about ten minutes
 	$(BIN)/python benchmarks/layout.py
+	$(BIN)/python benchmarks/step.py --repeats 3 --shapes 8 16
 
 lock: $(READY)  ## write down what is installed now
 	$(BIN)/pip freeze --all --exclude-editable | grep -v '^pip==' | sed 's/+cpu//' > requirements-dev.txt

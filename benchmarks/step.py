@@ -1,7 +1,7 @@
 """Training steps on CPU: one pass over the tree against the N samples, and what attention and memory cost.
 
-    python benchmarks/step.py            # all tables, about 15 minutes on two cores
-    python benchmarks/step.py --quick    # fewer repeats
+    python benchmarks/step.py                              # all tables: most of an hour on two cores
+    python benchmarks/step.py --repeats 3 --shapes 8 16    # two shapes: minutes
 
 A 4-layer, 256-wide Qwen3 (8 heads of 64 over 4 key heads), vocabulary 2048, fp32, random weights. *lean* runs the
 N samples one by one and computes logits for target rows only; *naive* computes all logits. Work is counted as
@@ -323,13 +323,13 @@ def memory() -> list[dict]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="fewer repeats")
+    parser.add_argument("--repeats", type=int, default=9, help="of a step; twice as many of what is shorter")
     parser.add_argument("--only", choices=["steps", "attention", "rest", "memory"])
     parser.add_argument("--shapes", nargs="*", default=[""], help="only shapes that begin so, such as 8 or 30")
     options = parser.parse_args()
     for name in [name for name in SHAPES if not name.startswith(tuple(options.shapes))]:
         del SHAPES[name]
-    repeats = 3 if options.quick else 9
+    repeats = options.repeats
     tables = {
         "attention": ("attention alone, one layer, forward and backward", lambda: attention(2 * repeats)),
         "rest": (

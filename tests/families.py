@@ -35,6 +35,9 @@ SMALL = {  # by what configs call their sizes; only keys that a config has are s
     "layer_types": None,
 }
 
+LARGEST = 3_000_000
+"""Parameters; what is larger has sizes that SMALL does not know."""
+
 
 def causal_classes():
     """All names of classes in transformers' own mapping for causal language models, once each."""
@@ -48,5 +51,10 @@ def build(name, **config):
     known = inspect.signature(made.config_class.__init__).parameters
     default = made.config_class()
     keys = {key: value for key, value in SMALL.items() if key in known or hasattr(default, key)}
+    config = made.config_class(**{**keys, **config})
+    with torch.device("meta"):
+        size = sum(p.numel() for p in made(config).parameters())
+    if size > LARGEST:
+        raise ValueError(f"{size:,} parameters with all sizes set that are known here")
     torch.manual_seed(0)
-    return made(made.config_class(**{**keys, **config})).eval()
+    return made(config).eval()

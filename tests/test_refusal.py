@@ -10,7 +10,7 @@ import flexreason as fr
 from families import build, causal_classes
 from strategies import random_turns
 
-IMPLEMENTATIONS = ("eager", "sdpa", "flex_attention")
+IMPLEMENTATIONS = ("eager", "sdpa")  # flex_attention: test_patching, since it compiles for half a minute a class
 
 
 def outcome(model, row):
@@ -23,8 +23,10 @@ def outcome(model, row):
     return "computed"
 
 
-def has_attention(model):
-    return any("attention" in type(module).__name__.lower() for module in model.modules())
+def looks_at_masks(model):
+    """Softmax attention through the registry; linear attention carries state, and CpmAnt's own takes no mask at all."""
+    attention = any("attention" in type(module).__name__.lower() for module in model.modules())
+    return attention and not getattr(model, "_is_stateful", False) and type(model)._can_set_attn_implementation()
 
 
 @pytest.mark.slow
@@ -42,11 +44,11 @@ def test_no_class_with_an_attention_layer_computes_a_row_unpatched():
                 continue
             built += 1
             with_labels, bare = outcome(model, row), outcome(model, without_labels)
-            attention = has_attention(model)
+            attention = looks_at_masks(model)
             seen += attention
             print(f"{name:<40} {implementation:<16} with labels {with_labels:<22} without {bare}")
             if with_labels == "computed" or (bare == "computed" and attention):
                 silent.append((name, implementation, with_labels, bare))
-    print(f"{built} built, {seen} with attention, {len(silent)} silent")
-    assert seen >= 200
+    print(f"{built} built, {seen} with attention through the registry, {len(silent)} silent")
+    assert seen >= 150
     assert not silent
