@@ -168,6 +168,7 @@ MUTATIONS = {  # name: (file, what stands there, what to write instead)
 CORE = ["tests/test_layout.py", "tests/test_mask.py", "tests/test_blocks.py", "tests/test_row.py"]
 TESTS = {  # where to look for the test that notices, so that all of this takes minutes
     "attention/registry.py": ["tests/test_patching.py", "tests/test_integrations.py"],
+    "attention/segments.py": ["tests/test_attention.py", "tests/test_patching.py", "tests/test_integrations.py"],
     "attention/": ["tests/test_cover.py", "tests/test_attention.py"],
     "patching.py": ["tests/test_patching.py", "tests/test_integrations.py"],
     "loss.py": ["tests/test_patching.py"],
