@@ -12,7 +12,9 @@ from flexreason.sample import Role, Sample
 from flexreason.tree import lay_out
 
 if TYPE_CHECKING:
+    from flexreason.logprobs import token_logprobs
     from flexreason.patching import patch, unpatch
+    from flexreason.verification import verify
 
 __version__ = "0.1.0.dev0"
 
@@ -29,11 +31,18 @@ __all__ = [
     "lay_out_turns",
     "mask_mod",
     "patch",
+    "token_logprobs",
     "unmerge",
     "unpatch",
+    "verify",
 ]
 
-NEEDS_TRANSFORMERS = {"patch": "flexreason.patching", "unpatch": "flexreason.patching"}
+NEEDS_TRANSFORMERS = {
+    "patch": "flexreason.patching",
+    "token_logprobs": "flexreason.logprobs",
+    "unpatch": "flexreason.patching",
+    "verify": "flexreason.verification",
+}
 """Imported when first asked for, since transformers takes seconds to import."""
 
 

@@ -7,7 +7,11 @@ from collections.abc import Sequence
 
 import flexreason
 
-COMMANDS = {"demo": "see one conversation laid out, and its single pass beside the N samples"}
+COMMANDS = {  # module, what it is for
+    "demo": ("flexreason.demo", "see one conversation laid out, and its single pass beside the N samples"),
+    "models": ("flexreason.models", "tell which models take rows exactly, or one model by name, path or class"),
+    "verify": ("flexreason.verification", "hold one pass against the N samples on your own model and data"),
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -17,12 +21,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--version", action="version", version=f"flexreason {flexreason.__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    modules = {name: importlib.import_module(f"flexreason.{name}") for name in COMMANDS}
-    for name, help_text in COMMANDS.items():
-        modules[name].add_arguments(commands.add_parser(name, help=help_text, description=modules[name].__doc__))
-    options = parser.parse_args(arguments)
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    chosen = next((word for word in given if word in COMMANDS), None)
+    for name, (module, help_text) in COMMANDS.items():
+        if name == chosen:  # the others are not even imported: transformers takes seconds
+            made = importlib.import_module(module)
+            made.add_arguments(commands.add_parser(name, help=help_text, description=made.__doc__))
+        else:
+            commands.add_parser(name, help=help_text)
+    options = parser.parse_args(given)
     try:
-        return modules[options.command].run(options)
+        return importlib.import_module(COMMANDS[options.command][0]).run(options)
     except ValueError as error:
         print(f"flexreason {options.command}: {error}", file=sys.stderr)
         return 2

@@ -12,6 +12,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from flexreason.testing import each_gradient
+
 
 class PromptAndTarget(Protocol):
     """Anything with these two lists of token ids, such as `flexreason.Sample`."""
@@ -75,11 +77,9 @@ def _run(model: nn.Module, sequences: Sequence[tuple[list[int], Sequence[int]]],
             logits = model(input_ids=input_ids, use_cache=False).logits[0, at - 1]
             logits = logits if logits.dtype == torch.float64 else logits.float()
             nll = nn.functional.cross_entropy(logits, input_ids[0, at], reduction="none")
-        if gradients:
-            found = torch.autograd.grad(nll.sum(), list(parameters.values()), allow_unused=True)
-            for name, gradient in zip(parameters, found, strict=True):
-                if gradient is not None:
-                    total[name] += gradient
+        if total:
+            with each_gradient(model, lambda name, gradient: total[name].add_(gradient)):
+                nll.sum().backward()
         loss_sum += float(nll.detach().sum())
         logprobs.append(-nll.detach())
     tokens = sum(len(ids) for ids, _ in sequences)

@@ -20,18 +20,22 @@ What it does to a model, and all that it does:
 
 import inspect
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.utils import ModelOutput
 
-from flexreason.attention.registry import NAME, TREE, before_patching, empty_mask, register
+from flexreason.attention.registry import NAME, TREE, before_patching, current_tree, empty_mask, find_decoder, register
 from flexreason.attention.tree_row import BACKENDS, PER_TOKEN, TreeRow, choose_backend
-from flexreason.loss import TreeLoss, is_weighted
+from flexreason.head import with_states
+from flexreason.loss import LOSSES, TreeLoss, is_weighted
 from flexreason.mask import MASKS
-from flexreason.refuse import refuse_model, refuse_other_layouts, refuse_row, warn_of_dropout
+from flexreason.refuse import refuse_model, refuse_other_layouts, refuse_own_loss, refuse_row, warn_of_dropout
 from flexreason.row import ROW_KEYS
 
 ATTRIBUTE = "_flexreason"
@@ -40,32 +44,42 @@ ATTRIBUTE = "_flexreason"
 Model = TypeVar("Model", bound=nn.Module)
 
 
-def patch(model: Model, backend: str = "auto", mask: str = "interval") -> Model:
-    """Make `model` take rows of `collate`; the same object back. Patching again changes backend and mask.
+def patch(model: Model, backend: str = "auto", mask: str = "interval", loss: str = "model") -> Model:
+    """Make `model` take rows of `collate`; the same object back. Patching again changes the settings.
 
     `backend`: "flex" (GPU), "segments" (trains anywhere), "dense" (for comparison), or "auto". `mask`: "interval",
-    or "turn_role", the paper's own rule, for rows of `lay_out_turns` layouts. Models that cannot be exact are
-    refused with the reason.
+    or "turn_role", the paper's own rule, for rows of `lay_out_turns` layouts. `loss`: "model" leaves the head and
+    its loss alone; "chunked" never holds the logits of all targets at once, and returns none. Models that cannot be
+    exact are refused with the reason.
     """
     if backend not in ("auto", *BACKENDS):
         raise ValueError(f"patch: backend: expected one of 'auto', {', '.join(map(repr, BACKENDS))}, found {backend!r}")
     if mask not in MASKS:
         raise ValueError(f"patch: mask: expected one of {', '.join(map(repr, MASKS))}, found {mask!r}")
+    if loss not in LOSSES:
+        raise ValueError(f"patch: loss: expected one of {', '.join(map(repr, LOSSES))}, found {loss!r}")
     if backend != "auto":
         _check_pair(backend, mask)
     root = find_root(model)
     unpatch(root)
     refuse_model(root)
-    Patch(root, backend, mask).apply()
+    if loss == "chunked":
+        refuse_own_loss(root, 'patch: loss="chunked"')
+    Patch(root, backend, mask, loss).apply()
     return model
 
 
 def unpatch(model: Model) -> Model:
     """Undo `patch`, to the last hook; the same object back. A model that is not patched stays as it is."""
-    found = find_root(model).__dict__.get(ATTRIBUTE)
-    if isinstance(found, Patch):
+    if (found := find_patch(model)) is not None:
         found.undo()
     return model
+
+
+def find_patch(model: nn.Module) -> "Patch | None":
+    """What `patch` did to a model, or None."""
+    found = find_root(model).__dict__.get(ATTRIBUTE)
+    return found if isinstance(found, Patch) else None
 
 
 def find_root(model: nn.Module) -> PreTrainedModel:
@@ -86,6 +100,7 @@ class Patch:
     root: PreTrainedModel
     backend: str
     mask: str
+    loss: str = "model"
     configs: list[tuple[Any, str]] = field(default_factory=list)  # with the attention implementation before
     hooks: list[Any] = field(default_factory=list)
     warned: bool = False
@@ -96,10 +111,12 @@ class Patch:
                 previous = before_patching(previous)  # a config may be shared with a patched model
                 self.configs.append((config, previous))
                 config._attn_implementation_internal = register(previous)
-        decoder = self.root.base_model
+        decoder = find_decoder(self.root)
         self.hooks = [
             decoder.register_forward_pre_hook(self.before, with_kwargs=True),
             decoder.register_forward_hook(self.after, with_kwargs=True),
+            decoder.register_forward_hook(self.done, always_call=True),
+            self.root.register_forward_hook(self.without_logits, with_kwargs=True),
         ]
         self.root.loss_function = TreeLoss(self.root)
         self.root.__dict__[ATTRIBUTE] = self
@@ -120,8 +137,13 @@ class Patch:
                 config._attn_implementation_internal = previous
         for hook in self.hooks:
             hook.remove()
-        self.root.loss_function.undo(self.root)
+        self.root.loss_function.undo()
         del self.root.__dict__[ATTRIBUTE]
+        self.configs, self.hooks = [], []
+
+    def backend_on(self, device: torch.device) -> str:
+        """The backend that computes rows on a device."""
+        return choose_backend(self.backend, device)
 
     @torch.compiler.disable
     def before(self, decoder: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
@@ -132,17 +154,18 @@ class Patch:
         if not marked and not ROW_KEYS & given.keys():
             return None
         refuse_row(decoder, given, ROW_KEYS | {"position_ids"})
-        self.refuse_weights(given)
+        self.refuse_replaced(given)
         if decoder.training and not self.warned:
             self.warned = True
             warn_of_dropout(self.root)
-        backend = choose_backend(self.backend, given["until"].device)
+        backend = self.backend_on(given["until"].device)
         _check_pair(backend, self.mask)
         row = {key: given[key] for key in PER_TOKEN}
         if self.mask == "turn_role":
             refuse_other_layouts(row)
         kwargs = {key: value for key, value in kwargs.items() if key not in ROW_KEYS}
         kwargs[TREE] = TreeRow(row, given["target_source"], backend, self.mask)
+        current_tree.set(kwargs[TREE])
         kwargs["use_cache"] = False
         kwargs["attention_mask"] = empty_mask(given["until"].device)
         return args, kwargs
@@ -152,14 +175,51 @@ class Patch:
         if TREE not in kwargs:
             return None
         source = kwargs[TREE].target_source[0]
-        if isinstance(output, tuple):
-            return (output[0][:, source], *output[1:])
-        output.last_hidden_state = output.last_hidden_state[:, source]
+        output = with_states(output, output[0][:, source])
+        if self.runs_head:
+            self.root.loss_function.states = output
+            return with_states(output, output[0][:, :0])  # so that the model's own forward makes no logits
         return output
 
-    def refuse_weights(self, given: dict[str, Any]) -> None:
-        """Whatever replaced the model's forward (trl's fused head, Liger) has a loss that takes no weights."""
-        if (by := replaced_forward(self.root)) and is_weighted(given["target_weight"]):
+    @contextmanager
+    def giving_logprobs(self, temperature: float) -> Iterator[None]:
+        """In here a row's `loss` is the log-probability of every target, [T]."""
+        refuse_own_loss(self.root, "token_logprobs")
+        self.root.loss_function.temperature = temperature
+        try:
+            yield
+        finally:
+            self.root.loss_function.temperature = self.root.loss_function.states = None
+
+    @torch.compiler.disable
+    def done(self, *forward: Any) -> None:
+        """Behind the decoder, also when it raised."""
+        current_tree.set(None)
+
+    @property
+    def runs_head(self) -> bool:
+        """Whether the loss makes the logits itself, a chunk at a time."""
+        return self.loss == "chunked" or self.root.loss_function.temperature is not None
+
+    def without_logits(self, root: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+        """Where the loss made the logits, what the model's forward made is empty, and is taken from its output."""
+        if self.runs_head and "target_source" in kwargs and isinstance(output, ModelOutput):
+            if output.get("loss") is None:
+                raise ValueError(
+                    'row: it has no labels, and with loss="chunked" there is nothing else to give; pass labels, or ask '
+                    "fr.token_logprobs"
+                )
+            output["logits"] = None
+
+    def refuse_replaced(self, given: dict[str, Any]) -> None:
+        """Whatever replaced the model's forward (trl's fused head, Liger) has a loss of its own, without weights."""
+        by = replaced_forward(self.root)
+        if by and self.runs_head:
+            raise ValueError(
+                f'row: loss="chunked" and token_logprobs need the model\'s own forward, and it was replaced (by {by}); '
+                'use loss="model", where that loss is chunked itself'
+            )
+        if by and is_weighted(given["target_weight"]):
             raise ValueError(
                 f"row: it has target weights other than 1, and the model's forward was replaced (by {by}), whose loss "
                 "takes none; use weights of 1, or the model's own forward"

@@ -3,8 +3,12 @@
 Shapes: S tokens, T targets.
 """
 
+import contextlib
+import inspect
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -13,9 +17,6 @@ from transformers import PreTrainedModel
 
 from flexreason.attention.registry import before_patching
 from flexreason.mask import interval_rule, turn_role_rule
-
-LAYER_TYPES = ("full_attention", "sliding_attention")
-"""Kinds of layers whose limits are known; a model that has others is refused."""
 
 IMPLEMENTATIONS = ("sdpa", "eager", "flex_attention")
 """What a model may have used before, and goes on using for ordinary batches."""
@@ -29,35 +30,101 @@ ROPE_BY_LONGEST = ("dynamic", "longrope")
 """RoPE types whose angles depend on the longest position of the whole batch."""
 
 
+Reason = tuple[str, str]
+"""Why, and what can be done."""
+
+SAMPLES = "train on the N samples"
+
+RECURRENT = "it has recurrent layers, which carry state from token to token past any mask"
+
+_untested: ContextVar[bool] = ContextVar("flexreason_untested", default=False)
+
+_trusted: set[type] = set()
+
+
 def refuse_model(root: PreTrainedModel) -> None:
     """Raise if the model cannot take rows exactly, naming it, the reason, and what can be done."""
-    name, config = type(root).__name__, root.config.get_text_config()
+    against = reason_against(root) or (None if _untested.get() else reason_to_doubt(root))
+    if against:
+        raise ValueError(f"patch: {model_class(root).__name__} is refused: {'; '.join(against)}")
 
-    def refuse(reason: str, remedy: str) -> None:
-        raise ValueError(f"patch: {name} is refused: {reason}; {remedy}")
 
-    kinds = sorted(set(getattr(config, "layer_types", None) or ()) - set(LAYER_TYPES))
-    if getattr(root, "_is_stateful", False):
-        refuse("it has recurrent layers, which carry state from token to token past any mask", "train on the N samples")
-    if not root._supports_attention_backend:
-        refuse("it has attention code of its own, which no mask of ours reaches", "train on the N samples")
-    if kinds:
-        refuse(f"it has layers of type {', '.join(kinds)}, which are not known to be exact", "train on the N samples")
+def refuse_own_loss(root: PreTrainedModel, what: str) -> None:
+    """Raise if the model's forward computes its loss itself, so that nothing can be put in place of its logits."""
+    with contextlib.suppress(OSError, TypeError):  # no source to read
+        if "loss_function" not in inspect.getsource(type(root).forward):
+            raise ValueError(
+                f"{what}: {model_class(root).__name__} computes its loss in its own forward, from all logits; use "
+                'loss="model"'
+            )
+
+
+@contextmanager
+def untested() -> Iterator[None]:
+    """Patch without asking for proof: for those who go on to prove it."""
+    token = _untested.set(True)
+    try:
+        yield
+    finally:
+        _untested.reset(token)
+
+
+def trust(cls: type[nn.Module]) -> None:
+    """From now on, in this process, models of this class need no further proof: `fr.verify` passed on one."""
+    _trusted.add(cls)
+
+
+def model_class(root: nn.Module) -> type:
+    """The class that a model was written as: torch makes subclasses of its own for sharded modules."""
+    return next(cls for cls in type(root).__mro__ if not cls.__module__.startswith("torch.distributed"))
+
+
+def reason_against(root: PreTrainedModel) -> Reason | None:
+    """What speaks against a model as it stands, whatever its class."""
+    config = root.config.get_text_config()
+    if is_recurrent(type(root), config):
+        return RECURRENT, SAMPLES
     if root.config.is_encoder_decoder or not getattr(config, "is_causal", True):
-        refuse("it is no causal language model", "use a decoder-only one")
+        return "it is no causal language model", "use a decoder-only one"
     for key in ATTENTION_DROPOUTS:
         if (getattr(config, key, 0) or 0) > 0:
-            refuse(
+            return (
                 f"{key} is {getattr(config, key)}, and one draw of dropout cannot serve all samples",
                 f"load it with {key}=0.0",
             )
     for module in root.modules():
         used = getattr(getattr(module, "config", None), "_attn_implementation", None)
         if used is not None and before_patching(used) not in IMPLEMENTATIONS:
-            refuse(
+            return (
                 f"its attention implementation is {used!r}, which reads its own name",
                 'load it with attn_implementation="sdpa"; rows do not use it anyway',
             )
+    return None
+
+
+def is_recurrent(cls: type, config: Any) -> bool:
+    """Whether a class carries state, unless its config names attention layers alone."""
+    kinds = getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None) or ["unknown"]
+    attention_only = all(kind.endswith("attention") and "linear" not in kind for kind in kinds)
+    return getattr(cls, "_is_stateful", False) and not attention_only
+
+
+def reason_to_doubt(root: PreTrainedModel) -> Reason | None:
+    """What the list of classes says, or else the self-test on a tiny model of the same structure."""
+    from flexreason.models import proof
+
+    cls = model_class(root)
+    if cls in _trusted:
+        return None
+    found = proof(cls, root.config)
+    if found.verdict == "exact":
+        return None
+    if found.verdict == "refused":
+        return found.reason, SAMPLES
+    return (
+        f"nobody has shown it to be exact, and no tiny model of its structure can be built to try ({found.reason})",
+        "run fr.verify on it: once that has passed, patch takes models of this class until the process ends",
+    )
 
 
 def refuse_row(decoder: nn.Module, given: Mapping[str, Any], required: set[str]) -> None:
@@ -110,10 +177,19 @@ def refuse_row(decoder: nn.Module, given: Mapping[str, Any], required: set[str])
     _refuse_rope(config, given)
 
 
+def rope_settings(config: Any) -> list[dict[str, Any]]:
+    """A config's RoPE parameters; some have one set for each kind of layer."""
+    found = getattr(config, "rope_parameters", None) or {}
+    return [found] if "rope_type" in found else [r for r in found.values() if isinstance(r, dict)]
+
+
+def rope_types(config: Any) -> set[str]:
+    return {rope.get("rope_type", "default") for rope in rope_settings(config)}
+
+
 def _refuse_rope(config: Any, given: Mapping[str, Any]) -> None:
     """RoPE that reads the longest position of a batch is the samples' own only if all are on one side."""
-    found = getattr(config, "rope_parameters", None) or {}
-    for rope in [found] if "rope_type" in found else [r for r in found.values() if isinstance(r, dict)]:
+    for rope in rope_settings(config):
         if rope.get("rope_type") not in ROPE_BY_LONGEST:
             continue
         original = config.max_position_embeddings

@@ -1,10 +1,11 @@
 """Tools for proving that a pass is exact."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 
@@ -29,6 +30,36 @@ class true_float64(TorchFunctionMode):
         args = tuple(torch.float64 if arg is torch.float32 else arg for arg in args)
         kwargs = {k: torch.float64 if v is torch.float32 else v for k, v in (kwargs or {}).items()}
         return func(*args, **kwargs)
+
+
+@contextmanager
+def each_gradient(model: nn.Module, handle: Callable[[str, Tensor], Any]) -> Iterator[None]:
+    """Every backward in here hands its gradients over, parameter by parameter as they come, and keeps none.
+
+    So two sets of gradients are compared without holding both. The model's own `.grad` is as before afterwards.
+    """
+    hooks, kept = [], []
+
+    def hand_over(name: str) -> Callable[[Tensor], None]:
+        def hook(parameter: Tensor) -> None:
+            gradient, parameter.grad = parameter.grad, None
+            if gradient is not None:
+                handle(name, gradient)
+
+        return hook
+
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            kept.append((parameter, parameter.grad))
+            parameter.grad = None
+            hooks.append(parameter.register_post_accumulate_grad_hook(hand_over(name)))
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for parameter, gradient in kept:
+            parameter.grad = gradient
 
 
 def relative_l2(found: Iterable[Tensor], expected: Iterable[Tensor]) -> float:

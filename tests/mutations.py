@@ -53,6 +53,12 @@ MUTATIONS = {  # name: (file, what stands there, what to write instead)
     "window: one token wider": (
         "mask.py", "position[q] - position[kv] < window", "position[q] - position[kv] <= window",
     ),
+    "chunk: measured in indices": (
+        "mask.py", "position[q] // chunk == position[kv] // chunk", "q // chunk == kv // chunk",
+    ),
+    "chunk: one token longer": (
+        "mask.py", "position[q] // chunk == position[kv] // chunk", "position[q] // (chunk + 1) == position[kv] // (chunk + 1)",
+    ),
     "blocks: partial keys of a query block lost": (
         "blocks.py", "kv_num_blocks, kv_indices = _lists(partial, i, j, before)", "kv_num_blocks, kv_indices = _lists(full, i, j, before)",
     ),
@@ -130,7 +136,37 @@ MUTATIONS = {  # name: (file, what stands there, what to write instead)
         "patching.py", "            decoder.register_forward_hook(self.after, with_kwargs=True),\n", "",
     ),
     "patch: layers have no window": (
-        "attention/registry.py", "    return Asked(local_size)", "    return Asked(None)",
+        "attention/registry.py", "window=asked.window", "window=None",
+    ),
+    "patch: layers have no chunk": (
+        "attention/registry.py", "chunk=asked.chunk", "chunk=None",
+    ),
+    "patch: chunks are taken for windows": (
+        "attention/registry.py", "Asked(window=size, tree=tree), Asked(chunk=size, tree=tree)]", "Asked(window=size, tree=tree)]",
+    ),
+    "patch: any mask will do": (
+        "attention/registry.py", "        if found == [", "        if found or [",
+    ),
+    "patch: the softcap is dropped": (
+        "attention/registry.py", "softcap=softcap, sinks=s_aux", "softcap=None, sinks=s_aux",
+    ),
+    "patch: the sinks are dropped": (
+        "attention/registry.py", "softcap=softcap, sinks=s_aux", "softcap=softcap, sinks=None",
+    ),
+    "patch: the model's own scale is dropped": (
+        "attention/registry.py", "if scaling is None else scaling", "if scaling is None else q.shape[-1] ** -0.5",
+    ),
+    "patch: Llama 4's temperature by place in storage": (
+        "attention/registry.py", "    q = _tempered(module, q, tree)\n", "",
+    ),
+    "patch: the mask does not carry the tree": (
+        "attention/registry.py", " or getattr(attention_mask, \"tree\", None)", "",
+    ),
+    "patch: the decoder is base_model alone": (
+        "attention/registry.py", "        found = parts[0] if len(parts) == 1 else root", "        found = root",
+    ),
+    "patch: the decoder is never below base_model": (
+        "attention/registry.py", "                return inner\n", "                return found\n",
     ),
     "patch: q and k are not cast under autocast": (
         "attention/registry.py", "    if q.dtype != v.dtype:", "    if q.dtype is None:",
@@ -159,6 +195,33 @@ MUTATIONS = {  # name: (file, what stands there, what to write instead)
     "refuse: other layouts under the paper's rule": (
         "refuse.py", "    if differ.any():", "    if differ.all():",
     ),
+    "refuse: whatever has a verdict is taken": (
+        "refuse.py", "    if found.verdict == \"exact\":", "    if found.verdict:",
+    ),
+    "refuse: nothing is asked for proof": (
+        "refuse.py", "None if _untested.get() else reason_to_doubt(root)", "None",
+    ),
+    "self-test: gradients are not looked at": (
+        "selftest.py", "\"gradients\": worst_gradient(pairs)[0]", "\"gradients\": 0.0",
+    ),
+    "self-test: log-probabilities and gradients are not looked at": (
+        "selftest.py", "    if not max(worst.values()) <= EXACT:", "    if not worst[\"loss\"] <= 1:",
+    ),
+    "self-test: RoPE's threshold is not looked at": (
+        "selftest.py", "        _must_refuse(model, straddling)\n", "",
+    ),
+    "list: any version's is believed": (
+        "models.py", " or listed()[\"transformers\"] != transformers.__version__", "",
+    ),
+    "list: any structure's is believed": (
+        "models.py", "known and known[\"structure\"] == structure", "known",
+    ),
+    "shrink: windows stay": (
+        "shrink.py", "(sliding_window|window_size|", "(window_size|",
+    ),
+    "shrink: chunks stay": (
+        "shrink.py", "^(attention_chunk_size|", "^(",
+    ),
     "fp64: casts stay": (
         "testing.py", "if func is Tensor.float:", "if func is None:",
     ),
@@ -167,12 +230,15 @@ MUTATIONS = {  # name: (file, what stands there, what to write instead)
 
 CORE = ["tests/test_layout.py", "tests/test_mask.py", "tests/test_blocks.py", "tests/test_row.py"]
 TESTS = {  # where to look for the test that notices, so that all of this takes minutes
-    "attention/registry.py": ["tests/test_patching.py", "tests/test_integrations.py"],
+    "attention/registry.py": ["tests/test_families.py", "tests/test_patching.py", "tests/test_integrations.py"],
     "attention/segments.py": ["tests/test_attention.py", "tests/test_patching.py", "tests/test_integrations.py"],
     "attention/": ["tests/test_cover.py", "tests/test_attention.py"],
     "patching.py": ["tests/test_patching.py", "tests/test_integrations.py"],
     "loss.py": ["tests/test_patching.py"],
-    "refuse.py": ["tests/test_patching.py"],
+    "refuse.py": ["tests/test_patching.py", "tests/test_families.py"],
+    "selftest.py": ["tests/test_families.py"],
+    "models.py": ["tests/test_families.py"],
+    "shrink.py": ["tests/test_families.py"],
     "testing.py": ["flexreason"],
     "": [*CORE, "tests/test_single_pass.py"],
 }

@@ -446,7 +446,7 @@ def test_what_is_not_one_whole_row_is_refused():
         model(**{**row, "until": torch.zeros_like(row["until"])})
     with pytest.raises(ValueError, match="an attention_mask of its own"):
         model(**{**row, "attention_mask": torch.ones(1, 128)})
-    with pytest.raises(ValueError, match=r"labels of shape \[1, 64\]|expected labels and logits for its"):
+    with pytest.raises(ValueError, match=r"expected labels for its \d+ targets, found labels of shape \[1, 8\]"):
         model(**{**row, "labels": row["labels"][:, :8], "shift_labels": row["labels"][:, :8]})
     cache = transformers.DynamicCache(config=model.config)
     with pytest.raises(ValueError, match="past_key_values; a row is whole in itself"):
@@ -496,15 +496,6 @@ def test_models_that_cannot_be_exact_are_refused_by_name(family):
         fr.patch(model)
 
 
-def test_layers_of_an_unknown_type_are_refused():
-    config = transformers.Llama4TextConfig(
-        vocab_size=97, hidden_size=32, intermediate_size=48, intermediate_size_mlp=48, num_hidden_layers=4,
-        num_attention_heads=4, num_key_value_heads=2, head_dim=8, num_local_experts=2, pad_token_id=0,
-    )  # fmt: skip
-    with pytest.raises(ValueError, match="refused: it has layers of type chunked_attention"):
-        fr.patch(transformers.Llama4ForCausalLM(config))
-
-
 def test_attention_dropout_is_refused_and_other_dropout_said_once():
     with pytest.raises(ValueError, match=r"attention_dropout is 0\.1.*load it with attention_dropout=0\.0"):
         fr.patch(tiny("Llama", attention_dropout=0.1))
@@ -518,16 +509,6 @@ def test_attention_dropout_is_refused_and_other_dropout_said_once():
 def test_router_jitter_is_said_once():
     model = fr.patch(tiny("Mixtral", router_jitter_noise=0.1, num_local_experts=4)).train()
     with pytest.warns(UserWarning, match=r"config\.router_jitter_noise = 0\.1.* one draw is shared"):
-        model(**fr.collate(layouts("paper")))
-
-
-def test_a_model_that_does_not_hand_keywords_to_its_layers_is_refused():
-    config = transformers.OPTConfig(
-        vocab_size=97, hidden_size=32, ffn_dim=48, num_hidden_layers=1, num_attention_heads=4, word_embed_proj_dim=32,
-        dropout=0.0, attention_dropout=0.0, pad_token_id=0,
-    )  # fmt: skip
-    model = fr.patch(transformers.OPTForCausalLM(config))
-    with pytest.raises(ValueError, match=r"OPTAttention without its tree; .* does not hand keywords on to its layers"):
         model(**fr.collate(layouts("paper")))
 
 

@@ -32,6 +32,9 @@ def imports(module):
 
 def test_the_oracle_imports_nothing_of_layouts_and_masks():
     own, others = imports("oracle")
+    assert own == {"testing"}
+    assert others == {"torch"}
+    own, others = imports("testing")
     assert own == set()
     assert others == {"torch"}
 

@@ -8,14 +8,17 @@ would have had, whatever its config or its keywords say.
 Shapes: S tokens, H query heads, G key heads, D head size.
 """
 
+import contextlib
+import inspect
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from contextvars import ContextVar
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface
+from transformers import AttentionInterface, PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -28,6 +31,10 @@ TREE = "flexreason_tree"
 """The keyword that carries a `TreeRow` to the layers."""
 
 
+current_tree: ContextVar[TreeRow | None] = ContextVar("flexreason_tree", default=None)
+"""The row that is on its way through a decoder, for its mask function to find. Layers are handed it instead."""
+
+
 def before_patching(implementation: str) -> str:
     """The name without ours, of a config that a patched model has."""
     return implementation.removeprefix(f"{NAME}_")
@@ -35,9 +42,37 @@ def before_patching(implementation: str) -> str:
 
 @dataclass(frozen=True)
 class Asked:
-    """The mask that a model asked for, for a row."""
+    """The mask that a model asked for, for a row: causal, within a window, or within chunks.
 
-    window: int | None
+    It carries the tree too, since some models hand their layers a mask and no other keywords.
+    """
+
+    window: int | None = None
+    chunk: int | None = None
+    tree: TreeRow | None = field(default=None, compare=False, repr=False)
+
+    def allows(self, q: int, kv: int) -> bool:
+        """Whether a token at position q of a plain sequence sees the one at kv."""
+        near = self.window is None or q - kv < self.window
+        return kv <= q and near and (self.chunk is None or q // self.chunk == kv // self.chunk)
+
+
+def find_decoder(root: PreTrainedModel) -> nn.Module:
+    """The model below the head that the head's forward calls: `base_model`, except where
+
+    - that is lost (Llama 4 names it otherwise): then the one part that is a model;
+    - the forward goes past it (OPT, and the decoders of encoder-decoder families): then its `decoder`.
+    """
+    found = root.base_model
+    if found is root:
+        parts = [part for part in root.children() if isinstance(part, PreTrainedModel)]
+        found = parts[0] if len(parts) == 1 else root
+    inner = getattr(found, "decoder", None)
+    if isinstance(inner, PreTrainedModel):
+        with contextlib.suppress(OSError, TypeError):  # no source to read
+            if f"self.{root.base_model_prefix}.decoder(" in inspect.getsource(type(root).forward):
+                return inner
+    return found
 
 
 def empty_mask(device: torch.device) -> Tensor:
@@ -65,33 +100,39 @@ def _mask(stock: Callable) -> Callable:
 
 @torch.compiler.disable
 def _asked(*, mask_function: Callable, local_size: int | None = None, **kwargs: Any) -> Asked:
-    """Tell a causal mask from a causal window by asking at a few places, and refuse any other."""
-
-    def visible(q: int, kv: int) -> bool:
-        zero = torch.zeros((), dtype=torch.int64)
-        return bool(mask_function(zero, zero, zero + q, zero + kv))
-
-    far = 10**6 if local_size is None else local_size
-    expected = {(0, 0): True, (1, 0): far > 1, (0, 1): False, (far - 1, 0): True, (far, 1): True, (far + 7, 8): True}
-    expected[far, 0] = local_size is None
-    if {place: visible(*place) for place in expected} != expected:
-        raise ValueError(
-            "row: the model asks for a mask that is neither causal nor a causal window; it cannot take rows"
-        )
-    return Asked(local_size)
+    """Tell causal masks, windows and chunks apart by asking at a few places, and refuse any other."""
+    size = 10**6 if local_size is None else local_size
+    places = [(0, 0), (1, 0), (0, 1), (size - 1, 0), (size, 0), (size, 1), (size, size - 1), (size, size)]
+    places += [(size + 7, 8), (size + 8, 8), (2 * size - 1, size), (2 * size, size), (2 * size, 2 * size - 1)]
+    zero = torch.zeros((), dtype=torch.int64)
+    try:
+        found = [bool(mask_function(zero, zero, zero + q, zero + kv)) for q, kv in places]
+    except IndexError:
+        raise ValueError("row: the model asks for a mask that depends on the tokens; it cannot take rows") from None
+    tree = current_tree.get()
+    candidates = [Asked(tree=tree)]
+    if local_size is not None:
+        candidates = [Asked(window=size, tree=tree), Asked(chunk=size, tree=tree)]
+    for asked in candidates:
+        if found == [asked.allows(q, kv) for q, kv in places]:
+            return asked
+    raise ValueError(
+        "row: the model asks for a mask that is neither causal, nor a causal window, nor causal chunks; it cannot take "
+        "rows"
+    )
 
 
 def _attention(previous: str) -> Callable:
     def attention(
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
-        tree = kwargs.pop(TREE, None)
+        tree = kwargs.pop(TREE, None) or getattr(attention_mask, "tree", None)
         if tree is not None:
             return _tree_attention(module, query, key, value, attention_mask, tree, *args, **kwargs), None
         if isinstance(attention_mask, Asked) or (isinstance(attention_mask, Tensor) and not attention_mask.numel()):
             raise ValueError(
-                f"row: it reached {type(module).__name__} without its tree; the model is not patched, or does not hand "
-                "keywords on to its layers, and cannot take rows"
+                f"row: it reached {type(module).__name__} without its tree; the model is not patched, or makes "
+                "masks in a way of its own, and cannot take rows"
             )
         if previous == "eager":
             stock = sys.modules[type(module).__module__].eager_attention_forward
@@ -132,4 +173,19 @@ def _tree_attention(
     if q.dtype != v.dtype:  # under autocast, norms behind the projections leave q and k in float32
         q, k = q.to(v.dtype), k.to(v.dtype)
     scale = q.shape[-1] ** -0.5 if scaling is None else scaling
-    return tree.attend(q, k, v, scale, window=asked.window, softcap=softcap, sinks=s_aux)
+    q = _tempered(module, q, tree)
+    return tree.attend(q, k, v, scale, window=asked.window, chunk=asked.chunk, softcap=softcap, sinks=s_aux)
+
+
+def _tempered(module: nn.Module, q: Tensor, tree: TreeRow) -> Tensor:
+    """Llama 4 scales the queries of layers without RoPE by their place, and counts places in storage: scale anew."""
+    if type(module).__name__ != "Llama4TextAttention" or module.use_rope or not module.attn_temperature_tuning:
+        return q
+    floor, scale = float(module.floor_scale), float(module.attn_scale)  # type: ignore[arg-type]
+    position = tree.row["position_ids"][0]
+    in_storage = torch.arange(len(position), device=position.device)
+
+    def temperature(place: Tensor) -> Tensor:
+        return torch.log1p(torch.floor((place.float() + 1) / floor)) * scale + 1
+
+    return q * (temperature(position) / temperature(in_storage)).to(q.dtype)[None, None, :, None]

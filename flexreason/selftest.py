@@ -1,0 +1,380 @@
+"""Whether rows are exact on a model: asked of a tiny one of the same structure, in fp64, against the samples.
+
+The row holds a conversation and a general tree whose branches leave before and behind every length that the small
+config has (window, chunk, the original maximum of RoPE), packed side by side. Loss, every log-probability and every
+gradient of one pass must be those of the N samples on the untouched model, to `EXACT`. A token that influences
+another it must not see moves that one's log-probability, so leaks of any kind show there. About a second.
+"""
+
+import inspect
+import random
+import re
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from flexreason import oracle
+from flexreason.attention.registry import find_decoder
+from flexreason.attention.tree_row import TreeRow
+from flexreason.layout import Layout, lay_out_turns, unmerge
+from flexreason.patching import patch, unpatch
+from flexreason.refuse import (
+    RECURRENT,
+    ROPE_BY_LONGEST,
+    is_recurrent,
+    reason_against,
+    rope_settings,
+    rope_types,
+    untested,
+)
+from flexreason.row import IGNORED, Row, collate
+from flexreason.sample import Sample
+from flexreason.shrink import ORIGINAL, SPECIAL, build, class_of, default_config, shrink
+from flexreason.testing import relative_l2, true_float64
+from flexreason.tree import lay_out
+
+EXACT = 1e-9
+"""The largest relative error of an exact model, in fp64."""
+
+FLOOR = 1e-6
+"""Of the whole gradient's norm: parameters with less (key biases have none at all) are measured against this."""
+
+BACKENDS = ("segments", "dense")
+
+VERDICTS = ("exact", "refused", "cannot be built tiny")
+
+IN_STORAGE = {  # what modules are called that look at neighbours in storage, past any mask
+    "indexer": "a token indexer, which picks keys by scores of its own, past the tree's mask",
+    "compressor": "compressed keys, which join neighbours in storage",
+    "lightning": "linear attention, which carries state from token to token",
+    "conv1d": "a convolution over neighbours in storage",
+    "shortconv": "a convolution over neighbours in storage",
+}
+
+
+@dataclass(frozen=True)
+class Result:
+    """What the self-test found. Errors are relative, and None where it did not come to numbers."""
+
+    name: str
+    verdict: str
+    reason: str = ""
+    loss: float | None = None
+    logprobs: float | None = None
+    gradients: float | None = None
+    special: list[str] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def check(what: Any, cls: type[PreTrainedModel] | None = None) -> Result:
+    """The verdict on a config, or on a class with its default config. Never raises, and leaves no trace."""
+    with _apart():
+        return _check(what, cls)
+
+
+@contextmanager
+def _apart() -> Iterator[None]:
+    """Whatever the caller has set for a model of its own: it is neither used nor changed."""
+    with (
+        warnings.catch_warnings(),
+        torch.random.fork_rng(devices=[]),
+        torch.device("cpu"),
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        torch.autocast("cpu", enabled=False),
+    ):
+        warnings.simplefilter("ignore")
+        yield
+
+
+def _check(what: Any, cls: type[PreTrainedModel] | None) -> Result:
+    name = getattr(cls or what, "__name__", type(what).__name__)
+    try:
+        if isinstance(what, type):
+            what, cls = default_config(what), what
+        cls = cls or class_of(what)
+        name = cls.__name__
+        if is_recurrent(cls, what.get_text_config()):
+            return Result(name, "refused", RECURRENT)
+        model = build(shrink(what), cls).double()
+    except Exception as error:  # whatever a config or class raises: it cannot be tested, and that is the answer
+        return Result(name, "cannot be built tiny", said(error))
+    notes = _Notes(describe(model))
+    if against := reason_against(model):
+        return Result(name, "refused", against[0], special=notes.special)
+    try:
+        with true_float64():
+            worst = _held(model, notes)
+    except _Wrong as wrong:
+        return Result(name, "refused", _cause(model, notes, str(wrong)), special=notes.special)
+    except Exception as error:
+        reason = f"the tiny model does not run: {said(error)}"
+        return Result(name, "cannot be built tiny", reason, special=notes.special)
+    errors: dict[str, Any] = dict(worst)
+    if not max(worst.values()) <= EXACT:
+        numbers = ", ".join(f"{key} {value:.0e}" for key, value in worst.items())
+        symptom = f"one pass is not the samples' (relative errors in fp64: {numbers})"
+        return Result(name, "refused", _cause(model, notes, symptom), **errors, special=notes.special)
+    return Result(name, "exact", **errors, special=notes.special)
+
+
+class _Wrong(Exception):
+    """A row was refused or computed otherwise than it should."""
+
+
+@dataclass
+class _Notes:
+    """What is seen on the way."""
+
+    special: list[str]
+    reached: bool = False  # whether any attention of the model came to ours
+
+    def add(self, word: str) -> None:
+        if word not in self.special:
+            self.special.append(word)
+
+
+def _held(model: PreTrainedModel, notes: _Notes) -> dict[str, float]:
+    """The largest errors of one pass over every row, held against the samples."""
+    if _is_random(model):
+        model.eval()
+        notes.add("draws at random in training")
+    rows, straddling = _rows(model)
+    worst = {"loss": 0.0, "logprobs": 0.0, "gradients": 0.0}
+    for layouts in rows:
+        expected = oracle.n_samples(model, [sample for layout in layouts for sample in unmerge(layout)])
+        if not torch.cat(expected.logprobs).isfinite().all():
+            raise ValueError("its random weights give log-probabilities that are not finite")
+        for backend in BACKENDS:
+            for key, error in _errors(model, collate(layouts), expected, backend, notes).items():
+                worst[key] = max(worst[key], error if error == error else torch.inf)  # NaN is not equal to itself
+    if straddling is not None:
+        _must_refuse(model, straddling)
+        notes.add("refused where samples straddle RoPE's threshold")
+    return worst
+
+
+def _errors(
+    model: PreTrainedModel, row: Row, expected: oracle.Reference, backend: str, notes: _Notes
+) -> dict[str, float]:
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    try:
+        with untested(), _noting(notes):
+            patch(model, backend)
+            out = model(**row)
+            found = torch.autograd.grad(out.loss, list(parameters.values()), allow_unused=True)
+    except Exception as error:
+        raise _Wrong(said(error)) from error
+    finally:
+        unpatch(model)
+    n, labels = expected.n_targets, row["labels"][0]
+    real = labels != IGNORED
+    logprobs = out.logits.detach()[0, real].log_softmax(-1).gather(1, labels[real, None])[:, 0]
+    pairs = {
+        name: (torch.zeros_like(p) if gradient is None else gradient * n, expected.gradients[name])
+        for (name, p), gradient in zip(parameters.items(), found, strict=True)
+    }
+    return {
+        "loss": abs(float(out.loss.detach()) * n / expected.loss_sum - 1),
+        "logprobs": relative_l2([logprobs], [torch.cat(expected.logprobs)]),
+        "gradients": worst_gradient(pairs)[0],
+    }
+
+
+def worst_gradient(pairs: dict[str, tuple[Tensor, Tensor]]) -> tuple[float, str]:
+    """The largest relative error of a parameter's (found, expected) gradient, and the parameter's name."""
+    floor = FLOOR * sum(float(expected.square().sum()) for _, expected in pairs.values()) ** 0.5
+    worst, culprit = 0.0, ""
+    for name, (found, expected) in pairs.items():
+        error = float((found - expected).norm()) / max(float(expected.norm()), floor, 1e-300)
+        if error != error:  # NaN
+            return torch.inf, name
+        if error > worst:
+            worst, culprit = error, name
+    return worst, culprit
+
+
+# ---- the rows
+
+
+def _rows(model: PreTrainedModel) -> tuple[list[list[Layout]], list[Layout] | None]:
+    """Rows to hold, and a row that must be refused because its samples straddle RoPE's threshold."""
+    mixed = [_conversation((11, 20, 5), (3, 0, 5), (20, 30, 9)), _tree()]
+    kinds = rope_types(model.config.get_text_config()) & set(ROPE_BY_LONGEST)
+    if not kinds:
+        return [mixed], None
+    short = [_conversation((5, 6, 7), (5, 6, 7)), _conversation((8, 9, 4))]
+    long = [_conversation((ORIGINAL + 10, 6, 7), (5, 20, 7))]
+    return [short] if "dynamic" in kinds else [short, long], mixed
+
+
+def _ids(n: int, seed: int) -> list[int]:
+    return random.Random(seed).choices(range(SPECIAL), k=n)
+
+
+def _conversation(*shape: tuple[int, int, int]) -> Layout:
+    return lay_out_turns(
+        [(_ids(h, 3 * i), _ids(t, 3 * i + 1), _ids(r, 3 * i + 2)) for i, (h, t, r) in enumerate(shape)]
+    )
+
+
+def _tree() -> Layout:
+    """Nested forks: early ones, and some behind all the lengths that `shrink` leaves."""
+    a, b, c, d, e, stem = (_ids(n, 20 + n) for n in (9, 14, 6, 5, 11, 45))
+    return lay_out(
+        [
+            Sample(a, b + c),
+            Sample(a + c, d),
+            Sample(a + c + d, e + b),
+            Sample(a + c + d, e + c),
+            Sample(a + stem, b),
+            Sample(a + stem + c, d + e),
+            Sample(a + stem[:30], e),
+            Sample(d, a),
+        ]
+    )
+
+
+def _must_refuse(model: PreTrainedModel, layouts: list[Layout]) -> None:
+    try:
+        with untested(), torch.no_grad():
+            patch(model)(**collate(layouts))
+    except ValueError as error:
+        if "changes with the longest" in str(error):
+            return
+        raise _Wrong(said(error)) from error
+    finally:
+        unpatch(model)
+    raise _Wrong("its RoPE changes with the longest sample of a row, and a row on both sides of that was not refused")
+
+
+@torch.no_grad()
+def _is_random(model: PreTrainedModel) -> bool:
+    """Whether two training passes differ though all dropout is off."""
+    model.train()
+    ids = torch.tensor([_ids(30, 0)])
+    first, second = (model(input_ids=ids, use_cache=False).logits for _ in range(2))
+    return not torch.equal(first, second)
+
+
+# ---- what it says
+
+
+def said(error: BaseException) -> str:
+    """An error in one line."""
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text}"[:300]
+
+
+def _cause(model: PreTrainedModel, notes: _Notes, symptom: str) -> str:
+    """The symptom, and what the model has that would explain it."""
+    for module in model.modules():
+        kind = type(module).__name__
+        if hasattr(module, "create_position_ids_from_input_ids"):
+            return f"it counts positions from behind its padding id ({kind}): {symptom}"
+        for word, meaning in IN_STORAGE.items():
+            if word in kind.lower() and kind != "Conv1D":  # which is a linear layer
+                return f"it has {meaning} ({kind}): {symptom}"
+    if not (notes.reached or type(model)._can_set_attn_implementation()):
+        return "it has attention code of its own, which no mask of ours reaches"
+    if symptom.startswith(OURS):  # one of our own refusals, which says why
+        return symptom.removeprefix(OURS)
+    if "Asked" in symptom:
+        return f"it makes more of its mask than a mask, and rows have none ({symptom})"
+    if "position_ids" not in inspect.signature(find_decoder(model).forward).parameters:
+        return f"it takes no positions, and counts places in storage: {symptom}"
+    return symptom
+
+
+OURS = "ValueError: row: "
+
+
+@contextmanager
+def _noting(notes: _Notes) -> Iterator[None]:
+    """Write down what layers ask of attention while a row is on its way."""
+    plain = TreeRow.attend
+
+    def attend(self: TreeRow, q: Tensor, k: Tensor, v: Tensor, scale: float, **limits: Any) -> Tensor:
+        notes.reached = True
+        for key in ("window", "chunk", "softcap", "sinks"):
+            if limits.get(key) is not None:
+                notes.add(key)
+        if q.shape[-1] != v.shape[-1]:
+            notes.add("values and keys differ in head size")
+        return plain(self, q, k, v, scale, **limits)
+
+    TreeRow.attend = attend  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        TreeRow.attend = plain  # type: ignore[method-assign]
+
+
+NOTED = {  # by what configs call it, where it is set
+    "final_logit_softcapping": "final softcap",
+    "logit_scale": "logit scale",
+    "logits_scaling": "logit scale",
+    "num_kv_shared_layers": "layers that share keys",
+    "hidden_size_per_layer_input": "per-layer embeddings",
+    "kv_lora_rank": "MLA",
+    "attn_temperature_tuning": "temperature by position",
+    "num_nextn_predict_layers": "multi-token prediction, left alone",
+    "num_mtp_layers": "multi-token prediction, left alone",
+}
+
+
+def describe(model: nn.Module) -> list[str]:
+    """What is special about a model, as far as its config and the names of its parts say."""
+    config = model.config.get_text_config()  # type: ignore[operator, union-attr]
+    found = [meaning for key, meaning in NOTED.items() if getattr(config, key, None)]
+    names = {type(module).__name__.lower() for module in model.modules()}
+    if any("expert" in name or "moe" in name for name in names):
+        found.append("MoE")
+    if any(re.search(r"\.(q_norm|k_norm|q_layernorm|qk_norm|query_layernorm)$", n) for n, _ in model.named_modules()):
+        found.append("QK-norm")
+    if any((part.get("partial_rotary_factor") or 1) != 1 for part in (vars(config), *rope_settings(config))):
+        found.append("partial rotary")
+    if any(not rope for rope in getattr(config, "no_rope_layers", None) or ()):
+        found.append("NoPE layers")
+    found += [f"RoPE {kind}" for kind in sorted(rope_types(config) - {"default"})]
+    return list(dict.fromkeys(found))
+
+
+# ---- what becomes of a row when nobody patched the model
+
+
+def unpatched(what: type[PreTrainedModel] | PreTrainedConfig, implementation: str) -> dict[str, str] | None:
+    """What a row does to a model that is not patched: an exception's name, or "computed"; None if there is no model."""
+    with _apart():
+        return _unpatched(what, implementation)
+
+
+def _unpatched(what: type[PreTrainedModel] | PreTrainedConfig, implementation: str) -> dict[str, str] | None:
+    try:
+        config = default_config(what) if isinstance(what, type) else what
+        cls = what if isinstance(what, type) else class_of(config)
+        small = shrink(config)
+        small._attn_implementation = implementation
+        model = build(small, cls)
+    except Exception:
+        return None
+    row = collate([_conversation((11, 20, 5), (3, 0, 5), (20, 30, 9))])
+    without = {key: value for key, value in row.items() if "labels" not in key}
+    return {"with labels": _outcome(model, row), "without labels": _outcome(model, without)}
+
+
+@torch.no_grad()
+def _outcome(model: PreTrainedModel, row: Row) -> str:
+    try:
+        model(**row)
+    except Exception as error:  # any at all will do: the point is that it is not silent
+        return type(error).__name__
+    return "computed"

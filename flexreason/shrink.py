@@ -1,0 +1,330 @@
+"""A tiny model of the same structure as a large one: its config with all sizes cut, and random weights.
+
+What a row could get wrong is in a config's structure: kinds of layers, windows, how RoPE is scaled, experts, what
+is shared or capped. All of that stays. Sizes become small, layers are cut behind the first of every kind, and every
+length that something depends on (window, chunk, the original maximum of RoPE) becomes so short that a tree of
+150 tokens crosses it. Configs are read by the names of their fields, which transformers' models mostly share.
+"""
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+LARGEST = 3_000_000
+"""Parameters. What is larger has sizes under names that are not known here."""
+
+VOCABULARY, SPECIAL = 97, 88
+"""Token ids from `SPECIAL` on are for padding, images and the like."""
+
+HIDDEN, FFN, HEADS, HEAD, ROPE_HEAD, RANK = 64, 48, 4, 16, 8, 16
+WINDOW, CHUNK, FLOOR, ORIGINAL, LENGTH = 20, 24, 16, 40, 512
+MOST_LAYERS = 12
+
+Given = Mapping[str, Any]
+
+NOT_STRUCTURE = (  # what a config says about storing and calling a model; refused or handled elsewhere
+    *("dtype", "torch_dtype", "quantization_config", "auto_map", "transformers_version"),
+    *("output_router_logits", "output_hidden_states", "output_attentions", "return_dict"),
+)
+
+
+def shrink(config: PreTrainedConfig) -> PreTrainedConfig:
+    """A tiny config of the same class and structure.
+
+    >>> from transformers import Qwen3Config
+    >>> small = shrink(Qwen3Config())
+    >>> small.num_hidden_layers, small.num_attention_heads, small.num_key_value_heads, small.head_dim
+    (2, 4, 4, 16)
+    """
+    given = config.to_dict()
+    for key in NOT_STRUCTURE:
+        given.pop(key, None)
+    return type(config).from_dict(_shrunk(given))
+
+
+def build(config: PreTrainedConfig, cls: type[PreTrainedModel] | None = None, seed: int = 0) -> PreTrainedModel:
+    """A model of a small config, with weights so large that leaving something out shows."""
+    cls = cls or class_of(config)
+    with torch.device("meta"):
+        size = sum(p.numel() for p in cls(config).parameters())
+    if size > LARGEST:
+        raise ValueError(f"{size:,} parameters are left when all sizes that are known here are cut")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = cls(config)
+        randomise(model)
+    if getattr(model.config, "_experts_implementation", None) is not None:
+        model.set_experts_implementation("eager")  # grouped matrix products take no float64
+    return model.eval()
+
+
+def class_of(config: PreTrainedConfig) -> type[PreTrainedModel]:
+    """The causal language model of a config: the one it names, else transformers' own choice."""
+    names = [*(config.architectures or ()), MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)]
+    for name in names:
+        if name and hasattr(transformers, name) and is_causal(name):
+            return getattr(transformers, name)
+    raise ValueError(f"transformers has no causal language model for {type(config).__name__}")
+
+
+def default_config(cls: type[PreTrainedModel]) -> PreTrainedConfig:
+    """The config that a class has by default, as a causal model where it can also be another kind."""
+    made: Any = cls.config_class
+    config = made(**UNSET.get(made.__name__, {}))
+    if getattr(config, "is_decoder", True) is False:
+        config.is_decoder = True
+    return config
+
+
+def is_causal(name: str) -> bool:
+    return name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() or name.endswith("ForCausalLM")
+
+
+def causal_classes() -> list[str]:
+    """All names of causal language models that transformers has, once each."""
+    found = {*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values(), *(n for n in dir(transformers) if n.endswith("ForCausalLM"))}
+    return sorted(
+        name
+        for name in found
+        if not name.startswith("AutoModel") and getattr(getattr(transformers, name, None), "config_class", None)
+    )
+
+
+@torch.no_grad()
+def randomise(model: nn.Module) -> None:
+    """Weights of decent size everywhere, also where a model begins with ones, zeros, or nothing at all."""
+    for name, p in model.named_parameters():
+        if not p.is_floating_point():
+            continue
+        if p.dim() > 1:
+            p.normal_(0, 0.2)
+        elif re.search(r"bias|sink", name.rpartition(".")[2]) or not p.isfinite().all():
+            p.normal_(0, 0.5)
+        else:
+            p.add_(torch.randn_like(p) * 0.2)
+    for name, buffer in model.named_buffers():
+        if re.search(r"correction_bias|expert_bias|expert_bias|router.*bias", name) and buffer.is_floating_point():
+            buffer.normal_(0, 0.2)
+
+
+# ---- sizes, by what configs call them
+
+
+def _shrunk(given: Given) -> dict[str, Any]:
+    layers, kept = _layers(given)
+    return {key: _value(key, value, given, layers, kept) for key, value in given.items()}
+
+
+def _value(key: str, value: Any, given: Given, layers: int, kept: int) -> Any:
+    if isinstance(value, dict):
+        if key == "per_layer_config":
+            own = {int(layer): entry for layer, entry in value.items() if int(layer) < kept}
+            return {i: {k: _value(k, v, {**given, **e}, layers, kept) for k, v in e.items()} for i, e in own.items()}
+        if key == "rope_parameters":
+            return _rope(value, given)
+        if "model_type" in value or key.endswith("_config"):
+            return _shrunk(value)
+        return value
+    if isinstance(value, list | tuple):
+        if _is_index_list(key, value, layers):
+            return [i for i in value if i < kept]
+        if layers and len(value) == layers:
+            value = value[:kept]
+        return [_value(key, item, given, layers, kept) for item in value]
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return value
+    if re.search(r"drop|jitter", key) and isinstance(value, float):
+        return 0.0
+    if re.search(LAYERS, key):
+        return min(value, kept) if layers else min(value, 2)
+    for pattern, rule in RULES:
+        if re.search(pattern, key):
+            return rule(value, given) if callable(rule) else min(value, rule)
+    return value
+
+
+LAYERS = r"^(num_hidden_layers|n_layers?|num_layers|(num_)?(decoder|encoder)_layers|depth)$"
+PERIODS = r"_(interval|step|period|pattern|frequency|every_n_layers|n_layers)$"
+EARLIER = r"^(first_k_dense_replace|num_dense_layers|moe_layer_start_index|max_window_layers|full_attention_start)$"
+
+
+def _is_index_list(key: str, value: Any, layers: int) -> bool:
+    """Numbers of layers, ascending, and not one entry a layer."""
+    if not (layers and value and re.search(r"(_layers|_idxs|_indices|_layer_ids)$", key)):
+        return False
+    numbers = all(isinstance(i, int) and not isinstance(i, bool) and 0 <= i < layers for i in value)
+    return numbers and list(value) == sorted(set(value))
+
+
+def _layers(given: Given) -> tuple[int, int]:
+    """How many layers there are, and how many to keep: at least 2, and all kinds among them."""
+    counts = [value for key, value in given.items() if re.search(LAYERS, key) and isinstance(value, int)]
+    if not counts:
+        return 0, 2
+    layers = given.get("num_hidden_layers") or max(counts)
+    kept = min(2, layers)
+    found = {k: v for k, v in given.items() if isinstance(v, list | tuple)}
+    members = [set(v) for k, v in found.items() if _is_index_list(k, v, layers)]
+    lists = [v for k, v in found.items() if len(v) == layers and not _is_index_list(k, v, layers)]
+    own = {int(layer): entry for layer, entry in (given.get("per_layer_config") or {}).items()}
+    kinds = [repr([[v[i] for v in lists], [i in m for m in members], own.get(i)]) for i in range(layers)]
+    kept = max(kept, *(kinds.index(kind) + 1 for kind in set(kinds)))
+    for key, value in given.items():
+        if re.search(PERIODS, key) and isinstance(value, int):
+            kept = max(kept, value)
+    if given.get("num_kv_shared_layers"):
+        kept *= 2  # as many that share as have their own
+    return layers, min(kept, MOST_LAYERS, layers)
+
+
+def _set(size: int) -> Callable[[int, Given], int]:
+    """This size whatever it was, except for what is switched off by 0: so that small models end up alike too."""
+    return lambda value, given: size if value else value
+
+
+def _heads(value: int, given: Given) -> int:
+    base = given.get("num_attention_heads")
+    return 2 * HEADS if isinstance(base, int) and value > base else min(value, 2) * HEADS // 2
+
+
+def _kv_heads(value: int, given: Given) -> int:
+    heads = next((given[k] for k in ("num_attention_heads", "n_head", "n_heads") if isinstance(given.get(k), int)), 0)
+    return 1 if value == 1 else HEADS if value >= heads else HEADS // 2
+
+
+def _rope_head(value: int, given: Given) -> int:
+    """In MLA, of the same share as before, since a factor may say it too."""
+    return HEAD if value >= (given.get("qk_nope_head_dim") or 2 * value) else ROPE_HEAD
+
+
+def _head_dim(value: int, given: Given) -> int:
+    rope, nope = given.get("qk_rope_head_dim"), given.get("qk_nope_head_dim")
+    if rope and nope and value == rope + nope:
+        return _rope_head(rope, given) + HEAD
+    if rope and value == rope:
+        return _rope_head(rope, given)
+    base = given.get("head_dim")
+    return 2 * HEAD if isinstance(base, int) and base < value and not rope else HEAD
+
+
+def _value_head(value: int, given: Given) -> int:
+    keys = given.get("qk_nope_head_dim") or given.get("head_dim") or value
+    return HEAD if value >= keys else HEAD // 2
+
+
+def _experts(value: int, given: Given) -> int:
+    return min(value, 8 if (given.get("n_group") or 1) > 1 else 4)
+
+
+def _rope_types(given: Given) -> set[str]:
+    found = given.get("rope_parameters") or {}
+    return {r.get("rope_type", "default") for r in (found, *found.values()) if isinstance(r, dict)}
+
+
+def _maximum(value: int, given: Given) -> int:
+    """Long enough for trees, unless it is what RoPE reads."""
+    if "dynamic" in _rope_types(given):
+        return ORIGINAL
+    original = next(_originals(given), None)
+    return LENGTH if original is None else max(ORIGINAL, round(ORIGINAL * value / original))
+
+
+def _originals(given: Given) -> Iterator[int]:
+    found = given.get("rope_parameters") or {}
+    for rope in (given, found, *found.values()):
+        if isinstance(rope, dict) and rope.get("original_max_position_embeddings"):
+            yield rope["original_max_position_embeddings"]
+
+
+def _special_token(value: int, given: Given) -> int:
+    return value if value < 0 else SPECIAL + value % (VOCABULARY - SPECIAL)
+
+
+RULES: list[tuple[str, int | Callable[[Any, Given], Any]]] = [  # the first that matches; an int is the most it may be
+    (r"(token_id|token_index|eod_token_ids?)$", _special_token),
+    (r"type_vocab_size$", 4),
+    (r"vocab_size|hash_byte_group_vocab", _set(VOCABULARY)),
+    (r"^(hidden_size|n_embd|d_model)$", _set(HIDDEN)),
+    (r"^(intermediate_size|moe_intermediate_size|n_inner|ffn_dim)$", _set(FFN)),
+    (r"(num_key_value_heads|kv_heads|kv_n_heads)$", _kv_heads),
+    (r"^(index_n_heads|indexer_n_heads|indexer_kv_heads|mamba_n_heads|n_mamba_heads|mamba_num_heads)$", HEADS),
+    (r"^mamba_(d_head|head_dim)$", lambda value, given: HIDDEN * given.get("mamba_expand", 2) // HEADS),
+    (r"^linear_num_(key_|value_)?heads$", HEADS),
+    (r"(num_heads|n_heads?|attention_heads|attention_heads_per_layer)$", _heads),
+    (r"^qk_rope_head_dim$", _rope_head),
+    (r"^rotary_dim$", ROPE_HEAD),
+    (r"v_head_dim$", _value_head),
+    (r"(head_dim|head_size|dim_head|d_head|kv_channels|head_dim_size)$", _head_dim),
+    (r"_rank$|lowrank$", RANK),
+    (r"(experts_per_tok(en)?|moe_top_?k|moe_k|top_k_experts)$", 2),
+    (r"^topk_group$", 1),
+    (r"^n_group$", 2),
+    (r"shared_experts$", 2),
+    (r"(num_experts|n_routed_experts|num_local_experts|expert_num)$", _experts),
+    (r"^(index_topk|indexer_budget)$", 8),
+    (r"^index_block_size$", 8),
+    (r"^index_topk_blocks$", 2),
+    (r"^original_max_position_embeddings$", ORIGINAL),
+    (r"(max_position_embeddings|n_positions|n_ctx|max_seq_len|context_length|max_target_positions)$", _maximum),
+    (EARLIER, 1),
+    (r"^num_kv_shared_layers$", lambda value, given: min(value, _layers(given)[1] // 2)),
+    (r"^(num_nextn_predict_layers|num_mtp_layers)$", 1),
+    (r"(sliding_window|window_size|sliding_window_size|window_len|block_size|swa_window|^local_attention)$", WINDOW),
+    (r"^(attention_chunk_size|.*attn_chunk_length)$", CHUNK),
+    (r"^(mamba_)?chunk_size$", CHUNK),
+    (r"^(floor_scale|log_scaling_n_floor|rel_extent)$", FLOOR),
+    (r"^d_rel$", 8),
+    (r"^num_blocks$", 2),
+    (r"^image_size$", 32),
+    (r"(hidden_size_per_layer_input|ple_embed_dim)$", RANK),
+    (r"^(intermediate_size.*|.*_intermediate_size|n_inner|.*ffn_dim|dff|dim_ff|feed_forward_size|d_inner)$", FFN),
+    (r"^(ffn_hidden_size|.*ffn_hidden_size|moe_latent_size)$", FFN),
+    (r"(hidden_size|n_embd|d_model|embed_dim|emb_dim|_size|_dim|_width|_size_global|_channels?)$", HIDDEN),
+]
+
+
+def _rope(given: dict[str, Any], config: Given) -> dict[str, Any]:
+    """Kinds and factors stay; the original length and what lists one number a frequency become small."""
+    if "rope_type" not in given:
+        return {key: _rope(value, config) if isinstance(value, dict) else value for key, value in given.items()}
+    partial = given.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1
+    rope = config.get("qk_rope_head_dim")
+    frequencies = (_rope_head(rope, config) if rope else int(HEAD * float(partial))) // 2
+    small = dict(given)
+    if small.get("original_max_position_embeddings"):
+        small["original_max_position_embeddings"] = ORIGINAL
+    for key in ("short_factor", "long_factor"):
+        if small.get(key):
+            small[key] = list(small[key])[:frequencies]
+    if section := small.get("mrope_section"):
+        parts = [max(1, round(part * frequencies / sum(section))) for part in section]
+        parts[0] += frequencies - sum(parts)
+        small["mrope_section"] = parts
+    return small
+
+
+UNSET: dict[str, dict[str, Any]] = {  # what a class's default config leaves open though its models need it
+    "CohereCompassTextConfig": {  # RoPE by kinds of layer, of which it has none by default
+        "layer_types": ["sliding_attention", "sliding_attention", "sliding_attention", "full_attention"] * 10,
+        "rope_parameters": {
+            kind: {"rope_type": "default", "rope_theta": 1e4} for kind in ("sliding_attention", "full_attention")
+        },
+    },
+    "DbrxConfig": {"attn_config": {"rope_theta": 1e4, "kv_n_heads": 8, "clip_qkv": 8}},
+    "DeepseekV2Config": {"num_experts_per_tok": 6, "n_group": 8, "topk_group": 3, "first_k_dense_replace": 1},
+    "Dots1Config": {"n_routed_experts": 128, "n_shared_experts": 2, "num_experts_per_tok": 6},
+    "HunYuanDenseV1Config": {"head_dim": 128},
+    "HunYuanMoEV1Config": {"head_dim": 128},
+    "Lfm2Config": {"full_attn_idxs": [2, 5, 8, 10, 12, 14]},  # all its checkpoints are hybrids
+    "Lfm2MoeConfig": {"layer_types": ["conv", "conv", "full_attention", "conv"] * 8},
+    "MiniMaxM3VLTextConfig": {"layer_types": ["full_attention"] * 3 + ["minimax_m3_sparse"] * 57},  # as published
+    "MinistralConfig": {"head_dim": 128},
+    "NemotronConfig": {"num_key_value_heads": 8},
+    "XmodConfig": {"default_language": "en_XX"},
+}

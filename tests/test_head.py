@@ -1,0 +1,265 @@
+"""The head a chunk at a time: the chunked loss and token log-probabilities against the samples and the full logits."""
+
+import pytest
+import torch
+import transformers
+
+import flexreason as fr
+from exact import EXACT
+from flexreason import head, oracle, selftest
+from flexreason.models import listed
+from flexreason.refuse import untested
+from flexreason.shrink import build, default_config, shrink
+from flexreason.testing import relative_l2, true_float64
+from models import checkpoint, tiny
+from strategies import random_turns
+from watch import Largest
+
+FAMILIES = {
+    "Qwen3": {},
+    "Gemma2": {"final_logit_softcapping": 3.0},  # a soft cap behind the head
+    "Cohere": {"logit_scale": 0.25, "eos_token_id": 1, "bos_token_id": 1},  # a scale behind the head, tied embeddings
+    "Granite": {"logits_scaling": 3.0},  # a divisor
+    "NanoChat": {"final_logit_softcapping": 2.0},
+    "Phi": {},  # a bias
+    "MiniCPM3": {"dim_model_base": 16, "num_key_value_heads": 4, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8},
+}  # the last has a scale before the head
+
+ROWS_A_CHUNK = 4
+
+
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch):
+    monkeypatch.setattr(head, "CHUNK_LOGITS", 97 * ROWS_A_CHUNK)
+
+
+def conversation(seed=0):
+    return fr.lay_out_turns(random_turns([(5, 7, 3), (4, 0, 2), (3, 5, 4)], seed=seed))
+
+
+def worst(model, expected, factor):
+    found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    norm = sum(float(g.square().sum()) for g in expected.values()) ** 0.5
+    return max(  # key biases have no gradient at all, so there is a floor
+        float((found.get(name, torch.zeros_like(g)) * factor - g).norm()) / max(float(g.norm()), 1e-6 * norm)
+        for name, g in expected.items()
+    )
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_chunked_loss_and_logprobs_are_the_samples(family):
+    model = tiny(family, **FAMILIES[family]).double()
+    layouts = [conversation(), conversation(seed=1)]
+    row, samples = fr.collate(layouts), [s for layout in layouts for s in fr.unmerge(layout)]
+    with true_float64():
+        expected = oracle.n_samples(model, samples)
+        fr.patch(model, loss="chunked")
+        out = model(**row)
+        out.loss.backward()
+        n = expected.n_targets
+        assert out.logits is None
+        assert abs(out.loss.item() * n / expected.loss_sum - 1) <= EXACT
+        assert worst(model, expected.gradients, n) <= EXACT
+
+        model.zero_grad()
+        logprobs = fr.token_logprobs(model, row)
+        (-logprobs.sum()).backward()
+        assert relative_l2([logprobs[:n]], [torch.cat(expected.logprobs)]) <= EXACT
+        assert worst(model, expected.gradients, 1) <= EXACT
+    assert logprobs.shape == row["labels"].shape[1:]
+    assert not logprobs[n:].any()
+
+
+def test_logprobs_are_aligned_with_turn_and_document():
+    model, layouts = tiny("Qwen3").double(), [conversation(), conversation(seed=1)]
+    row = fr.collate(layouts)
+    with true_float64():
+        expected = [oracle.n_samples(model, fr.unmerge(layout), gradients=False).logprobs for layout in layouts]
+        logprobs = fr.token_logprobs(fr.patch(model), row).detach()
+    for document, turns in enumerate(expected):
+        for turn, right in enumerate(turns):
+            here = (row["target_document"][0] == document) & (row["target_turn"][0] == turn)
+            assert relative_l2([logprobs[here]], [right]) <= EXACT
+
+
+def test_a_gradient_of_any_function_of_the_logprobs():
+    """As importance ratios need: other upstream gradients than a loss has, and a temperature."""
+    model, row = fr.patch(tiny("Gemma2", final_logit_softcapping=3.0).double()), fr.collate([conversation()])
+    real = row["labels"][0] != -100
+    with true_float64():
+        logits = model(**row).logits[0] / 0.7
+        full = logits.log_softmax(-1).gather(1, row["labels"][0].where(real, 0)[:, None])[:, 0].where(real, 0)
+        old = full.detach() + torch.linspace(-1, 1, len(full), dtype=full.dtype)
+
+        def objective(logprobs):
+            return ((logprobs - old).exp() * real).sum()
+
+        parameters = list(model.parameters())
+        expected = torch.autograd.grad(objective(full), parameters)
+        found = fr.token_logprobs(model, row, temperature=0.7)
+        gradients = torch.autograd.grad(objective(found), parameters)
+    assert relative_l2([found], [full]) <= EXACT
+    assert relative_l2(gradients, expected) <= EXACT
+
+
+def test_weights_and_items_in_batch_in_the_chunked_loss():
+    turns = [(5, 7, 3), (4, 2, 2)]
+    layout = fr.lay_out_turns(random_turns(turns))
+    row = fr.collate([layout])
+    row["target_weight"] = row["target_weight"] * torch.linspace(0.5, 2, row["labels"].shape[1])
+    model = tiny("Qwen3").double()
+    for more in ({}, {"num_items_in_batch": torch.tensor(7)}):
+        with true_float64():
+            expected = fr.patch(model)(**row, **more).loss
+            found = fr.patch(model, loss="chunked")(**row, **more).loss
+            gradients = [torch.autograd.grad(loss, list(model.parameters())) for loss in (found, expected)]
+        assert found.item() == pytest.approx(expected.item(), rel=1e-12)
+        assert relative_l2(*gradients) <= EXACT
+
+
+def test_an_empty_row_adds_nothing_chunked():
+    model = fr.patch(tiny("Qwen3"), loss="chunked")
+    out = model(**fr.collate([]))
+    out.loss.backward()
+    assert out.loss.item() == 0
+    assert all(not p.grad.any() for p in model.parameters() if p.grad is not None)
+    assert not fr.token_logprobs(model, fr.collate([])).any()
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_chunked_with_checkpointing_and_frozen_parameters(reentrant):
+    model, row = tiny("Qwen3"), fr.collate([conversation()])
+    model.lm_head.weight.requires_grad_(False)
+    model.train()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    expected = torch.autograd.grad(fr.patch(model)(**row).loss, trained)
+    checkpoint(model, reentrant)
+    fr.patch(model, loss="chunked")(**row).loss.backward()
+    assert relative_l2([p.grad for p in trained], expected) < 1e-5
+    assert model.lm_head.weight.grad is None
+
+
+def test_chunked_under_autocast_is_as_the_model_does_it():
+    model, row = tiny("Qwen3"), fr.collate([conversation()])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        expected = fr.patch(model)(**row).loss
+        expected = (expected.item(), torch.autograd.grad(expected, list(model.parameters())))
+        fr.patch(model, loss="chunked")
+        loss, logprobs = model(**row).loss, fr.token_logprobs(model, row)
+    n = int((row["labels"] != -100).sum())
+    for found in (loss, -logprobs.sum() / n):  # the second sweeps again, behind the end of autocast
+        assert found.item() == pytest.approx(expected[0], rel=1e-3)
+        assert relative_l2(torch.autograd.grad(found, list(model.parameters())), expected[1]) < 0.03
+
+
+def test_no_tensor_is_as_large_as_all_logits():
+    model = fr.patch(tiny("Qwen3", vocab_size=2000), loss="chunked")
+    row = fr.collate([fr.lay_out_turns(random_turns([(5, 60, 30)]))])
+    n_logits = row["labels"].shape[1] * 2000
+    with Largest() as largest:
+        model(**row).loss.backward()
+        fr.token_logprobs(model, row).sum().backward()
+    assert largest.elements < n_logits
+    with Largest() as largest:
+        fr.patch(model)(**row).loss.backward()
+    assert largest.elements >= n_logits
+
+
+def test_ordinary_batches_keep_their_logits_when_chunked():
+    model, ids = tiny("Qwen3"), torch.randint(97, (2, 9))
+    expected = model(input_ids=ids, labels=ids)
+    found = fr.patch(model, loss="chunked")(input_ids=ids, labels=ids)
+    assert torch.equal(found.logits, expected.logits)
+    assert found.loss == expected.loss
+
+
+def test_what_cannot_be_chunked_is_refused_by_name():
+    model, row = fr.patch(tiny("Qwen3"), loss="chunked"), fr.collate([conversation()])
+    bare = {key: value for key, value in row.items() if "labels" not in key}
+    with pytest.raises(ValueError, match=r"it has no labels, and with loss=\"chunked\""):
+        model(**bare)
+    with pytest.raises(ValueError, match="the row lacks labels, shift_labels"):
+        fr.token_logprobs(model, bare)
+    with pytest.raises(ValueError, match="not patched"):
+        fr.token_logprobs(tiny("Qwen3"), row)
+    for temperature in (0.0, -1.0, float("nan")):
+        with pytest.raises(ValueError, match="temperature"):
+            fr.token_logprobs(model, row, temperature=temperature)
+    with pytest.raises(ValueError, match="loss: expected one of 'model', 'chunked', found 'liger'"):
+        fr.patch(model, loss="liger")
+    loss = model(**row).loss
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="one backward for a forward"):
+        loss.backward()
+    fr.unpatch(model)
+    model.loss_function = lambda logits, labels, *args, **kwargs: logits.sum()
+    with pytest.raises(ValueError, match="computes the usual loss, and the loss function was replaced"):
+        fr.patch(model, loss="chunked")(**row)
+
+
+def test_a_class_with_a_loss_of_its_own_is_refused_by_name():
+    model = build(shrink(transformers.WhisperConfig()), transformers.WhisperForCausalLM)
+    with pytest.raises(ValueError, match=r'loss="chunked": WhisperForCausalLM computes its loss in its own forward'):
+        fr.patch(model, loss="chunked")
+    with pytest.raises(ValueError, match="token_logprobs: WhisperForCausalLM computes its loss"):
+        fr.token_logprobs(fr.patch(model), fr.collate([conversation()]))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # of a hundred families, none of them ours
+def test_every_exact_class_is_exact_chunked():
+    """Or has a loss of its own: on the rows of the self-test, against the same model's full logits."""
+    wrong, own_loss, exact = {}, [], 0
+    for name in (name for name, entry in listed()["models"].items() if entry["verdict"] == "exact"):
+        cls = getattr(transformers, name)
+        model = build(shrink(default_config(cls)), cls).double().eval()
+        layouts = selftest._rows(model)[0][0]
+        row, parameters = fr.collate(layouts), [p for p in model.parameters() if p.requires_grad]
+        real = row["labels"][0] != -100
+        with true_float64(), untested():
+            out = fr.patch(model)(**row)
+            expected = torch.autograd.grad(out.loss, parameters, materialize_grads=True, allow_unused=True)
+            logprobs = out.logits[0, real].log_softmax(-1).gather(1, row["labels"][0, real, None])[:, 0]
+            try:
+                fr.patch(model, loss="chunked")
+            except ValueError:
+                own_loss.append(name)
+                continue
+            chunked = model(**row)
+            found = torch.autograd.grad(chunked.loss, parameters, materialize_grads=True, allow_unused=True)
+            found_logprobs = fr.token_logprobs(model, row)[real].detach()
+        pairs = {str(number): pair for number, pair in enumerate(zip(found, expected, strict=True))}
+        error = max(
+            selftest.worst_gradient(pairs)[0],
+            relative_l2([found_logprobs], [logprobs]),
+            abs(chunked.loss.item() / out.loss.item() - 1),
+        )
+        exact += error <= EXACT and chunked.logits is None
+        if not error <= EXACT:
+            wrong[name] = error
+    assert not wrong
+    assert own_loss == ["WhisperForCausalLM"]
+    assert exact >= 100
+
+
+def test_a_replaced_forward_is_refused_when_the_loss_runs_the_head():
+    model, row = fr.patch(tiny("Qwen3"), loss="chunked"), fr.collate([conversation()])
+    own = model.forward
+
+    def forward(*args, **kwargs):
+        return own(*args, **kwargs)
+
+    model.forward = forward
+    with pytest.raises(ValueError, match="need the model's own forward, and it was replaced"):
+        model(**row)
+
+
+def test_after_a_failed_call_the_model_is_as_before():
+    model, row = fr.patch(tiny("Qwen3")), fr.collate([conversation()])
+    expected = model(**row)
+    broken = {**row, "until": row["until"][:, :-1]}
+    with pytest.raises(ValueError, match="until"):
+        fr.token_logprobs(model, broken)
+    found = model(**row)
+    assert found.loss == expected.loss
+    assert torch.equal(found.logits, expected.logits)
