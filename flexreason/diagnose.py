@@ -221,7 +221,7 @@ def _watching(root: Any) -> Iterator[Watched]:
 def _watch(model: nn.Module, patch: Patch, row: Row) -> Watched:
     with _watching(patch.root) as watched:
         model(**row)
-    watched.backend = patch.backend
+    watched.backend = patch.backend_on(row["input_ids"].device)
     return watched
 
 

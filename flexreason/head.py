@@ -40,10 +40,6 @@ class Head:
         with _forward_of(find_decoder(self.root), lambda *args, **kwargs: answer):
             return type(self.root).forward(self.root, input_ids=ids, use_cache=False, return_dict=True).logits[0]
 
-    @property
-    def vocabulary(self) -> int:
-        return self.root.config.get_text_config().vocab_size
-
     def parameters(self) -> list[nn.Parameter]:
         """Those that train outside the decoder, and the output embeddings, which it may share."""
         inside = {id(p) for p in find_decoder(self.root).parameters()}
@@ -118,10 +114,10 @@ def sweep(
     swept = Swept(torch.zeros(len(labels), dtype=high, device=hidden.device), None, [None for _ in parameters])
     if upstream is not None:
         swept.hidden = torch.zeros_like(hidden)
-    size = min(len(labels), max(1, CHUNK_LOGITS // head.vocabulary))
+    size = min(len(labels), max(1, CHUNK_LOGITS // head.root.config.get_text_config().vocab_size))
     linear = head.product(hidden, parameters)
     make = _Whole(head, parameters) if linear is None else _ByHand(head, linear, parameters, size)
-    weights = hidden.new_empty(size, head.vocabulary, dtype=high)
+    weights: Tensor | None = None
     for start in range(0, len(labels), size):
         chunk = slice(start, start + size)
         states = hidden[chunk].detach().requires_grad_(upstream is not None)
@@ -131,6 +127,8 @@ def sweep(
         real = labels[chunk] != IGNORED
         label = labels[chunk].where(real, 0).unsqueeze(1)
         top = value.amax(-1, keepdim=True).to(high)
+        if weights is None:
+            weights = value.new_empty(value.shape, dtype=high)
         p = torch.sub(value, top, out=weights[: len(value)]).exp_()
         mass = p.sum(-1, keepdim=True)
         swept.logprobs[chunk] = (value.gather(1, label) - top - mass.log()).squeeze(1).where(real, 0)

@@ -345,7 +345,7 @@ class _Verification:
 
     def find_culprit(self, model: nn.Module, error: Error) -> str:
         assert error.limits is not None
-        limit = 100 * EXACT if error.dtype == "float64" else max(1e-3, 4 * error.limits.logprobs)
+        limit = 100 * EXACT if error.dtype == "float64" else 8 * error.limits.logprobs
         found = find_patch(model)
         assert found is not None
         with true_float64() if error.dtype == "float64" else nullcontext():

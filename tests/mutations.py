@@ -225,6 +225,57 @@ MUTATIONS = {  # name: (file, what stands there, what to write instead)
     "fp64: casts stay": (
         "testing.py", "if func is Tensor.float:", "if func is None:",
     ),
+    "head: what stands behind the product has no slope": (
+        "head.py", "if logits.data_ptr() != self.product.data_ptr():", "if False:",
+    ),
+    "head: what stands before the product has no slope": (
+        "head.py", "if self.given.data_ptr() == states.data_ptr():", "if True:",
+    ),
+    "head: the cap and scale behind the product are dropped": (
+        "head.py", "            return self.head(states)", "            self.head(states)\n            return self.product",
+    ),
+    "head: temperature is not in the gradient": (
+        "head.py", "* real / temperature)", "* real)",
+    ),
+    "head: ignored targets have a gradient": (
+        "head.py", "upstream[chunk].to(high) * real /", "upstream[chunk].to(high) /",
+    ),
+    "head: the weight's gradient is the last chunk's": (
+        "head.py", "return total.addmm_(slope.t(), given)", "return slope.t() @ given",
+    ),
+    "head: the bias has no gradient": (
+        "head.py", "totals[number] = summed if total is None else total.add_(summed)", "pass",
+    ),
+    "head: autocast is forgotten in backward": (
+        "head.py", "with torch.autocast(**ctx.autocast):", "if True:",
+    ),
+    "patch: all logits are made when the loss is chunked": (
+        "patching.py", "return with_states(output, output[0][:, :0])", "return output",
+    ),
+    "verify: gradients are not compared": (
+        "verification.py", '"logprobs": self.logprobs, "gradients": self.gradients}\n        if', '"logprobs": self.logprobs}\n        if',
+    ),
+    "verify: NaN counts as equal": (
+        "verification.py", "value is not None and not value <= limits[key]", "value is not None and value > limits[key]",
+    ),
+    "verify: a parameter without a gradient is passed over": (
+        "verification.py", "if name in missing:", "if False:",
+    ),
+    "verify: layouts are not looked at": (
+        "verification.py", "                if faults:", "                if False:",
+    ),
+    "verify: dropout stays on": (
+        "verification.py", "        module.p = 0.0\n", "        pass\n",
+    ),
+    "verify: the limit of a dtype is far above the samples' own error": (
+        "verification.py", "FACTOR = 2.0", "FACTOR = 2e6",
+    ),
+    "diagnose: the target index is not looked at": (
+        "diagnose.py", "if [ids[i] for i in paths[source]] != history:", "if False:",
+    ),
+    "diagnose: leaks are not looked for": (
+        "diagnose.py", "if bool((leaks := (moved > 0) & ~on_path).any()):", "leaks = moved > 0\n    if False:",
+    ),
 }  # fmt: skip
 
 
@@ -233,9 +284,12 @@ TESTS = {  # where to look for the test that notices, so that all of this takes 
     "attention/registry.py": ["tests/test_families.py", "tests/test_patching.py", "tests/test_integrations.py"],
     "attention/segments.py": ["tests/test_attention.py", "tests/test_patching.py", "tests/test_integrations.py"],
     "attention/": ["tests/test_cover.py", "tests/test_attention.py"],
-    "patching.py": ["tests/test_patching.py", "tests/test_integrations.py"],
+    "patching.py": ["tests/test_head.py", "tests/test_patching.py", "tests/test_integrations.py"],
     "loss.py": ["tests/test_patching.py"],
     "refuse.py": ["tests/test_patching.py", "tests/test_families.py"],
+    "head.py": ["tests/test_head.py"],
+    "verification.py": ["tests/test_verification.py"],
+    "diagnose.py": ["tests/test_verification.py"],
     "selftest.py": ["tests/test_families.py"],
     "models.py": ["tests/test_families.py"],
     "shrink.py": ["tests/test_families.py"],

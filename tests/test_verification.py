@@ -187,7 +187,8 @@ def test_a_loss_that_divides_by_something_else(monkeypatch):
     assert say(fr.verify(tiny("Qwen3"), [conversation()])).startswith("loss: ")
 
 
-def test_a_gradient_that_is_dropped(monkeypatch):
+@pytest.mark.parametrize("float64", [None, False])
+def test_a_gradient_that_is_dropped(monkeypatch, float64):
     right = segments._Attend.backward
 
     def without_keys(ctx, *grads):
@@ -195,9 +196,21 @@ def test_a_gradient_that_is_dropped(monkeypatch):
         return dq, torch.zeros_like(dk), *more
 
     monkeypatch.setattr(segments._Attend, "backward", staticmethod(without_keys))
-    culprit = say(fr.verify(tiny("Qwen3"), [conversation()]))
+    culprit = say(fr.verify(tiny("Qwen3"), [conversation()], float64=float64))
     assert culprit.startswith("backward: ")
     assert "self_attn.k_" in culprit
+
+
+def test_a_small_error_shows_in_a_dtype_that_rounds(monkeypatch):
+    right = segments.attend
+    monkeypatch.setattr(segments, "attend", lambda *given: right(*given) * 1.001)
+    assert say(fr.verify(tiny("Qwen3"), [conversation()], float64=False)).startswith("layers.0.self_attn")
+
+
+def test_not_a_number_is_not_equal(monkeypatch):
+    right = segments.attend
+    monkeypatch.setattr(segments, "attend", lambda *given: right(*given) * torch.nan)
+    assert say(fr.verify(tiny("Qwen3"), [conversation()]))
 
 
 # ---- no verdict, and what is said
