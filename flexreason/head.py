@@ -23,8 +23,8 @@ from transformers import PreTrainedModel
 from flexreason.attention.registry import find_decoder
 from flexreason.row import IGNORED
 
-CHUNK_LOGITS = 2**25
-"""Logits at a time: 128 MiB in fp32. Halving or doubling it changes the time by a few percent."""
+CHUNK_LOGITS = 2**26
+"""Logits at a time: 256 MiB in fp32. Halving or doubling it changes the time by a few percent."""
 
 
 class Head:
@@ -117,7 +117,7 @@ def sweep(
     size = min(len(labels), max(1, CHUNK_LOGITS // head.root.config.get_text_config().vocab_size))
     linear = head.product(hidden, parameters)
     make = _Whole(head, parameters) if linear is None else _ByHand(head, linear, parameters, size)
-    weights: Tensor | None = None
+    spare: Tensor | None = None
     for start in range(0, len(labels), size):
         chunk = slice(start, start + size)
         states = hidden[chunk].detach().requires_grad_(upstream is not None)
@@ -127,11 +127,14 @@ def sweep(
         real = labels[chunk] != IGNORED
         label = labels[chunk].where(real, 0).unsqueeze(1)
         top = value.amax(-1, keepdim=True).to(high)
-        if weights is None:
-            weights = value.new_empty(value.shape, dtype=high)
-        p = torch.sub(value, top, out=weights[: len(value)]).exp_()
+        chosen = value.gather(1, label) - top
+        if make.in_buffer(value) and value.dtype == high:
+            p = value.sub_(top).exp_()  # nothing else reads them
+        else:
+            spare = value.new_empty(value.shape, dtype=high) if spare is None else spare
+            p = torch.sub(value, top, out=spare[: len(value)]).exp_()
         mass = p.sum(-1, keepdim=True)
-        swept.logprobs[chunk] = (value.gather(1, label) - top - mass.log()).squeeze(1).where(real, 0)
+        swept.logprobs[chunk] = (chosen - mass.log()).squeeze(1).where(real, 0)
         if upstream is not None and swept.hidden is not None:
             factor = (upstream[chunk].to(high) * real / temperature).unsqueeze(1)
             slope = p.mul_(-factor / mass).scatter_add_(1, label, factor)  # factor x (label's one - p)
@@ -145,6 +148,9 @@ class _Whole:
     def __init__(self, head: Head, parameters: Sequence[Tensor]) -> None:
         self.logits = head
         self.parameters = parameters
+
+    def in_buffer(self, value: Tensor) -> bool:
+        return False
 
     def backward(self, states: Tensor, logits: Tensor, slope: Tensor, totals: list[Tensor | None]) -> Tensor:
         """The gradient by hidden states; those by parameters are added to their totals."""
@@ -179,8 +185,12 @@ class _ByHand:
         with _forward_of(self.linear, forward):
             return self.head(states)
 
+    def in_buffer(self, value: Tensor) -> bool:
+        """Whether these are the product itself, with nothing behind it that needs them again."""
+        return value.data_ptr() == self.product.data_ptr()
+
     def backward(self, states: Tensor, logits: Tensor, slope: Tensor, totals: list[Tensor | None]) -> Tensor:
-        if logits.data_ptr() != self.product.data_ptr():  # something stands behind the product
+        if not self.in_buffer(logits):  # something stands behind the product
             (slope,) = torch.autograd.grad(logits, self.product, slope)
         flat = self.given.detach().flatten(0, -2)
         if (number := self.wanted.get(id(self.linear.weight))) is not None:
@@ -228,6 +238,11 @@ class _Logprobs(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, labels: Tensor, temperature: float, head: Head, *parameters: Tensor
     ) -> Tensor:
+        ctx.by_one = None
+        if not parameters:  # then the slope by hidden states is all there is, and scales with what comes upstream
+            swept = sweep(head, hidden, labels, temperature, upstream=torch.ones_like(labels, dtype=hidden.dtype))
+            ctx.by_one = swept.hidden
+            return swept.logprobs
         ctx.save_for_backward(hidden, labels, *parameters)
         ctx.head, ctx.temperature = head, temperature
         kind = hidden.device.type
@@ -237,6 +252,8 @@ class _Logprobs(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.by_one is not None:
+            return ctx.by_one * grads[0].to(ctx.by_one.dtype).unsqueeze(1), None, None, None
         hidden, labels, *parameters = ctx.saved_tensors
         with torch.autocast(**ctx.autocast):
             swept = sweep(ctx.head, hidden, labels, ctx.temperature, grads[0], parameters)

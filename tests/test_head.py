@@ -139,6 +139,18 @@ def test_chunked_with_checkpointing_and_frozen_parameters(reentrant):
     assert model.lm_head.weight.grad is None
 
 
+def test_logprobs_of_a_frozen_head():
+    """Whose slope by hidden states is made on the way forward."""
+    model, row = tiny("Gemma2", final_logit_softcapping=3.0, tie_word_embeddings=False), fr.collate([conversation()])
+    model.lm_head.weight.requires_grad_(False)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    upstream = torch.linspace(-1, 1, row["labels"].shape[1])
+    found = torch.autograd.grad(fr.token_logprobs(fr.patch(model), row, temperature=0.7) @ upstream, trained)
+    model.lm_head.weight.requires_grad_(True)
+    expected = torch.autograd.grad(fr.token_logprobs(model, row, temperature=0.7) @ upstream, trained)
+    assert relative_l2(found, expected) < 1e-5
+
+
 def test_chunked_under_autocast_is_as_the_model_does_it():
     model, row = tiny("Qwen3"), fr.collate([conversation()])
     with torch.autocast("cpu", dtype=torch.bfloat16):
