@@ -4,11 +4,14 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from flexreason.blocks import block_mask
+from flexreason.collator import Collator
 from flexreason.draw import draw_layout, draw_mask
 from flexreason.layout import Layout, lay_out_turns, unmerge
 from flexreason.mask import dense_mask, mask_mod
+from flexreason.pack import Packer
 from flexreason.row import collate
 from flexreason.sample import Role, Sample
+from flexreason.splitting import Split, split
 from flexreason.tree import lay_out
 
 if TYPE_CHECKING:
@@ -19,9 +22,12 @@ if TYPE_CHECKING:
 __version__ = "0.1.0.dev0"
 
 __all__ = [
+    "Collator",
     "Layout",
+    "Packer",
     "Role",
     "Sample",
+    "Split",
     "block_mask",
     "collate",
     "dense_mask",
@@ -31,6 +37,7 @@ __all__ = [
     "lay_out_turns",
     "mask_mod",
     "patch",
+    "split",
     "token_logprobs",
     "unmerge",
     "unpatch",

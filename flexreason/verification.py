@@ -384,7 +384,7 @@ class _Verification:
         reason = None
         device = next(self.model.parameters()).device
         trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
-        needed, there = 8 * (self.parameters + 2 * trained), available_bytes(device)
+        needed, there = 9 * (self.parameters + trained), available_bytes(device)  # weights, and gradients once
         whole = all(p.is_floating_point() for p in self.model.parameters())
         if not whole or getattr(self.root, "is_quantized", False):
             reason = "its weights are quantised"

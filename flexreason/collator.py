@@ -1,0 +1,50 @@
+"""`Collator`: whatever a dataset holds, a DataLoader's or Trainer's batch of it, to one row.
+
+>>> import flexreason as fr
+>>> layout = fr.lay_out_turns([([1, 2], [10, 11], [20]), ([3], [12], [21])])
+>>> row = Collator(256)([layout, [layout, layout]])
+>>> row["input_ids"].shape, int(row["document"].max()) + 1
+(torch.Size([1, 256]), 3)
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from flexreason.layout import PER_TARGET, PER_TOKEN, Layout
+from flexreason.row import Row, collate
+
+
+class Collator:
+    """A batch of layouts, lists of layouts (as `Packer` groups them) or columns of layouts, to one row [1, S].
+
+    A batch of any size becomes one row: batch size says how many items share it, and `length` how long it is. An item
+    may be a layout, a list of layouts, a layout's columns as a datasets.Dataset keeps them, or whatever `encode` turns
+    into a layout.
+    """
+
+    def __init__(self, length: int | None = None, *, encode: Any = None) -> None:
+        self.length, self.encode = length, encode
+
+    def __call__(self, batch: Sequence[Any]) -> Row:
+        return collate([layout for item in batch for layout in self._layouts(item)], self.length)
+
+    def _layouts(self, item: Any) -> list[Layout]:
+        if isinstance(item, Layout):
+            return [item]
+        if isinstance(item, Mapping) and item.keys() >= {*PER_TOKEN, *PER_TARGET}:
+            return [_from_columns(item)]
+        if isinstance(item, Sequence) and item and all(isinstance(part, Layout) for part in item):
+            return list(item)
+        if self.encode is None:
+            raise ValueError(
+                f"Collator: expected layouts, found {type(item).__name__}; give encode=, which makes a layout of it"
+            )
+        return [self.encode(item)]
+
+
+def _from_columns(item: Mapping[str, Any]) -> Layout:
+    return Layout(
+        **{name: torch.as_tensor(item[name], dtype=dtype) for name, dtype in {**PER_TOKEN, **PER_TARGET}.items()}
+    )

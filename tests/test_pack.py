@@ -1,0 +1,105 @@
+"""Packing: every document once, rows full, the same again from a state; and the collator."""
+
+import json
+import random
+
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+import flexreason as fr
+from flexreason.collator import Collator
+from flexreason.pack import Packer
+from strategies import random_turns
+
+
+def sizes_of(n, longest, seed=0):
+    """Lengths as conversations have them: many short, few long."""
+    draw = random.Random(seed)
+    return [min(longest, 1 + int(draw.lognormvariate(7.3, 0.8))) for _ in range(n)]
+
+
+def first_fit_decreasing(sizes, length):
+    rooms = []
+    for size in sorted(sizes, reverse=True):
+        for k, room in enumerate(rooms):
+            if size <= room:
+                rooms[k] -= size
+                break
+        else:
+            rooms.append(length - size)
+    return len(rooms)
+
+
+@pytest.mark.parametrize("length", [4096, 16384])
+def test_every_document_once_and_rows_full(length):
+    sizes = sizes_of(6000, length)
+    rows = list(Packer(length).pack(enumerate(sizes)))
+    assert sorted(number for row in rows for number in row) == list(range(len(sizes)))
+    fill = [sum(sizes[number] for number in row) / length for row in rows]
+    assert max(fill) <= 1
+    assert sum(fill[:-1]) / len(fill[:-1]) >= 0.97
+    best = sum(sizes) / length / first_fit_decreasing(sizes, length)
+    assert sum(fill) / len(fill) >= best - 0.01
+
+
+def test_the_pool_is_bounded_and_drained():
+    packer = Packer(4096, pool=64)
+    for number, size in enumerate(sizes_of(2000, 4096)):
+        list(packer.add(number, size))
+        assert len(packer.waiting) < 64
+    assert sum(map(len, packer.flush())) < 64
+    assert not packer.waiting
+    assert not packer.sizes
+    assert packer.state_dict()["waiting"] == []
+
+
+@pytest.mark.parametrize("stop", [0, 1, 500, 1500, 2000])
+def test_from_a_state_it_goes_on_as_if_nothing_had_been(stop):
+    documents = list(enumerate(sizes_of(2000, 4096)))
+    expected = list(Packer(4096, pool=100, seed=3).pack(documents))
+    packer = Packer(4096, pool=100, seed=3)
+    rows = [row for document in documents[:stop] for row in packer.add(*document)]
+    other = Packer(4096, pool=100, seed=99)
+    other.load_state_dict(json.loads(json.dumps(packer.state_dict())))
+    assert rows + list(other.pack(documents[stop:])) == expected
+    assert list(Packer(4096, pool=100, seed=4).pack(documents)) != expected
+
+
+def test_what_does_not_fit_is_refused():
+    with pytest.raises(ValueError, match="document 3 has 11 tokens, and a row 10; split it first"):
+        list(Packer(10).add(3, 11))
+    packer = Packer(10)
+    list(packer.add(1, 5))
+    with pytest.raises(ValueError, match="document 1 is waiting already"):
+        list(packer.add(1, 5))
+    with pytest.raises(ValueError, match="rows of 10, and these have 20"):
+        Packer(20).load_state_dict(packer.state_dict())
+    with pytest.raises(ValueError, match="at least 1"):
+        Packer(0)
+
+
+def layouts(n):
+    return [fr.lay_out_turns(random_turns([(5, 7, 3), (4, 0, 2)], seed=seed)) for seed in range(n)]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_loader_gives_rows_at_any_batch_size(workers):
+    given = layouts(6)
+    expected = [fr.collate(given[i : i + 3], 256) for i in (0, 3)]
+    for items, size in ((given, 3), ([given[:3], given[3:]], 1)):
+        found = list(DataLoader(items, batch_size=size, collate_fn=Collator(256), num_workers=workers))
+        for row, right in zip(found, expected, strict=True):
+            assert row.keys() == right.keys()
+            assert all(torch.equal(row[key], right[key]) for key in row)
+
+
+def test_columns_of_a_table_and_things_to_encode():
+    [layout] = layouts(1)
+    columns = {name: tensor.tolist() for name, tensor in vars(layout).items()}
+    made = Collator(encode=lambda turns: fr.lay_out_turns(turns))([random_turns([(5, 7, 3), (4, 0, 2)])])
+    expected = fr.collate([layout])
+    for row in (Collator()([columns]), made):
+        assert all(torch.equal(row[key], expected[key]) for key in row)
+    with pytest.raises(ValueError, match="expected layouts, found dict; give encode="):
+        Collator()([{"messages": []}])
