@@ -67,7 +67,11 @@ def plain_pass(model: nn.Module, turns: Sequence[tuple[Any, Any, Any]], *, gradi
 def _run(model: nn.Module, sequences: Sequence[tuple[list[int], Sequence[int]]], gradients: bool) -> Reference:
     """Each sequence with the indices of its targets, which the token before each predicts."""
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    total = {name: torch.zeros_like(p) for name, p in parameters.items()} if gradients else {}
+    total: dict[str, Tensor] = {}
+
+    def add(name: str, gradient: Tensor) -> None:
+        total[name] = total[name].add_(gradient) if name in total else gradient
+
     loss_sum, logprobs = 0.0, []
     device = next(model.parameters()).device
     for ids, scored in sequences:
@@ -77,10 +81,12 @@ def _run(model: nn.Module, sequences: Sequence[tuple[list[int], Sequence[int]]],
             logits = model(input_ids=input_ids, use_cache=False).logits[0, at - 1]
             logits = logits if logits.dtype == torch.float64 else logits.float()
             nll = nn.functional.cross_entropy(logits, input_ids[0, at], reduction="none")
-        if total:
-            with each_gradient(model, lambda name, gradient: total[name].add_(gradient)):
+        if gradients and parameters:
+            with each_gradient(model, add):
                 nll.sum().backward()
         loss_sum += float(nll.detach().sum())
         logprobs.append(-nll.detach())
+    if gradients:
+        total = {name: total[name] if name in total else torch.zeros_like(p) for name, p in parameters.items()}
     tokens = sum(len(ids) for ids, _ in sequences)
     return Reference(loss_sum=loss_sum, logprobs=logprobs, gradients=total, tokens=tokens)

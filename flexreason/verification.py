@@ -312,8 +312,8 @@ class _Verification:
         total = float(loss.detach()) * n
 
         def backward(handle: Callable[[str, Tensor], None]) -> None:
-            with each_gradient(model, lambda name, gradient: handle(name, gradient * n)):
-                loss.backward()
+            with each_gradient(model, handle):
+                (loss * n).backward()
 
         return total, logprobs, None if forward_only or not loss.requires_grad else backward
 
@@ -503,18 +503,21 @@ def _compare_gradients(backward: Callable, expected: dict[str, Tensor]) -> tuple
     norms: dict[str, float] = {}
     missing = dict.fromkeys(expected)
 
+    def square(x: Tensor) -> float:
+        return float(torch.linalg.vector_norm(x, dtype=torch.promote_types(x.dtype, torch.float32))) ** 2
+
     def handle(name: str, gradient: Tensor) -> None:
+        """The gradient is ours now, and nobody needs it again: the difference is made in its place."""
         missing.pop(name, None)
         group, right = _group(name), expected[name]
-        difference = gradient.to(right.dtype if right.dtype == torch.float64 else torch.float32) - right
-        differences[group] = differences.get(group, 0.0) + float(difference.double().square().sum())
+        high = torch.promote_types(torch.promote_types(gradient.dtype, right.dtype), torch.float32)
+        differences[group] = differences.get(group, 0.0) + square(gradient.to(high).sub_(right))
 
     backward(handle)
     for name, right in expected.items():
-        square = float(right.double().square().sum())
-        norms[_group(name)] = norms.get(_group(name), 0.0) + square
+        norms[_group(name)] = norms.get(_group(name), 0.0) + square(right)
         if name in missing:  # no gradient at all: the difference is all of it
-            differences[_group(name)] = differences.get(_group(name), 0.0) + square
+            differences[_group(name)] = differences.get(_group(name), 0.0) + square(right)
     whole = math.sqrt(sum(norms.values())) or 1.0
     errors = {
         group: math.sqrt(square) / max(math.sqrt(norms[group]), FLOOR * whole) for group, square in differences.items()
