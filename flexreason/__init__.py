@@ -15,6 +15,7 @@ from flexreason.splitting import Split, split
 from flexreason.tree import lay_out
 
 if TYPE_CHECKING:
+    from flexreason.encoding import encode
     from flexreason.logprobs import token_logprobs
     from flexreason.patching import patch, unpatch
     from flexreason.verification import verify
@@ -33,6 +34,7 @@ __all__ = [
     "dense_mask",
     "draw_layout",
     "draw_mask",
+    "encode",
     "lay_out",
     "lay_out_turns",
     "mask_mod",
@@ -45,6 +47,7 @@ __all__ = [
 ]
 
 NEEDS_TRANSFORMERS = {
+    "encode": "flexreason.encoding",
     "patch": "flexreason.patching",
     "token_logprobs": "flexreason.logprobs",
     "unpatch": "flexreason.patching",

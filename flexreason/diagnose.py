@@ -8,6 +8,7 @@ exactly zero says that a token plays no part, so a leak is seen as what it is, w
 Shapes: S tokens, T targets, D hidden size.
 """
 
+import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -18,18 +19,19 @@ from torch import Tensor, nn
 from flexreason.attention.registry import find_decoder
 from flexreason.layout import Layout
 from flexreason.patching import Patch
-from flexreason.row import Row, collate
+from flexreason.row import Row
 from flexreason.sample import Role, Sample
 from flexreason.testing import relative_l2
 
 
 def layout_faults(layout: Layout, samples: Sequence[Sample]) -> list[str]:
     """Where a layout is not these samples, in words; nothing if it is."""
-    paths, faults = _paths(layout), []
-    for index, path in enumerate(paths):
-        position = int(layout.position_ids[index])
-        if position != len(path) - 1:
-            faults.append(_misplaced(layout, index, path, position))
+    parents, faults = _parents(layout), []
+    depth: list[int] = []
+    for index, parent in enumerate(parents):
+        depth.append(depth[parent] + 1 if parent >= 0 else 0)
+        if int(layout.position_ids[index]) != depth[index]:
+            faults.append(_misplaced(layout, index, _path(parents, index)))
             break
     asked: dict[int, list[tuple[int, int]]] = {}
     for source, token, turn in zip(
@@ -44,23 +46,43 @@ def layout_faults(layout: Layout, samples: Sequence[Sample]) -> list[str]:
         if [token for _, token in asked[turn]] != target:
             faults.append(f"turn {turn}: the targets of the layout are not the sample's target_ids")
             continue
+        before = -1
         for number, (source, _) in enumerate(asked[turn]):
-            history = prompt + target[:number]
-            if [ids[i] for i in paths[source]] != history:
-                faults.append(_wrong_history(layout, paths, turn, number, source, history))
+            if number == 0:
+                right = [ids[i] for i in _path(parents, source)] == prompt
+            else:  # one step on from where the target before was asked
+                right = parents[source] == before and ids[source] == target[number - 1]
+            if not right:
+                faults.append(_wrong_history(layout, parents, turn, number, source, prompt + target[:number]))
                 break
+            before = source
     return faults
 
 
-def _paths(layout: Layout) -> list[list[int]]:
-    """The indices that each token sees, itself the last: by `until` alone."""
-    until, found = layout.until.tolist(), []
+def _parents(layout: Layout) -> list[int]:
+    """The token before each on its path, or -1: by `until` alone."""
+    until = layout.until.tolist()
+    open_: list[int] = []
+    found: list[int] = []
     for index in range(len(until)):
-        found.append([other for other in range(index + 1) if until[other] > index])
+        while open_ and until[open_[-1]] <= index:
+            open_.pop()
+        found.append(open_[-1] if open_ else -1)
+        open_.append(index)
     return found
 
 
-def _misplaced(layout: Layout, index: int, path: list[int], position: int) -> str:
+def _path(parents: list[int], index: int) -> list[int]:
+    """The indices that a token sees, itself the last."""
+    path = []
+    while index >= 0:
+        path.append(index)
+        index = parents[index]
+    return path[::-1]
+
+
+def _misplaced(layout: Layout, index: int, path: list[int]) -> str:
+    position = int(layout.position_ids[index])
     said = f"{say_token(layout, index)} has position {position}, and sees {len(path) - 1} tokens before it"
     turn = int(layout.turn[index])
     leaked = [i for i in path if int(layout.role[i]) & Role.REASONING and int(layout.turn[i]) != turn]
@@ -69,17 +91,15 @@ def _misplaced(layout: Layout, index: int, path: list[int], position: int) -> st
     return f"positions: {said}"
 
 
-def _wrong_history(
-    layout: Layout, paths: list[list[int]], turn: int, number: int, source: int, history: list[int]
-) -> str:
-    ids = layout.input_ids.tolist()
-    right = [i for i, path in enumerate(paths) if len(path) == len(history) and [ids[j] for j in path] == history]
+def _wrong_history(layout: Layout, parents: list[int], turn: int, number: int, source: int, history: list[int]) -> str:
+    ids, path = layout.input_ids.tolist(), _path(parents, source)
     said = f"target {number} of turn {turn} is asked of {say_token(layout, source)}"
-    if right:
-        return f"target index: {said}; what the sample has before it ends at {say_token(layout, right[0])}"
+    for index in range(len(ids)):
+        if ids[index] == history[-1] and [ids[i] for i in _path(parents, index)] == history:
+            return f"target index: {said}; what the sample has before it ends at {say_token(layout, index)}"
     turns = layout.turn.tolist()
-    leaked = [i for i in paths[source] if int(layout.role[i]) & Role.REASONING and turns[i] != turn]
-    if leaked and len(paths[source]) > len(history):
+    leaked = [i for i in path if int(layout.role[i]) & Role.REASONING and turns[i] != turn]
+    if leaked and len(path) > len(history):
         return f"reasoning leaks: {said}, which sees {say_token(layout, leaked[0])}"
     return f"tree: {said}, and no token of the layout has the sample's {len(history)} tokens on its path"
 
@@ -88,76 +108,81 @@ def say_token(layout: Layout | Row, index: int) -> str:
     """A token by its place and what it is."""
     turn, role = (layout.turn, layout.role) if isinstance(layout, Layout) else (layout["turn"][0], layout["role"][0])
     words = " and ".join(flag.name.lower() for flag in Role if flag.name and flag & int(role[index]))
-    return f"token {index} ({words} of turn {int(turn[index])})"
+    document = (
+        ""
+        if isinstance(layout, Layout) or int(layout["document"][0].max()) < 1
+        else (f" of conversation {int(layout['document'][0, index])}")
+    )
+    return f"token {index} ({words} of turn {int(turn[index])}{document})"
 
 
-def model_fault(model: nn.Module, patch: Patch, layout: Layout, samples: Sequence[Sample], limit: float) -> str | None:
-    """The culprit in a patched model, or None if all log-probabilities are those of the samples.
+def model_fault(
+    model: nn.Module, patch: Patch, row: Row, chosen: Sequence[tuple[Layout, list[Sample]]], limit: float
+) -> str | None:
+    """The culprit in a patched model, or None if all hidden states that predict a target are those of the samples.
 
-    `limit` is the relative error of hidden states above which they count as different.
+    `row` holds the layouts of `chosen`; `limit` is the relative error of hidden states above which they differ.
     """
-    row = {key: value.to(next(model.parameters()).device) for key, value in collate([layout]).items()}
     tree = _watch(model, patch, row)
-    if not torch.equal(tree.positions.cpu(), row["position_ids"].cpu()):
-        index = int((tree.positions != row["position_ids"])[0].nonzero()[0])
-        found, expected = int(tree.positions[0, index]), int(row["position_ids"][0, index])
-        return (
-            f"positions: {say_token(row, index)} reached the decoder with position {found} in place of {expected}: "
-            "something changes position_ids on the way"
-        )
-    sources = layout.target_source.tolist()
-    turns = layout.target_turn.tolist()
-    plain = [_watch_sample(model, patch, sample) for sample in samples]
-    wrong: list[tuple[int, int, int]] = []  # position, index, turn
-    for source, turn in zip(sources, turns, strict=True):
-        position = int(layout.position_ids[source])
-        if relative_l2([tree.hidden[0, source]], [plain[turn].hidden[0, position]]) > limit:
-            wrong.append((position, source, turn))
+    for name, found in (("input_ids", tree.ids), ("position_ids", tree.positions)):
+        if found is not None and not torch.equal(found, row[name]):
+            index = int((found != row[name])[0].nonzero()[0])
+            return (
+                f"{name.removesuffix('_ids')}s: {say_token(row, index)} reached the decoder with {name} "
+                f"{int(found[0, index])} in place of {int(row[name][0, index])}: something changes them on the way"
+            )
+    start, wrong = 0, []
+    for layout, samples in chosen:
+        plain = [_watch_sample(model, patch, sample) for sample in samples]
+        for source, turn in zip(layout.target_source.tolist(), layout.target_turn.tolist(), strict=True):
+            position = int(layout.position_ids[source])
+            if relative_l2([tree.hidden[0, start + source]], [plain[turn].hidden[0, position]]) > limit:
+                wrong.append((position, start + source, plain[turn]))
+        start += len(layout)
     if not wrong:
         return None
-    position, index, turn = min(wrong)
-    path = (layout.until[: index + 1] > index).nonzero().squeeze(1).tolist()
-    return _dependence(layout, tree, plain[turn], index, path, limit) or _where(
-        tree, plain[turn], path, say_token(layout, index), patch, limit
-    )
+    _, index, right = min(wrong, key=lambda found: found[:2])
+    path = (row["until"][0, : index + 1] > index).nonzero().squeeze(1).tolist()
+    return _dependence(row, tree, right, index, path) or _where(tree, right, path, say_token(row, index), limit)
 
 
-def _dependence(
-    layout: Layout, tree: "Watched", plain: "Watched", index: int, path: list[int], limit: float
-) -> str | None:
+def _dependence(row: Row, tree: "Watched", plain: "Watched", index: int, path: list[int]) -> str | None:
     """What a token depends on and must not, or the other way round."""
     moved = tree.influence(index)
-    on_path = torch.zeros(len(moved), dtype=torch.bool, device=moved.device)
-    on_path[path] = True
-    if bool((leaks := (moved > 0) & ~on_path).any()):
-        kinds = layout.role.to(moved.device)[: len(layout)]
-        leaked = leaks.nonzero().squeeze(1)
-        reasoning = [i for i in leaked.tolist() if i < len(layout) and int(kinds[i]) & Role.REASONING]
-        other = reasoning[0] if reasoning else int(leaked[0])
-        what = say_token(layout, other) if other < len(layout) else f"token {other} (padding)"
+    leaks = moved > 0
+    leaks[path] = False
+    if bool(leaks.any()):
+        leaked = leaks.nonzero().squeeze(1).tolist()
+        reasoning = [i for i in leaked if int(row["role"][0, i]) & Role.REASONING]
         return (
-            f"{'reasoning leaks' if reasoning else 'mask'}: {say_token(layout, index)} depends on {what}, which is not "
-            f"on its path ({int(leaks.sum())} such tokens)"
+            f"{'reasoning leaks' if reasoning else 'mask'}: {say_token(row, index)} depends on "
+            f"{say_token(row, (reasoning or leaked)[0])}, which is not on its path ({len(leaked)} such tokens)"
         )
     expected = plain.influence(len(path) - 1)[: len(path)]
     missing = ((moved[path] == 0) & (expected > 0)).nonzero().squeeze(1).tolist()
     if missing:
         return (
-            f"mask: {say_token(layout, index)} does not depend on {say_token(layout, path[missing[0]])}, which is on "
+            f"mask: {say_token(row, index)} does not depend on {say_token(row, path[missing[0]])}, which is on "
             f"its path ({len(missing)} such tokens)"
         )
     return None
 
 
-def _where(tree: "Watched", plain: "Watched", path: list[int], token: str, patch: Patch, limit: float) -> str:
+def _where(tree: "Watched", plain: "Watched", path: list[int], token: str, limit: float) -> str:
     """The right tokens are seen, and something else is computed: the first module that does."""
+    if relative_l2([tree.embedded[0, path]], [plain.embedded[0, : len(path)]]) > limit:
+        return f"embeddings: {token} or one before it is embedded otherwise than in the sample"
     for name, states in tree.modules.items():
         other = plain.modules.get(name)
-        if other is not None and relative_l2([states[0, path]], [other[0, : len(path)]]) > limit:
-            return (
-                f"{name}: the first whose output differs at {token} or before it, though the right tokens are seen: "
-                f'positions inside it, or its attention under backend "{tree.backend}"'
-            )
+        if other is None or relative_l2([states[0, path]], [other[0, : len(path)]]) <= limit:
+            continue
+        last = name.split(".")[-1]
+        why = "it depends on something other than the tokens on the path and their positions"
+        if "attn" in last or "attention" in last:
+            why = f'positions inside it, or its attention under backend "{tree.backend}"'
+        return (
+            f"{name}: the first whose output differs at {token} or before it, though the right tokens are seen: {why}"
+        )
     return f"{token} differs, though every module's output before it is right"
 
 
@@ -165,7 +190,8 @@ class Watched:
     """One forward: what reached the decoder, what its layers and itself gave, and what that depends on."""
 
     def __init__(self) -> None:
-        self.positions = torch.empty(0)
+        self.ids: Tensor | None = None
+        self.positions: Tensor | None = None
         self.embedded = torch.empty(0)
         self.hidden = torch.empty(0)
         self.modules: dict[str, Tensor] = {}
@@ -187,9 +213,9 @@ def _watching(root: Any) -> Iterator[Watched]:
         watched.embedded = output.detach().requires_grad_()
         return watched.embedded
 
-    def positions(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        if isinstance(found := kwargs.get("position_ids"), Tensor):
-            watched.positions = found
+    def given(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        known = {**dict(zip(inspect.signature(module.forward).parameters, args, strict=False)), **kwargs}
+        watched.ids, watched.positions = known.get("input_ids"), known.get("position_ids")
 
     def hidden(module: nn.Module, args: tuple, output: Any) -> None:
         watched.hidden = output[0]
@@ -205,17 +231,19 @@ def _watching(root: Any) -> Iterator[Watched]:
     with ExitStack() as stack, torch.enable_grad():
         hooks = [
             root.get_input_embeddings().register_forward_hook(embed),
-            decoder.register_forward_pre_hook(positions, with_kwargs=True),
+            decoder.register_forward_pre_hook(given, with_kwargs=True),
             decoder.register_forward_hook(hidden, prepend=True),
-            *(
-                module.register_forward_hook(layer(name))
-                for name, module in decoder.named_modules()
-                if name.split(".")[-1].isdigit() or "attn" in name.split(".")[-1] or "attention" in name.split(".")[-1]
-            ),
+            *(module.register_forward_hook(layer(name)) for name, module in decoder.named_modules() if _is_part(name)),
         ]
         for hook in hooks:
             stack.callback(hook.remove)
         yield watched
+
+
+def _is_part(name: str) -> bool:
+    """Layers, and what stands in them under any name: their direct parts."""
+    steps = name.split(".")
+    return any(step.isdigit() for step in steps[-2:])
 
 
 def _watch(model: nn.Module, patch: Patch, row: Row) -> Watched:

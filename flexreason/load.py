@@ -10,13 +10,11 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from flexreason.sample import Sample
+from flexreason.shrink import length_constants
 
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 
 WEIGHTS = ("*.safetensors", "*.bin", "*.safetensors.index.json")
-
-LENGTHS = ("sliding_window", "attention_chunk_size", "original_max_position_embeddings")
-"""Config entries at which something changes with the length of a sample."""
 
 LONGEST = 400
 """Tokens in the trunk of a random conversation that need not cross anything."""
@@ -26,6 +24,13 @@ def load_model(name: str, dtype: str, device: str, seed: int, trust_remote_code:
     """A causal language model in evaluation mode, and what should be known of how it came about."""
     if dtype not in DTYPES:
         raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}, found {dtype!r}")
+    try:
+        where = torch.device(device)
+        torch.empty(0, device=where)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device {device!r} cannot be used here: {str(error).splitlines()[0]}") from error
+    if where.type == "meta":
+        raise ValueError("device 'meta' holds no weights")
     path, notes = Path(name), []
     bare = path.is_file() or (path.is_dir() and not any(any(path.glob(pattern)) for pattern in WEIGHTS))
     try:
@@ -36,21 +41,25 @@ def load_model(name: str, dtype: str, device: str, seed: int, trust_remote_code:
             model = AutoModelForCausalLM.from_config(config, dtype=wanted, trust_remote_code=trust_remote_code)
             notes.append("weights are random: there are none beside the config")
         else:
-            model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, trust_remote_code=trust_remote_code)
-        return model.to(device).eval(), notes
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+            found: Any = AutoModelForCausalLM.from_pretrained(
+                name, dtype=dtype, trust_remote_code=trust_remote_code, output_loading_info=True
+            )
+            model, loading = found
+            if missing := sorted(loading["missing_keys"]):
+                notes.append(f"weights are random that the checkpoint lacks: {len(missing)} ({missing[0]}, ...)")
+    except Exception as error:  # whatever a config, a checkpoint or code that comes with it may raise
         raise ValueError(f"{name} cannot be loaded as a causal language model: {error}") from error
+    return model.to(where).eval(), notes
 
 
 def read_samples(path: Path, vocabulary: int) -> list[list[Sample]]:
     """Conversations from JSONL, a sample a line: prompt_ids, target_ids, and conversation, by which they are grouped.
 
-    Neighbouring lines with the same `conversation` belong together; a line without one is a conversation by itself.
+    A line without `conversation` is one by itself.
     """
-    found: list[list[Sample]] = []
-    last: Any = None
+    found: dict[Any, list[Sample]] = {}
     try:
-        lines = path.read_text().splitlines()
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: cannot be read: {error}") from error
     for number, line in enumerate(lines, start=1):
@@ -58,51 +67,37 @@ def read_samples(path: Path, vocabulary: int) -> list[list[Sample]]:
             continue
         try:
             entry = json.loads(line)
-            sample = Sample(entry["prompt_ids"], entry["target_ids"])
-            ids = [*map(int, sample.prompt_ids), *map(int, sample.target_ids)]
-        except json.JSONDecodeError as error:
+            prompt, target = entry["prompt_ids"], entry["target_ids"]
+        except (json.JSONDecodeError, RecursionError) as error:
             raise ValueError(f"{path}, line {number}: no JSON: {error}") from error
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(
-                f"{path}, line {number}: expected prompt_ids and target_ids, lists of token ids: {error!r}"
-            ) from error
-        if not sample.target_ids or not sample.prompt_ids:
-            raise ValueError(f"{path}, line {number}: prompt_ids or target_ids is empty")
-        if not 0 <= min(ids) <= max(ids) < vocabulary:
-            raise ValueError(
-                f"{path}, line {number}: token ids from {min(ids)} to {max(ids)}, and the model's vocabulary has "
-                f"{vocabulary}: made with another tokenizer?"
-            )
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"{path}, line {number}: expected prompt_ids and target_ids: {error!r}") from error
+        for name, ids in (("prompt_ids", prompt), ("target_ids", target)):
+            if not isinstance(ids, list) or not ids or not all(type(token) is int for token in ids):
+                raise ValueError(f"{path}, line {number}: expected {name} as a list of token ids, at least one")
+            if not 0 <= min(ids) <= max(ids) < vocabulary:
+                raise ValueError(
+                    f"{path}, line {number}: {name} from {min(ids)} to {max(ids)}, and the model's vocabulary has "
+                    f"{vocabulary}: made with another tokenizer?"
+                )
         group = entry.get("conversation")
-        if found and group is not None and group == last:
-            found[-1].append(sample)
-        else:
-            found.append([sample])
-        last = group
+        key = ("line", number) if group is None else ("conversation", json.dumps(group))
+        found.setdefault(key, []).append(Sample(prompt, target))
     if not found:
         raise ValueError(f"{path}: no samples in it")
-    return found
+    return list(found.values())
 
 
 def random_conversations(
     config: PreTrainedConfig, tokens: int | None, seed: int
 ) -> tuple[list[list[Sample]], list[str]]:
     """A short conversation, and for every length constant of the config one that crosses it, where that is not long."""
-    text, notes = config.get_text_config(), []
-    draw = random.Random(seed)
-    ropes = getattr(text, "rope_parameters", None) or {}
-    settings = [text.to_dict(), *([ropes] if "rope_type" in ropes else ropes.values())]
-    lengths = {
-        (key, value)
-        for found in settings
-        if isinstance(found, dict)
-        for key in LENGTHS
-        if isinstance(value := found.get(key), int) and value > 0
-    }
-    conversations = [_conversation(draw, text.vocab_size, 24), _conversation(draw, text.vocab_size, 12)]
-    for key, length in sorted(lengths):
+    vocabulary = config.get_text_config().vocab_size
+    draw, notes = random.Random(seed), []
+    conversations = [_conversation(draw, vocabulary, 24), _conversation(draw, vocabulary, 12)]
+    for key, length in sorted(length_constants(config).items()):
         if 4 * length <= (tokens or 4 * LONGEST):
-            conversations.append(_conversation(draw, text.vocab_size, length))
+            conversations.append(_conversation(draw, vocabulary, length))
         else:
             notes.append(
                 f"{key} {length} is not crossed on this model itself, which would take some {4 * length} tokens "

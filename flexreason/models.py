@@ -12,6 +12,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,20 +37,24 @@ def listed() -> dict[str, Any]:
     return json.loads(LIST.read_text()) if LIST.exists() else {"transformers": "", "torch": "", "models": {}}
 
 
-def proof(cls: "type[PreTrainedModel]", config: "PreTrainedConfig") -> "Result":
-    """The verdict on a class with a config: from the list where it speaks of both, else from the self-test."""
+def proof(cls: "type[PreTrainedModel]", config: "PreTrainedConfig", edited: frozenset[str] = frozenset()) -> "Result":
+    """The verdict on a class with a config: from the list where it speaks of both, else from the self-test.
+
+    `edited`: what is in a model that transformers did not bring; of such a model the list says nothing.
+    """
     import transformers
 
     known = listed()["models"].get(cls.__name__)
-    if cls.__module__.partition(".")[0] != "transformers" or listed()["transformers"] != transformers.__version__:
+    if not _is_transformers(cls) or listed()["transformers"] != transformers.__version__:
         known = None
-    structure = structure_of(config)
-    if known and known["structure"] == structure:
+    structure = structure_of(config, cls)
+    if known and known["structure"] == structure and not edited:
         return _result(cls.__name__, known)
-    found = _tested(cls, structure, config)
-    if found.verdict == "cannot be built tiny" and known and known["verdict"] != found.verdict:
-        return _result(cls.__name__, known)
-    return found
+    return _tested(cls, structure, config, edited)
+
+
+def _is_transformers(cls: type) -> bool:
+    return cls.__module__.partition(".")[0] == "transformers"
 
 
 def _result(name: str, entry: dict[str, Any]) -> "Result":
@@ -59,44 +64,79 @@ def _result(name: str, entry: dict[str, Any]) -> "Result":
     return Result(name, **kept)
 
 
-_found: dict[tuple[type, str], "Result"] = {}
+_found: dict[tuple, "Result"] = {}
 
 
-def _tested(cls: "type[PreTrainedModel]", structure: str, config: "PreTrainedConfig") -> "Result":
+def _tested(
+    cls: "type[PreTrainedModel]", structure: str, config: "PreTrainedConfig", edited: frozenset[str] = frozenset()
+) -> "Result":
     """The self-test, once a process for each class and structure."""
     from flexreason.selftest import check
 
-    if (cls, structure) not in _found:
-        _found[cls, structure] = check(config, cls)
-    return _found[cls, structure]
+    key = (cls, structure, edited)
+    if key not in _found:
+        _found[key] = check(config, cls)
+    return _found[key]
 
 
-UNIMPORTANT = re.compile(
-    "num_key_value_heads|tie_word|token_(id|ids|index)$|name_or_path|architectures|version|label|use_cache|dtype|initializer|eps$"
+_parts: dict[tuple, set[str]] = {}
+
+
+def tiny_parts(cls: "type[PreTrainedModel]", config: "PreTrainedConfig", edited: frozenset[str]) -> set[str]:
+    """The kinds of modules that a class builds from a config; sizes cut, so it takes milliseconds.
+
+    They are kept as long as `edited` stays the same, since classes can be edited at any time.
+    """
+    import torch
+
+    from flexreason.refuse import parts_of
+    from flexreason.shrink import shrink
+
+    key = (cls, structure_of(config, cls), edited)
+    if key not in _parts:
+        with torch.random.fork_rng(devices=[]), torch.device("meta"):
+            _parts[key] = parts_of(cls(shrink(config)))
+    return _parts[key]
+
+
+SAME = re.compile(
+    r"(.*_)?num_key_value_heads|tie_word_embeddings|(.*_)?token_(id|ids|index)|_?name_or_path|architectures"
+    r"|(_flash_)?transformers_version|id2label|label2id|num_labels|label_names|summary_proj_to_labels|use_cache"
+    r"|(torch_)?dtype|(.*_)?(cache|kernel|state)_dtype|(.*_)?initializer_(range|factor|cutoff_factor)|(.*_)?eps"
 )
-"""What configs of one structure may differ in."""
+"""What configs of one structure may differ in, by whole names."""
+
+NAMES = re.compile(r"_?name_or_path|architectures|transformers_version|id2label|label2id|(torch_)?dtype")
+"""The same for classes from outside transformers, where nobody knows what the rest does."""
 
 
-def structure_of(config: "PreTrainedConfig") -> str:
-    """What is left of a config when sizes are cut and numbers that change no structure are left out; a short hash."""
+def structure_of(config: "PreTrainedConfig", cls: type | None = None) -> str:
+    """A short hash of a config with its sizes cut. For a class of transformers, numbers that change no structure are
+    left out too; for any other, everything that is left counts."""
     import hashlib
 
     from flexreason.shrink import shrink
 
+    known = cls is None or _is_transformers(cls)
+
     def plain(value: Any) -> Any:
         if isinstance(value, dict):
-            return {str(k): plain(v) for k, v in sorted(value.items(), key=str) if not UNIMPORTANT.search(str(k))}
+            left_out = SAME if known else NAMES
+            return {str(k): plain(v) for k, v in sorted(value.items(), key=str) if not left_out.fullmatch(str(k))}
         if isinstance(value, list | tuple):
             return [plain(item) for item in value]
-        if isinstance(value, float) or (isinstance(value, int) and value > 1000):  # a theta, a factor, a scale
+        # a theta, a factor, a scale
+        if known and (isinstance(value, float) or (isinstance(value, int) and value > 1000)):
             return "number" if value else "none"
-        return value if isinstance(value, int | str | None) else str(value)
+        return value if isinstance(value, int | float | str | None) else str(value)
+
+    def hashed(given: Any) -> str:
+        return hashlib.sha256(json.dumps(given, sort_keys=True, default=str).encode()).hexdigest()[:12]
 
     try:
-        small = shrink(config).to_dict()
-    except Exception as error:
-        return f"unknown: {type(error).__name__}"
-    return hashlib.sha256(json.dumps(plain(small), sort_keys=True).encode()).hexdigest()[:12]
+        return hashed(plain(shrink(config).to_dict()))
+    except Exception as error:  # so it cannot be cut: only the very same is the same
+        return f"unknown: {type(error).__name__} {hashed(config.to_dict())}"
 
 
 # ---- the command
@@ -135,11 +175,17 @@ def _overview(options: argparse.Namespace) -> int:
 
 
 def _tell(options: argparse.Namespace) -> int:
-    """One model: 0 only if it is exact."""
+    """One model: 0 only if it is exact, and its config too."""
+    from flexreason.refuse import reason_against_config
     from flexreason.selftest import check
 
-    config, cls = find(options.model)
+    config, cls, is_default = find(options.model)
+    if not is_default:
+        _must_build(options.model, config, cls)
     found = proof(cls, config)
+    against = reason_against_config(cls, config) if found.verdict == "exact" else None
+    if against and not is_default:
+        found = replace(found, verdict="refused", reason="; ".join(against), chunked=None)
     special = found.special or check(config, cls).special
     segments = "segments"
     if slower := [why for why in ("softcap", "values and keys differ in head size") if why in special]:
@@ -149,35 +195,72 @@ def _tell(options: argparse.Namespace) -> int:
         **found.to_dict(),
         "special": special,
         "auto": {"cpu": segments, "gpu": "flex"} if found.verdict == "exact" else None,
+        "note": f"its default config is refused: {'; '.join(against)}" if against and is_default else "",
     }
     if options.json:
         print(json.dumps(told, indent=1))
     else:
-        print(f"{found.name}: {found.verdict}" + (f": {found.reason}" if found.reason else ""))
-        if found.gradients is not None:
-            print(f"  relative errors in fp64: {_numbers(told)}")
-        print(f"  special: {', '.join(special) or 'nothing'}")
-        if found.verdict == "exact":
-            print(f'  backend="auto" takes {segments} on CPU, flex on GPUs')
-        else:
-            print("  patch refuses it" + ("" if found.verdict == "refused" else " until fr.verify has passed on it"))
+        _print(told)
     return 0 if found.verdict == "exact" else 1
 
 
-def find(model: str) -> "tuple[PreTrainedConfig, type[PreTrainedModel]]":
-    """The config and class of a name: a class of transformers, a folder, or a model on the hub."""
+def _print(told: dict[str, Any]) -> None:
+    print(f"{told['name']}: {told['verdict']}" + (f": {told['reason']}" if told["reason"] else ""))
+    if told["gradients"] is not None:
+        print(f"  relative errors in fp64: {_numbers(told)}")
+    print(f"  special: {', '.join(told['special']) or 'nothing'}")
+    if told["note"]:
+        print(f"  {told['note']}")
+    if told["chunked"] is False:
+        print(f'  no loss="chunked", and no token_logprobs: {told["chunked_reason"]}')
+    if told["verdict"] == "exact":
+        print(f'  backend="auto" takes {told["auto"]["cpu"]} on CPU, flex on GPUs')
+    else:
+        print("  patch refuses it" + ("" if told["verdict"] == "refused" else " until fr.verify has passed on it"))
+
+
+def find(model: str) -> "tuple[PreTrainedConfig, type[PreTrainedModel], bool]":
+    """The config and class of a name: a class of transformers (True: the config is its default), a folder, or a model
+    on the hub."""
     import transformers
 
     from flexreason.shrink import class_of, default_config
 
     cls = getattr(transformers, model, None)
     if isinstance(cls, type) and getattr(cls, "config_class", None):
-        return default_config(cls), cls
+        return default_config(cls), cls, True
     try:
         config = transformers.AutoConfig.from_pretrained(model)
     except (OSError, ValueError) as error:
         raise ValueError(f"{model}: no class of transformers, and no config to be found: {str(error)[:300]}") from error
-    return config, class_of(config)
+    except Exception as error:  # whatever a config's own checks raise
+        raise ValueError(f"{model}: its config cannot be used: {_said(error)}") from error
+    return config, class_of(config), False
+
+
+SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim")
+
+
+def _must_build(model: str, config: "PreTrainedConfig", cls: "type[PreTrainedModel]") -> None:
+    """Raise if no model can be made of a config: its sizes are cut before the self-test, and so would go unnoticed."""
+    import torch
+
+    text = config.get_text_config()
+    for key in SIZES:
+        value = getattr(text, key, None)
+        if isinstance(value, int) and value < 1:
+            raise ValueError(f"{model}: its config cannot be used: {key} is {value}")
+    try:
+        with torch.random.fork_rng(devices=[]), torch.device("meta"):
+            cls(config)
+    except Exception as error:  # whatever a class raises
+        raise ValueError(f"{model}: {cls.__name__} cannot be built from its config: {_said(error)}") from error
+
+
+def _said(error: BaseException) -> str:
+    from flexreason.selftest import said
+
+    return said(error)
 
 
 def _numbers(entry: dict[str, Any]) -> str:
@@ -194,6 +277,8 @@ def _scan_command(options: argparse.Namespace) -> int:
     from flexreason.shrink import causal_classes
 
     names, start = list(options.only) or causal_classes(), time.monotonic()
+    if unknown := [name for name in names if not getattr(getattr(transformers, name, None), "config_class", None)]:
+        raise ValueError(f"--only: transformers has no model of the name {', '.join(unknown)}")
     found: dict[str, Any] = {}
     for name, entry in scan(names):
         found[name] = entry
@@ -267,7 +352,7 @@ def entry_of(name: str) -> dict[str, Any]:
     entry["unpatched"] = {how: unpatched(cls, how) for how in IMPLEMENTATIONS}
     entry["registry"] = bool(cls._can_set_attn_implementation())
     try:
-        entry["structure"] = structure_of(default_config(cls))
+        entry["structure"] = structure_of(default_config(cls), cls)
     except Exception as error:
         entry["structure"] = f"unknown: {type(error).__name__}"
     return entry
@@ -290,7 +375,8 @@ def table(written: dict[str, Any]) -> str:
         "Every class of causal language model that transformers has, built tiny from its default config (sizes cut, "
         "structure kept, every length constant so short that the row crosses it), in fp64: one pass over a row against "
         "the N samples, by the backends segments and dense. Exact: loss, every log-probability and every gradient to "
-        "1e-9. Errors are relative; a gradient that is zero by construction is measured against all of them together. "
+        '1e-9; the same holds for loss="chunked" and token_logprobs, where nothing else is said. Errors are relative; '
+        "a gradient that is zero by construction is measured against all of them together. "
         "*Unpatched* is what a row does to the same model when nobody patched it, with eager and with sdpa attention: "
         "the error raised with labels, and without where that differs.",
         "",
@@ -306,14 +392,18 @@ def table(written: dict[str, Any]) -> str:
     for name, entry in models.items():
         if entry["verdict"] == "exact":
             errors = " | ".join(f"{entry[key]:.0e}" for key in ("loss", "logprobs", "gradients"))
-            lines.append(f"| {name} | {_cell(', '.join(entry['special']))} | {errors} | {_unpatched(entry)} |")
+            lines.append(f"| {name} | {_special(entry)} | {errors} | {_unpatched(entry)} |")
     for verdict, title in (("refused", "Refused"), ("cannot be built tiny", "Cannot be built tiny")):
         lines += ["", f"## {title}", "", "| class | why | special | unpatched |", "|---|---|---|---|"]
         for name, entry in models.items():
             if entry["verdict"] == verdict:
-                special = _cell(", ".join(entry["special"]))
-                lines.append(f"| {name} | {_cell(entry['reason'])} | {special} | {_unpatched(entry)} |")
+                lines.append(f"| {name} | {_cell(entry['reason'])} | {_special(entry)} | {_unpatched(entry)} |")
     return "\n".join(lines) + "\n"
+
+
+def _special(entry: dict[str, Any]) -> str:
+    without = [f"no chunked loss ({entry['chunked_reason']})"] if entry.get("chunked") is False else []
+    return _cell(", ".join([*entry["special"], *without]))
 
 
 def _cell(text: str) -> str:

@@ -62,7 +62,7 @@ def patch(model: Model, backend: str = "auto", mask: str = "interval", loss: str
         _check_pair(backend, mask)
     root = find_root(model)
     unpatch(root)
-    refuse_model(root)
+    refuse_model(root, model)
     if loss == "chunked":
         refuse_own_loss(root, 'patch: loss="chunked"')
     Patch(root, backend, mask, loss).apply()
@@ -112,7 +112,7 @@ class Patch:
                 self.configs.append((config, previous))
                 config._attn_implementation_internal = register(previous)
         decoder = find_decoder(self.root)
-        self.hooks = [
+        self.hooks = self.hooks or [
             decoder.register_forward_pre_hook(self.before, with_kwargs=True),
             decoder.register_forward_hook(self.after, with_kwargs=True),
             decoder.register_forward_hook(self.done, always_call=True),
@@ -140,6 +140,17 @@ class Patch:
         self.root.loss_function.undo()
         del self.root.__dict__[ATTRIBUTE]
         self.configs, self.hooks = [], []
+
+    @contextmanager
+    def suspended(self) -> Iterator[None]:
+        """The model as it was before, for a while. The hooks stay in their places, where only rows wake them."""
+        hooks, self.hooks = self.hooks, []
+        self.undo()
+        try:
+            yield
+        finally:
+            self.hooks = hooks
+            self.apply()
 
     def backend_on(self, device: torch.device) -> str:
         """The backend that computes rows on a device."""
@@ -174,6 +185,11 @@ class Patch:
         """Keep the hidden states of the tokens that predict a target, [1, T, D]."""
         if TREE not in kwargs:
             return None
+        if not kwargs[TREE].tables and not torch.compiler.is_compiling():
+            raise ValueError(
+                f"row: none of the attention in {type(decoder).__name__} came to flexreason: parts of this model were "
+                "replaced by others that compute attention themselves; it cannot take rows"
+            )
         source = kwargs[TREE].target_source[0]
         output = with_states(output, output[0][:, source])
         if self.runs_head:
@@ -203,7 +219,7 @@ class Patch:
 
     def without_logits(self, root: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
         """Where the loss made the logits, what the model's forward made is empty, and is taken from its output."""
-        if self.runs_head and "target_source" in kwargs and isinstance(output, ModelOutput):
+        if "target_source" in kwargs and self.runs_head and isinstance(output, ModelOutput):
             if output.get("loss") is None:
                 raise ValueError(
                     'row: it has no labels, and with loss="chunked" there is nothing else to give; pass labels, or ask '

@@ -19,10 +19,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from flexreason import oracle
+from flexreason import head, oracle
 from flexreason.attention.registry import find_decoder
 from flexreason.attention.tree_row import TreeRow
 from flexreason.layout import Layout, lay_out_turns, unmerge
+from flexreason.logprobs import token_logprobs
 from flexreason.patching import patch, unpatch
 from flexreason.refuse import (
     RECURRENT,
@@ -35,7 +36,7 @@ from flexreason.refuse import (
 )
 from flexreason.row import IGNORED, Row, collate
 from flexreason.sample import Sample
-from flexreason.shrink import ORIGINAL, SPECIAL, build, class_of, default_config, shrink
+from flexreason.shrink import ORIGINAL, SPECIAL, VOCABULARY, build, class_of, default_config, shrink
 from flexreason.testing import relative_l2, true_float64
 from flexreason.tree import lay_out
 
@@ -69,6 +70,9 @@ class Result:
     logprobs: float | None = None
     gradients: float | None = None
     special: list[str] = field(default_factory=list)
+    chunked: bool | None = None
+    """Whether loss="chunked" and token_logprobs are exact too."""
+    chunked_reason: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -112,7 +116,7 @@ def _check(what: Any, cls: type[PreTrainedModel] | None) -> Result:
         return Result(name, "refused", against[0], special=notes.special)
     try:
         with true_float64():
-            worst = _held(model, notes)
+            worst = _held(model, notes, both=cls.__module__.partition(".")[0] != "transformers")
     except _Wrong as wrong:
         return Result(name, "refused", _cause(model, notes, str(wrong)), special=notes.special)
     except Exception as error:
@@ -123,6 +127,7 @@ def _check(what: Any, cls: type[PreTrainedModel] | None) -> Result:
         numbers = ", ".join(f"{key} {value:.0e}" for key, value in worst.items())
         symptom = f"one pass is not the samples' (relative errors in fp64: {numbers})"
         return Result(name, "refused", _cause(model, notes, symptom), **errors, special=notes.special)
+    errors |= {"chunked": not notes.unchunked, "chunked_reason": notes.unchunked}
     return Result(name, "exact", **errors, special=notes.special)
 
 
@@ -136,26 +141,32 @@ class _Notes:
 
     special: list[str]
     reached: bool = False  # whether any attention of the model came to ours
+    unchunked: str = ""  # why loss="chunked" is not the samples'
 
     def add(self, word: str) -> None:
         if word not in self.special:
             self.special.append(word)
 
 
-def _held(model: PreTrainedModel, notes: _Notes) -> dict[str, float]:
-    """The largest errors of one pass over every row, held against the samples."""
+def _held(model: PreTrainedModel, notes: _Notes, both: bool = False) -> dict[str, float]:
+    """The largest errors of one pass over every row, held against the samples: in training, or in both modes."""
+    modes = (True, False) if both else (True,)
     if _is_random(model):
-        model.eval()
+        modes = (False,)
         notes.add("draws at random in training")
     rows, straddling = _rows(model)
     worst = {"loss": 0.0, "logprobs": 0.0, "gradients": 0.0}
-    for layouts in rows:
-        expected = oracle.n_samples(model, [sample for layout in layouts for sample in unmerge(layout)])
-        if not torch.cat(expected.logprobs).isfinite().all():
-            raise ValueError("its random weights give log-probabilities that are not finite")
-        for backend in BACKENDS:
-            for key, error in _errors(model, collate(layouts), expected, backend, notes).items():
-                worst[key] = max(worst[key], error if error == error else torch.inf)  # NaN is not equal to itself
+    for training in modes:
+        model.train(training)
+        for layouts in rows:
+            expected = oracle.n_samples(model, [sample for layout in layouts for sample in unmerge(layout)])
+            if not torch.cat(expected.logprobs).isfinite().all():
+                raise ValueError("its random weights give log-probabilities that are not finite")
+            row = collate(layouts)
+            for backend in BACKENDS:
+                for key, error in _errors(model, row, expected, backend, notes).items():
+                    worst[key] = max(worst[key], error if error == error else torch.inf)  # NaN is not equal to itself
+            notes.unchunked = notes.unchunked or _unchunked(model, row, expected)
     if straddling is not None:
         _must_refuse(model, straddling)
         notes.add("refused where samples straddle RoPE's threshold")
@@ -187,6 +198,57 @@ def _errors(
         "logprobs": relative_l2([logprobs], [torch.cat(expected.logprobs)]),
         "gradients": worst_gradient(pairs)[0],
     }
+
+
+CHUNK = 16
+"""Targets a chunk of the head while it is tested, so that a row has several."""
+
+
+def _unchunked(model: PreTrainedModel, row: Row, expected: oracle.Reference) -> str:
+    """Why loss="chunked" or token_logprobs are not the samples', or nothing."""
+    try:
+        with untested(), _small_chunks():
+            patch(model, "segments", loss="chunked")
+            loss = model(**row).loss * expected.n_targets
+            by_loss = _gradients(model, loss)
+            logprobs = token_logprobs(model, row)
+            by_logprobs = _gradients(model, -logprobs.sum())
+    except Exception as error:
+        return re.sub(r'^ValueError: (row|patch: loss="chunked"): ', "", said(error))
+    finally:
+        unpatch(model)
+    logprobs = logprobs.detach()[row["labels"][0] != IGNORED]
+    errors = {
+        "loss": abs(float(loss.detach()) / expected.loss_sum - 1),
+        "logprobs": relative_l2([logprobs], [torch.cat(expected.logprobs)]),
+    }
+    for key, found in (("gradients", by_loss), ("gradients of logprobs", by_logprobs)):
+        pairs = {name: (found[name], g) for name, g in expected.gradients.items()}
+        errors[key] = worst_gradient(pairs)[0]
+    wrong = ", ".join(f"{key} {error:.0e}" for key, error in errors.items() if not error <= EXACT)
+    return f"a chunk at a time it is not the samples' (relative errors in fp64: {wrong})" if wrong else ""
+
+
+def _gradients(model: nn.Module, value: Tensor) -> dict[str, Tensor]:
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    found = torch.autograd.grad(value, list(parameters.values()), allow_unused=True, materialize_grads=True)
+    return dict(zip(parameters, found, strict=True))
+
+
+@contextmanager
+def _small_chunks() -> Iterator[None]:
+    """Several chunks to a row; and fp64 is true in those that run again during backward, too."""
+    size, sweep = head.CHUNK_LOGITS, head.sweep
+
+    def truly(*args: Any, **kwargs: Any) -> head.Swept:
+        with true_float64():
+            return sweep(*args, **kwargs)
+
+    head.CHUNK_LOGITS, head.sweep = CHUNK * VOCABULARY, truly
+    try:
+        yield
+    finally:
+        head.CHUNK_LOGITS, head.sweep = size, sweep
 
 
 def worst_gradient(pairs: dict[str, tuple[Tensor, Tensor]]) -> tuple[float, str]:

@@ -24,7 +24,7 @@ VOCABULARY, SPECIAL = 97, 88
 
 HIDDEN, FFN, HEADS, HEAD, ROPE_HEAD, RANK = 64, 48, 4, 16, 8, 16
 WINDOW, CHUNK, FLOOR, ORIGINAL, LENGTH = 20, 24, 16, 40, 512
-MOST_LAYERS = 12
+MOST_LAYERS = 24
 
 Given = Mapping[str, Any]
 
@@ -109,7 +109,7 @@ def randomise(model: nn.Module) -> None:
         else:
             p.add_(torch.randn_like(p) * 0.2)
     for name, buffer in model.named_buffers():
-        if re.search(r"correction_bias|expert_bias|expert_bias|router.*bias", name) and buffer.is_floating_point():
+        if re.search(r"correction_bias|expert_bias|router.*bias", name) and buffer.is_floating_point():
             buffer.normal_(0, 0.2)
 
 
@@ -117,15 +117,23 @@ def randomise(model: nn.Module) -> None:
 
 
 def _shrunk(given: Given) -> dict[str, Any]:
-    layers, kept = _layers(given)
-    return {key: _value(key, value, given, layers, kept) for key, value in given.items()}
+    layers, chosen = _layers(given)
+    return {key: _value(key, value, given, layers, chosen) for key, value in given.items()}
 
 
-def _value(key: str, value: Any, given: Given, layers: int, kept: int) -> Any:
+DROPOUT = re.compile(
+    r"((attention|attn|activation|classifier|hidden|resid|residual|emb|embd|embed|embedding|mlp|ffn|summary_first"
+    r"|summary_last|(local_|lsh_)?attention_probs)_)?(dropout|pdrop)(_p|_prob|_rate)?"
+    r"|((encoder|decoder)_)?layerdrop|drop_path_rate|(router|input)_jitter_noise"
+)
+"""Names, as models have them, of what draws at random while training."""
+
+
+def _value(key: str, value: Any, given: Given, layers: int, chosen: list[int]) -> Any:
     if isinstance(value, dict):
         if key == "per_layer_config":
-            own = {int(layer): entry for layer, entry in value.items() if int(layer) < kept}
-            return {i: {k: _value(k, v, {**given, **e}, layers, kept) for k, v in e.items()} for i, e in own.items()}
+            own = {chosen.index(int(layer)): entry for layer, entry in value.items() if int(layer) in chosen}
+            return {i: {k: _value(k, v, {**given, **e}, layers, chosen) for k, v in e.items()} for i, e in own.items()}
         if key == "rope_parameters":
             return _rope(value, given)
         if "model_type" in value or key.endswith("_config"):
@@ -133,16 +141,16 @@ def _value(key: str, value: Any, given: Given, layers: int, kept: int) -> Any:
         return value
     if isinstance(value, list | tuple):
         if _is_index_list(key, value, layers):
-            return [i for i in value if i < kept]
+            return [number for number, layer in enumerate(chosen) if layer in value]
         if layers and len(value) == layers:
-            value = value[:kept]
-        return [_value(key, item, given, layers, kept) for item in value]
+            value = [value[layer] for layer in chosen]
+        return [_value(key, item, given, layers, chosen) for item in value]
     if isinstance(value, bool) or not isinstance(value, int | float):
         return value
-    if re.search(r"drop|jitter", key) and isinstance(value, float):
+    if DROPOUT.fullmatch(key) and isinstance(value, float):
         return 0.0
     if re.search(LAYERS, key):
-        return min(value, kept) if layers else min(value, 2)
+        return min(value, len(chosen)) if layers else min(value, 2)
     for pattern, rule in RULES:
         if re.search(pattern, key):
             return rule(value, given) if callable(rule) else min(value, rule)
@@ -156,31 +164,44 @@ EARLIER = r"^(first_k_dense_replace|num_dense_layers|moe_layer_start_index|max_w
 
 def _is_index_list(key: str, value: Any, layers: int) -> bool:
     """Numbers of layers, ascending, and not one entry a layer."""
-    if not (layers and value and re.search(r"(_layers|_idxs|_indices|_layer_ids)$", key)):
+    if not (layers and value and re.search(r"layer|block|_(idxs?|indices|indexes)$", key)):
         return False
     numbers = all(isinstance(i, int) and not isinstance(i, bool) and 0 <= i < layers for i in value)
     return numbers and list(value) == sorted(set(value))
 
 
-def _layers(given: Given) -> tuple[int, int]:
-    """How many layers there are, and how many to keep: at least 2, and all kinds among them."""
+def _layers(given: Given) -> tuple[int, list[int]]:
+    """How many layers there are, and which to keep: at least 2, and all kinds among them.
+
+    Where few are needed it is the first ones. Else each kind's first is picked out, unless the kinds of layers follow
+    from their numbers too.
+    """
     counts = [value for key, value in given.items() if re.search(LAYERS, key) and isinstance(value, int)]
     if not counts:
-        return 0, 2
+        return 0, [0, 1]
     layers = given.get("num_hidden_layers") or max(counts)
-    kept = min(2, layers)
     found = {k: v for k, v in given.items() if isinstance(v, list | tuple)}
     members = [set(v) for k, v in found.items() if _is_index_list(k, v, layers)]
     lists = [v for k, v in found.items() if len(v) == layers and not _is_index_list(k, v, layers)]
     own = {int(layer): entry for layer, entry in (given.get("per_layer_config") or {}).items()}
-    kinds = [repr([[v[i] for v in lists], [i in m for m in members], own.get(i)]) for i in range(layers)]
-    kept = max(kept, *(kinds.index(kind) + 1 for kind in set(kinds)))
-    for key, value in given.items():
-        if re.search(PERIODS, key) and isinstance(value, int):
-            kept = max(kept, value)
-    if given.get("num_kv_shared_layers"):
-        kept *= 2  # as many that share as have their own
-    return layers, min(kept, MOST_LAYERS, layers)
+    sharing = layers - (given.get("num_kv_shared_layers") or 0)
+    kinds = [repr([[v[i] for v in lists], [i in m for m in members], own.get(i), i >= sharing]) for i in range(layers)]
+    firsts = {kinds.index(kind) for kind in kinds}
+    periods = [v for k, v in given.items() if re.search(PERIODS, k) and isinstance(v, int) and v > 1]
+    kept = min(max(2, *periods, *(first + 1 for first in firsts)), layers)
+    if kept <= MOST_LAYERS:
+        return layers, list(range(kept))
+    chosen = sorted({0, 1, *firsts})
+    if periods or len(chosen) > MOST_LAYERS:
+        raise ValueError(
+            f"its kinds of layers are all there in {kept} layers only, and at most {MOST_LAYERS} are tried"
+        )
+    return layers, chosen
+
+
+def _sharing(value: int, given: Given) -> int:
+    layers, chosen = _layers(given)
+    return sum(layer >= layers - value for layer in chosen)
 
 
 def _set(size: int) -> Callable[[int, Given], int]:
@@ -246,6 +267,12 @@ def _special_token(value: int, given: Given) -> int:
     return value if value < 0 else SPECIAL + value % (VOCABULARY - SPECIAL)
 
 
+WINDOWS = r"(sliding_window|window_size|sliding_window_size|window_len|swa_window|^local_attention)$"
+CHUNKS = r"^(attention_chunk_size|.*attn_chunk_length)$"
+FLOORS = r"^(floor_scale|log_scaling_n_floor|rel_extent)$"
+PICKED = r"^(index_topk|indexer_budget)$"
+ORIGINALS = r"^original_max_position_embeddings$"
+
 RULES: list[tuple[str, int | Callable[[Any, Given], Any]]] = [  # the first that matches; an int is the most it may be
     (r"(token_id|token_index|eod_token_ids?)$", _special_token),
     (r"type_vocab_size$", 4),
@@ -267,18 +294,18 @@ RULES: list[tuple[str, int | Callable[[Any, Given], Any]]] = [  # the first that
     (r"^n_group$", 2),
     (r"shared_experts$", 2),
     (r"(num_experts|n_routed_experts|num_local_experts|expert_num)$", _experts),
-    (r"^(index_topk|indexer_budget)$", 8),
+    (PICKED, 8),
     (r"^index_block_size$", 8),
     (r"^index_topk_blocks$", 2),
-    (r"^original_max_position_embeddings$", ORIGINAL),
+    (ORIGINALS, ORIGINAL),
     (r"(max_position_embeddings|n_positions|n_ctx|max_seq_len|context_length|max_target_positions)$", _maximum),
     (EARLIER, 1),
-    (r"^num_kv_shared_layers$", lambda value, given: min(value, _layers(given)[1] // 2)),
+    (r"^num_kv_shared_layers$", _sharing),
     (r"^(num_nextn_predict_layers|num_mtp_layers)$", 1),
-    (r"(sliding_window|window_size|sliding_window_size|window_len|block_size|swa_window|^local_attention)$", WINDOW),
-    (r"^(attention_chunk_size|.*attn_chunk_length)$", CHUNK),
+    (rf"{WINDOWS}|block_size$", WINDOW),
+    (CHUNKS, CHUNK),
     (r"^(mamba_)?chunk_size$", CHUNK),
-    (r"^(floor_scale|log_scaling_n_floor|rel_extent)$", FLOOR),
+    (FLOORS, FLOOR),
     (r"^d_rel$", 8),
     (r"^num_blocks$", 2),
     (r"^image_size$", 32),
@@ -301,7 +328,7 @@ def _rope(given: dict[str, Any], config: Given) -> dict[str, Any]:
         small["original_max_position_embeddings"] = ORIGINAL
     for key in ("short_factor", "long_factor"):
         if small.get(key):
-            small[key] = list(small[key])[:frequencies]
+            small[key] = (list(small[key]) * frequencies)[:frequencies]  # small models have fewer than 8
     if section := small.get("mrope_section"):
         parts = [max(1, round(part * frequencies / sum(section))) for part in section]
         parts[0] += frequencies - sum(parts)
@@ -328,3 +355,31 @@ UNSET: dict[str, dict[str, Any]] = {  # what a class's default config leaves ope
     "NemotronConfig": {"num_key_value_heads": 8},
     "XmodConfig": {"default_language": "en_XX"},
 }
+
+
+# ---- lengths at which something changes
+
+
+LENGTHS = "|".join([WINDOWS, CHUNKS, FLOORS, PICKED, ORIGINALS])
+
+
+def length_constants(config: PreTrainedConfig) -> dict[str, int]:
+    """Tokens behind which a model does something else, by what its config calls them: what `shrink` makes short.
+
+    >>> from transformers import Llama4TextConfig
+    >>> length_constants(Llama4TextConfig())
+    {'attention_chunk_size': 8192, 'floor_scale': 8192}
+    """
+    given = config.get_text_config().to_dict()
+    ropes = given.get("rope_parameters") or {}
+    found: dict[str, int] = {}
+    for part in (given, ropes, *ropes.values()):
+        for key, value in part.items() if isinstance(part, dict) else ():
+            whole = isinstance(value, int | float) and not isinstance(value, bool) and value > 0 and value == int(value)
+            if re.search(LENGTHS, key) and whole:
+                found[key] = int(value)
+    if given.get("index_topk_blocks") and given.get("index_block_size"):
+        found["index_topk_blocks x index_block_size"] = given["index_topk_blocks"] * given["index_block_size"]
+    if "dynamic" in _rope_types(given):
+        found["max_position_embeddings"] = given["max_position_embeddings"]
+    return found

@@ -25,15 +25,17 @@ import torch
 from torch import Tensor, nn
 
 from flexreason import oracle
+from flexreason.blocks import BLOCK
 from flexreason.diagnose import layout_faults, model_fault
 from flexreason.layout import Layout, unmerge
 from flexreason.logprobs import token_logprobs
 from flexreason.loss import is_weighted
 from flexreason.memory import available_bytes, peak_bytes
 from flexreason.patching import find_patch, find_root, patch, unpatch
-from flexreason.refuse import model_class, trust, untested
+from flexreason.refuse import refuse_rope, standing, trust, untested
 from flexreason.row import IGNORED, Row, collate
 from flexreason.sample import Sample
+from flexreason.shrink import length_constants
 from flexreason.testing import each_gradient, relative_l2, true_float64
 from flexreason.tree import lay_out
 
@@ -53,12 +55,23 @@ CONVERSATIONS = 8
 """The most that are chosen."""
 
 
+GROUP_FACTOR = 4.0
+"""The same for the gradient of one group of parameters, which scatters more."""
+
+DROWNED = 0.3
+"""Relative error of the samples' own gradients from which on nothing can be told by them."""
+
+
 class Limits(NamedTuple):
     """Up to which relative error each is called equal."""
 
     loss: float
     logprobs: float
     gradients: float
+    groups: dict[str, float]  # by group of parameters
+
+    def of(self, group: str) -> float:
+        return self.groups.get(group, self.gradients)
 
 
 @dataclass(frozen=True)
@@ -71,18 +84,27 @@ class Error:
     loss: float
     logprobs: float
     gradients: float | None  # of all parameters; None without a backward
-    worst_gradient: float | None  # of the worst group of parameters
-    worst: str | None  # that group's name
+    groups: dict[str, float]  # the same by group of parameters
     limits: Limits | None  # None for what sets them
+
+    @property
+    def worst(self) -> str | None:
+        """The group of parameters that is furthest off, by what is allowed it."""
+        limits = self.limits
+        return max(
+            self.groups, key=lambda group: self.groups[group] / (limits.of(group) if limits else 1.0), default=None
+        )
 
     @property
     def faults(self) -> list[str]:
         """What is above its limit, or no number."""
-        values = {"loss": self.loss, "logprobs": self.logprobs, "gradients": self.gradients}
-        if self.dtype == "float64" and self.worst_gradient is not None:
-            values["gradients"] = self.worst_gradient
-        limits = self.limits._asdict() if self.limits else dict.fromkeys(values, math.inf)
-        return [key for key, value in values.items() if value is not None and not value <= limits[key]]
+        if self.limits is None:
+            return []
+        allowed = [("loss", self.loss, self.limits.loss), ("logprobs", self.logprobs, self.limits.logprobs)]
+        if self.gradients is not None:
+            allowed.append(("gradients", self.gradients, self.limits.gradients))
+        allowed += [("gradients", error, self.limits.of(group)) for group, error in self.groups.items()]
+        return list(dict.fromkeys(name for name, error, limit in allowed if not error <= limit))
 
 
 @dataclass(frozen=True)
@@ -121,11 +143,12 @@ class Report:
         for e in self.errors:
             lines.append(f"{f'{e.way}, {e.dtype}':<28}" + _figures(e.loss, e.logprobs, e.gradients))
             if e.limits:
-                lines.append(
-                    f"{'    limit':<28}" + _figures(*e.limits) + (f"   {', '.join(e.faults)}!" if e.faults else "")
-                )
+                above = f"   above it: {', '.join(e.faults)}" if e.faults else ""
+                lines.append(f"{'    limit':<28}{_figures(*e.limits[:3])}{above}")
                 if e.worst is not None:
-                    lines.append(f"    worst gradient: {e.worst}, {e.worst_gradient:.1e}")
+                    lines.append(
+                        f"    worst gradient: {e.worst}, {e.groups[e.worst]:.1e} of {e.limits.of(e.worst):.1e}"
+                    )
         if references := sorted({e.reference for e in self.errors}):
             lines.append(f"against {'; '.join(references)}")
         lines += [f"note: {note}" for note in self.notes]
@@ -174,6 +197,9 @@ class _Verification:
         if not layouts:
             raise ValueError("verify: no layouts; expected at least one conversation")
         self.model, self.root = model, find_root(model)
+        for number, layout in enumerate(layouts):
+            if not len(layout.target_turn) or int(torch.bincount(layout.target_turn).min()) == 0:
+                raise ValueError(f"verify: conversation {number} has a turn without targets")
         given = [unmerge(layout) for layout in layouts] if samples is None else [list(s) for s in samples]
         if len(given) != len(layouts):
             raise ValueError(f"verify: {len(layouts)} layouts and samples for {len(given)}")
@@ -185,13 +211,39 @@ class _Verification:
             (dataclasses.replace(layout, target_weight=torch.ones_like(layout.target_weight)), of_layout)
             for layout, of_layout in zip(layouts, given, strict=True)
         ]
+        if tokens is not None and tokens < 1:
+            raise ValueError(f"verify: tokens: expected at least 1, found {tokens}")
         budget = tokens if tokens is not None else min(8192, max(64, int(WORK / max(1, self.parameters))))
-        self.chosen = choose(self.all, budget, self.notes)
+        already = find_patch(model)
+        self.chosen = choose(self.all, budget, self.notes, cut=already is None or already.mask == "interval")
+        self.on_one_side_of_rope()
+        self.say_what_is_not_crossed()
         self.float64 = float64
         self.dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
         self.errors: list[Error] = []
         self.culprit: str | None = None
         self.own_patch = find_patch(model) is None
+
+    def on_one_side_of_rope(self) -> None:
+        """RoPE that reads the longest position of a row: leave out what stands behind its threshold."""
+        config = self.root.config.get_text_config()
+        while True:
+            try:
+                return refuse_rope(config, collate([layout for layout, _ in self.chosen]))
+            except ValueError:
+                if len(self.chosen) == 1:
+                    raise
+                longest = max(self.chosen, key=lambda pair: max(map(_length, pair[1])))
+                self.chosen.remove(longest)
+                self.notes.append(
+                    "a conversation on the other side of RoPE's threshold is left out; verify it by itself"
+                )
+
+    def say_what_is_not_crossed(self) -> None:
+        longest = max(_length(sample) for _, samples in self.chosen for sample in samples)
+        for key, length in length_constants(self.root.config).items():
+            if longest <= length:
+                self.notes.append(f"{key} {length}: no sample here is longer, so what is behind it is not compared")
 
     def run(self) -> Report:
         start = time.monotonic()
@@ -199,9 +251,12 @@ class _Verification:
             meter = stack.enter_context(peak_bytes(next(self.model.parameters()).device))
             faults = [
                 f"conversation {number}: {fault}"
-                for number, (layout, samples) in enumerate(self.all)
+                for number, (layout, samples) in enumerate(self.chosen)
                 for fault in layout_faults(layout, samples)
             ]
+            against = standing(self.root, self.model)
+            if against is not None and against[0] == "refused":
+                raise ValueError(f"verify: {type(self.root).__name__} is refused by patch: {against[1]}")
             if self.own_patch:
                 with untested():
                     patch(self.model)
@@ -209,9 +264,16 @@ class _Verification:
             found = find_patch(self.model)
             assert found is not None
             self.patch = found
+            if not any(p.requires_grad for p in self.model.parameters()):
+                self.notes.append("gradients are not compared: no parameter is trained")
             if self.forward_only(self.model):
                 self.notes.append('gradients are not compared: backend "flex" has no backward on CPU')
             stack.enter_context(_without_dropout(self.model, self.notes))
+            if self.dtype == torch.float64 and _set_checkpointing(self.model, False):
+                self.notes.append(
+                    "gradient checkpointing is off here: what runs again in backward would not be float64"
+                )
+                stack.callback(_set_checkpointing, self.model, True)
             try:
                 if faults:
                     self.culprit = "; ".join(faults[:3])
@@ -221,7 +283,7 @@ class _Verification:
             except NoVerdict as why:
                 self.culprit, verdict = str(why), "no verdict"
         if verdict == "exact" and any(e.dtype == "float64" for e in self.errors):
-            trust(model_class(self.root))
+            trust(self.root)
         trees = [layout for layout, _ in self.chosen]
         return Report(
             model=type(self.root).__name__,
@@ -249,7 +311,7 @@ class _Verification:
             high = self.copy_in(torch.float64)
             with true_float64():
                 reference = self.n_samples(high)
-                self.judge(high, reference, "the samples in float64", Limits(EXACT, EXACT, EXACT))
+                self.judge(high, reference, "the samples in float64", Limits(EXACT, EXACT, EXACT, {}))
             del high
         if self.dtype == torch.float64 or self.culprit:
             return
@@ -262,23 +324,35 @@ class _Verification:
         samples = self.n_samples(self.model)
         own = self.error("samples", self.model, _gradients_of(samples), samples, reference, said, None)
         self.errors.append(own)
-        self.judge(self.model, reference, said, self.limits_from(own))
+        self.judge(self.model, reference, said, self.limits_from(own, 4 * torch.finfo(torch.float32).eps))
 
     def without_reference(self) -> None:
         """Where nothing more precise fits or exists: other kernels for the same samples show the size of rounding."""
         samples = self.n_samples(self.model)
-        said = f"the samples in {_name(self.dtype)}"
-        with _unpatched(self.model), _other_attention(self.root) as other:
-            again = self.n_samples(self.model)
-            own = self.error(f"samples, {other}", self.model, _gradients_of(again), again, samples, said, None)
-        self.errors.append(own)
-        self.judge(self.model, samples, said, self.limits_from(own))
+        said, eps = f"the samples in {_name(self.dtype)}", torch.finfo(self.dtype).eps
+        try:
+            with _suspended(self.model), _other_attention(self.root) as other:
+                again = self.n_samples(self.model)
+                own = self.error(f"samples, {other}", self.model, _gradients_of(again), again, samples, said, None)
+        except ValueError:
+            self.notes.append(
+                "rounding is not measured, as this model has no other attention: the limits are fixed ones"
+            )
+            limits = Limits(4 * eps, 4 * eps, 32 * eps, {})
+        else:
+            self.errors.append(own)
+            limits = self.limits_from(own, eps)
+        self.judge(self.model, samples, said, limits)
 
-    def limits_from(self, own: Error) -> Limits:
+    def limits_from(self, own: Error, rounding: float) -> Limits:
         """How far one pass may be off, in a dtype in which the samples themselves are off by this much."""
-        rounding = torch.finfo(self.dtype).eps / 4
-        loss, logprobs = (max(own.loss, own.logprobs, rounding), max(own.logprobs, rounding))
-        return Limits(FACTOR * loss, FACTOR * logprobs, FACTOR * max(own.gradients or 0.0, rounding))
+        if own.gradients is not None and not own.gradients < DROWNED:
+            raise NoVerdict(
+                f"the samples' own gradients are {own.gradients:.1e} off in {own.dtype}: rounding drowns them"
+            )
+        loss, logprobs = max(own.loss, own.logprobs, rounding), max(own.logprobs, rounding)
+        groups = {group: GROUP_FACTOR * max(error, rounding) for group, error in own.groups.items()}
+        return Limits(FACTOR * loss, FACTOR * logprobs, FACTOR * max(own.gradients or 0.0, rounding), groups)
 
     def judge(self, model: nn.Module, reference: oracle.Reference, said: str, limits: Limits) -> None:
         """One pass against a reference; if it fails, find out why."""
@@ -328,18 +402,19 @@ class _Verification:
         limits: Limits | None,
     ) -> Error:
         dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
-        gradients = worst_gradient = worst = None
+        gradients: float | None = None
+        groups: dict[str, float] = {}
         if backward is not None and reference.gradients:
-            gradients, worst_gradient, worst = _compare_gradients(backward, reference.gradients)
+            gradients, groups = _compare_gradients(backward, reference.gradients)
+        difference = abs(found.loss_sum - reference.loss_sum)
         return Error(
             way=way,
             dtype=_name(dtype),
             reference=said,
-            loss=abs(found.loss_sum - reference.loss_sum) / abs(reference.loss_sum),
+            loss=difference / max(abs(reference.loss_sum), 1e-300) if difference else 0.0,
             logprobs=relative_l2([torch.cat(found.logprobs)], [torch.cat(reference.logprobs)]),
             gradients=gradients,
-            worst_gradient=worst_gradient,
-            worst=worst,
+            groups=groups,
             limits=limits,
         )
 
@@ -349,9 +424,8 @@ class _Verification:
         found = find_patch(model)
         assert found is not None
         with true_float64() if error.dtype == "float64" else nullcontext():
-            for layout, samples in self.chosen:
-                if fault := model_fault(model, found, layout, samples, limit):
-                    return fault
+            if fault := model_fault(model, found, self.row(model), self.chosen, limit):
+                return fault
         if "logprobs" in error.faults:
             return (
                 "head: the hidden states of all predicting tokens are right, and their log-probabilities are not: a "
@@ -404,13 +478,16 @@ class _Verification:
             return self.model
         made = copy.deepcopy(self.model)
         root = find_root(made)
+        _set_checkpointing(made, False)  # what runs again in backward would not be float64 throughout
         if getattr(root.config.get_text_config(), "_experts_implementation", None) not in (None, "eager"):
             root.set_experts_implementation("eager")  # the others have no float64
         return made.to(dtype)
 
     def row(self, model: nn.Module) -> Row:
         device = next(model.parameters()).device
-        return {key: value.to(device) for key, value in collate([layout for layout, _ in self.chosen]).items()}
+        block_size = BLOCK if self.patch.backend_on(device) == "flex" else 8  # which pads less
+        row = collate([layout for layout, _ in self.chosen], block_size=block_size)
+        return {key: value.to(device) for key, value in row.items()}
 
     def forward_only(self, model: nn.Module) -> bool:
         device = next(model.parameters()).device
@@ -422,7 +499,7 @@ class _Verification:
         """The samples through the model without our patch."""
         if samples is None:
             samples = [s for _, of_layout in self.chosen for s in of_layout]
-        with _unpatched(model):
+        with _suspended(model):
             found = oracle.n_samples(model, samples, gradients=gradients and not self.forward_only(model))
         for number, logprobs in enumerate(found.logprobs):
             if not bool(logprobs.isfinite().all()):
@@ -431,9 +508,10 @@ class _Verification:
 
 
 def choose(
-    all_: Sequence[tuple[Layout, list[Sample]]], budget: int, notes: list[str]
+    all_: Sequence[tuple[Layout, list[Sample]]], budget: int, notes: list[str], cut: bool
 ) -> list[tuple[Layout, list[Sample]]]:
-    """The shortest conversations that fit; where none does, the first turns of the shortest."""
+    """The shortest conversations that fit; where none does, the first turns of the shortest, or if that is not to be
+    cut the whole of it."""
 
     def cost(pair: tuple[Layout, list[Sample]]) -> int:
         return len(pair[0]) + sum(map(_length, pair[1]))
@@ -449,10 +527,14 @@ def choose(
         if len(chosen) < len(all_):
             notes.append(f"the {len(chosen)} shortest of {len(all_)} conversations")
         return chosen
-    _, samples = min(all_, key=cost)
+    shortest = min(all_, key=cost)
+    if not cut:
+        notes.append(f"the shortest of {len(all_)} conversations, though it is longer than {budget} tokens to compute")
+        return [shortest]
+    _, samples = shortest
     for turns in range(len(samples), 0, -1):
-        cut = samples[:turns]
-        shorter = (lay_out(cut), cut)
+        first = samples[:turns]
+        shorter = (lay_out(first), first)
         if cost(shorter) <= budget or turns <= 2:
             break
     notes.append(
@@ -497,8 +579,8 @@ def _gradients_of(found: oracle.Reference) -> Callable | None:
     return backward if found.gradients else None
 
 
-def _compare_gradients(backward: Callable, expected: dict[str, Tensor]) -> tuple[float, float, str]:
-    """(error of all, error of the worst group, that group's name); one parameter is held at a time."""
+def _compare_gradients(backward: Callable, expected: dict[str, Tensor]) -> tuple[float, dict[str, float]]:
+    """Error of all, and by group of parameters; one parameter is held at a time."""
     differences: dict[str, float] = {}
     norms: dict[str, float] = {}
     missing = dict.fromkeys(expected)
@@ -522,20 +604,12 @@ def _compare_gradients(backward: Callable, expected: dict[str, Tensor]) -> tuple
     errors = {
         group: math.sqrt(square) / max(math.sqrt(norms[group]), FLOOR * whole) for group, square in differences.items()
     }
-    worst = max(errors, key=lambda group: errors[group] if errors[group] == errors[group] else math.inf)
-    return math.sqrt(sum(differences.values())) / whole, errors[worst], worst
+    return math.sqrt(sum(differences.values())) / whole, errors
 
 
-@contextmanager
-def _unpatched(model: nn.Module) -> Iterator[None]:
+def _suspended(model: nn.Module) -> Any:
     found = find_patch(model)
-    if found is not None:
-        found.undo()
-    try:
-        yield
-    finally:
-        if found is not None:
-            found.apply()
+    return nullcontext() if found is None else found.suspended()
 
 
 @contextmanager
@@ -555,6 +629,14 @@ def _without_dropout(model: nn.Module, notes: list[str]) -> Iterator[None]:
     finally:
         for _, module, p in found:
             module.p = p
+
+
+def _set_checkpointing(model: nn.Module, on: bool) -> bool:
+    """Gradient checkpointing of every layer that knows of it; whether any was the other way."""
+    layers = [m for m in model.modules() if getattr(m, "gradient_checkpointing", on) is not on]
+    for layer in layers:
+        layer.gradient_checkpointing = on  # type: ignore[assignment]
+    return bool(layers)
 
 
 @contextmanager

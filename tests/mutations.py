@@ -225,14 +225,26 @@ MUTATIONS = {  # name: (file, what stands there, what to write instead)
     "fp64: casts stay": (
         "testing.py", "if func is Tensor.float:", "if func is None:",
     ),
-    "head: what stands behind the product has no slope": (
-        "head.py", "if not self.in_buffer(logits):", "if False:",
+    "head: logits are overwritten whatever stands behind the product": (
+        "head.py", "return step is None or isinstance(step.next_functions[0][0], _Product._backward_cls)", "return True",
     ),
-    "head: what stands before the product has no slope": (
-        "head.py", "if self.given.data_ptr() == states.data_ptr():", "if True:",
+    "head: a second product overwrites the first": (
+        "head.py", "if self.used or len(flat) > len(self.buffer):", "if len(flat) > len(self.buffer):",
     ),
     "head: the cap and scale behind the product are dropped": (
-        "head.py", "            return self.head(states)", "            self.head(states)\n            return self.product",
+        "head.py", "return self.root.forward(input_ids=ids, use_cache=False, return_dict=True).logits[0]", "return self.root.lm_head(hidden)",
+    ),
+    "head: the decoder's hooks see its states twice": (
+        "head.py", "        setattr(decoder, name, OrderedDict())", "        pass",
+    ),
+    "head: only what is outside the decoder trains": (
+        "head.py", "if p.requires_grad and id(p) in leaves]", "if p.requires_grad and id(p) in leaves and all(p is not q for q in self.root.base_model.parameters())]",
+    ),
+    "head: the second sweep draws anew": (
+        "head.py", "            torch.set_rng_state(ctx.random[0])", "            pass",
+    ),
+    "head: slopes are lost in fp16": (
+        "head.py", "if largest else 1.0", "if not largest else 1.0",
     ),
     "head: temperature is not in the gradient": (
         "head.py", "* real / temperature)", "* real)",
@@ -241,13 +253,13 @@ MUTATIONS = {  # name: (file, what stands there, what to write instead)
         "head.py", "upstream[chunk].to(high) * real /", "upstream[chunk].to(high) /",
     ),
     "head: the weight's gradient is the last chunk's": (
-        "head.py", "return total.addmm_(slope.t(), given)", "return slope.t() @ given",
+        "head.py", "self.totals[weight] = product(slope.t(), given)", "self.totals[weight] = slope.t() @ given",
     ),
     "head: the bias has no gradient": (
-        "head.py", "totals[number] = summed if total is None else total.add_(summed)", "pass",
+        "head.py", "self.totals[bias] = _add(self.totals[bias], slope.sum(0, dtype=high))", "pass",
     ),
     "head: autocast is forgotten in backward": (
-        "head.py", "with torch.autocast(**ctx.autocast):", "if True:",
+        "head.py", "torch.random.fork_rng(ctx.devices), torch.autocast(**ctx.autocast):", "torch.random.fork_rng(ctx.devices):",
     ),
     "patch: all logits are made when the loss is chunked": (
         "patching.py", "return with_states(output, output[0][:, :0])", "return output",

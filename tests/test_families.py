@@ -4,8 +4,13 @@ The exhaustive scan over all classes is marked slow, and holds the committed lis
 """
 
 import dataclasses
+import functools
 import json
+import re
+import types
+import warnings
 
+import peft
 import pytest
 import torch
 import transformers
@@ -13,11 +18,11 @@ from torch import nn
 
 import flexreason as fr
 from exact import EXACT, errors
-from flexreason import models, refuse, selftest
+from flexreason import head, models, refuse, selftest
 from flexreason.attention import segments
 from flexreason.attention.tree_row import TreeRow
 from flexreason.cli import main
-from flexreason.shrink import HEADS, ORIGINAL, build, causal_classes, default_config, shrink
+from flexreason.shrink import HEADS, ORIGINAL, build, causal_classes, default_config, length_constants, shrink
 from models import tiny
 from strategies import random_tree, random_turns
 
@@ -175,6 +180,59 @@ def test_what_stays_large_is_not_built():
         build(transformers.LlamaConfig(num_hidden_layers=1))
 
 
+LATE = {
+    "an interval": {"num_hidden_layers": 16, "conv_interval": 14},
+    "a list of layers": {"num_hidden_layers": 16, "conv_layers": [13, 15]},
+    "a list of layers far behind": {"num_hidden_layers": 40, "conv_layers": [33, 38]},
+    "kinds far behind": {"num_hidden_layers": 40, "layer_types": ["full_attention"] * 39 + ["conv"]},
+}
+
+
+@pytest.mark.parametrize("which", LATE)
+def test_kinds_of_layers_that_come_late_are_in_the_small_config(which):
+    small = shrink(transformers.LlamaConfig(**LATE[which]))
+    layers = small.num_hidden_layers
+    assert layers <= 24
+    if "interval" in which:
+        assert layers >= small.conv_interval
+    elif "list" in which:
+        assert small.conv_layers
+        assert set(range(layers)) - set(small.conv_layers)
+        assert max(small.conv_layers) < layers
+    else:
+        assert set(small.layer_types) == {"full_attention", "conv"}
+        assert len(small.layer_types) == layers
+
+
+def test_kinds_of_layers_that_do_not_all_fit_are_said():
+    found = check("Llama", num_hidden_layers=40, conv_interval=30)
+    assert found.verdict == "cannot be built tiny"
+    assert "its kinds of layers are all there in 30 layers only, and at most 24 are tried" in found.reason
+    found = check("Llama", num_hidden_layers=40, mixer_layers=list(range(39)), some_blocks=[3])
+    assert found.verdict == "exact"  # three kinds fit well
+
+
+def test_only_what_models_call_dropout_is_set_to_zero():
+    given = {"token_drop": 0.5, "token_dropout": 0.5, "resid_pdrop": 0.1, "attention_dropout": 0.1, "dropout_rate": 0.1}
+    small = shrink(transformers.LlamaConfig(**given))
+    assert (small.token_drop, small.token_dropout) == (0.5, 0.5)
+    assert small.resid_pdrop == small.attention_dropout == small.dropout_rate == 0
+
+
+def test_length_constants_are_told_by_name():
+    assert length_constants(transformers.Llama4TextConfig()) == {"attention_chunk_size": 8192, "floor_scale": 8192}
+    assert length_constants(transformers.MistralConfig(sliding_window=99)) == {"sliding_window": 99}
+    assert length_constants(transformers.Qwen3Config()) == {}
+    rope = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 4096}
+    assert length_constants(transformers.Qwen3Config(rope_parameters=rope)) == {
+        "original_max_position_embeddings": 4096
+    }
+    rope = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}
+    dynamic = transformers.LlamaConfig(rope_parameters=rope, max_position_embeddings=77)
+    assert length_constants(dynamic) == {"max_position_embeddings": 77}
+    assert length_constants(transformers.DeepseekV32Config())["index_topk"] == 2048
+
+
 # ---- what patch makes of it
 
 
@@ -238,6 +296,228 @@ def test_an_unknown_class_that_reads_its_neighbours_is_refused_with_the_numbers(
         fr.patch(made(cls))
 
 
+def shifted(layer, by):
+    layer.mlp = Around(layer.mlp, lambda x: x + by * nn.functional.pad(x, (0, 0, 1, 0))[:, :-1])
+
+
+class Keeping(transformers.LlamaForCausalLM):
+    """Nothing is shifted where it keeps all."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        for layer in self.model.layers:
+            shifted(layer, 1 - config.keep)
+
+
+class Versioned(transformers.LlamaForCausalLM):
+    def __init__(self, config):
+        super().__init__(config)
+        for layer in self.model.layers if config.mixer_version == 2 else ():
+            shifted(layer, 0.3)
+
+
+@pytest.mark.parametrize(("cls", "good", "bad"), [(Keeping, {"keep": 1.0}, {"keep": 0.9}),
+                                                  (Versioned, {"mixer_version": 1}, {"mixer_version": 2})])  # fmt: skip
+def test_what_was_found_of_one_config_is_not_believed_of_another(cls, good, bad):
+    fr.patch(cls(tiny("Llama", **good).config))
+    with pytest.raises(ValueError, match=f"{cls.__name__} is refused: one pass is not the samples'"):
+        fr.patch(cls(tiny("Llama", **bad).config))
+
+
+class Dropping(transformers.LlamaForCausalLM):
+    """What it calls dropout draws nothing."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        for layer in self.model.layers:
+            shifted(layer, config.token_drop)
+
+
+class Late(transformers.LlamaForCausalLM):
+    """Neighbours are read in the layers of a list only."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        for number in config.conv_layers:
+            shifted(self.model.layers[number], 0.3)
+
+
+class OnlyInEval(transformers.LlamaForCausalLM):
+    def __init__(self, config):
+        super().__init__(config)
+        for layer in self.model.layers:
+            layer.mlp = Around(layer.mlp, lambda x: x)
+            layer.mlp.change = self.change
+
+    def change(self, x):
+        return x if self.training else x + 0.3 * nn.functional.pad(x, (0, 0, 1, 0))[:, :-1]
+
+
+@pytest.mark.parametrize(("cls", "config"), [
+    (Dropping, {"token_drop": 0.5}), (OnlyInEval, {}), (Late, {"num_hidden_layers": 16, "conv_layers": [13, 15]}),
+    (Late, {"num_hidden_layers": 40, "conv_layers": [33]}),
+])  # fmt: skip
+def test_what_is_easily_cut_away_is_seen(cls, config):
+    with pytest.raises(ValueError, match=f"{cls.__name__} is refused: one pass is not the samples'"):
+        fr.patch(cls(tiny("Llama", **config).config))
+
+
+def test_a_listed_class_whose_other_structure_cannot_be_tried_is_not_believed(monkeypatch):
+    monkeypatch.setattr(models, "_found", {})
+    monkeypatch.setattr(selftest, "check", lambda config, cls: selftest.Result(cls.__name__, "cannot be built tiny"))
+    with pytest.raises(ValueError, match="Qwen3ForCausalLM is refused: nobody has shown it"):
+        fr.patch(tiny("Qwen3", attention_bias=True))
+
+
+# ---- one model is not as its class builds it
+
+
+def with_own_attention(model):
+    def forward(self, hidden_states, **kwargs):
+        return self.v_proj(hidden_states), None
+
+    for layer in model.model.layers:
+        layer.self_attn.forward = types.MethodType(forward, layer.self_attn)
+
+
+def with_another_mlp(model):
+    shifted(model.model.layers[1], 0.1)
+
+
+def with_a_convolution(model):
+    model.model.layers[0].post_attention_layernorm = nn.Sequential(nn.Conv1d(32, 32, 3, padding=1))
+
+
+def with_a_wrapped_mlp(model):
+    plain = model.model.layers[0].mlp.forward
+    model.model.layers[0].mlp.forward = functools.wraps(plain)(lambda x: plain(x.roll(1, 1)))
+
+
+CHANGED = {
+    with_own_attention: r"forward of LlamaAttention, by .*with_own_attention",
+    with_another_mlp: r"test_families\.Around",
+    with_a_convolution: r"torch\.nn\.modules\.conv\.Conv1d",
+    with_a_wrapped_mlp: r"forward of LlamaMLP, by .*test_families",
+}
+
+
+@pytest.mark.parametrize("change", CHANGED, ids=lambda change: change.__name__)
+def test_a_model_with_replaced_parts_is_refused_until_it_is_trusted(change, monkeypatch):
+    monkeypatch.setattr(refuse, "_trusted", set())
+    model = tiny("Llama")
+    change(model)
+    with pytest.raises(ValueError, match=f"is refused: parts of it were replaced, .*{CHANGED[change]}.*run fr.verify"):
+        fr.patch(model)
+    verdict, reason = refuse.standing(model)
+    assert verdict == "cannot be built tiny"
+    assert "parts of it were replaced" in reason
+    refuse.trust(model)
+    fr.patch(model)
+    other = tiny("Llama", num_hidden_layers=3)
+    other.model.layers[0].mlp.forward = lambda x: x
+    with pytest.raises(ValueError, match="is refused"):
+        fr.patch(other)
+
+
+def test_a_class_that_was_edited_is_tested_whatever_the_list_says(monkeypatch):
+    """As libraries do that put their own forward into transformers' classes."""
+    monkeypatch.setattr(models, "_found", {})
+    cls = transformers.models.llama.modeling_llama.LlamaMLP
+    plain = cls.forward
+    monkeypatch.setattr(cls, "forward", lambda self, x: plain(self, x.roll(1, 1)))
+    with pytest.raises(ValueError, match="is refused: one pass is not the samples'"):
+        fr.patch(tiny("Llama"))
+    models._found.clear()
+    monkeypatch.setattr(cls, "forward", lambda self, x: plain(self, x))
+    fr.patch(tiny("Llama"))
+
+
+def test_what_wraps_a_model_without_changing_it_is_taken():
+    model = tiny("Llama")
+    mlp = model.model.layers[0].mlp
+    plain = mlp.forward
+    mlp.forward = functools.partial(plain)  # nothing is known of what it is around
+    functools.update_wrapper(mlp.forward, plain)
+    model.model.layers[1].mlp = torch.compile(model.model.layers[1].mlp)
+    nn.utils.parametrizations.weight_norm(model.model.layers[1].self_attn.q_proj)
+    fr.patch(model)
+
+
+def adapted(config, family="Qwen3"):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return peft.get_peft_model(tiny(family), config)
+
+
+def test_adapters_that_are_not_exact_are_refused_by_name():
+    lora = {"target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
+    model = adapted(peft.LoraConfig(**lora, alora_invocation_tokens=[10]))
+    for given in (model, model.get_base_model()):
+        with pytest.raises(ValueError, match="is refused: its adapter is an activated LoRA"):
+            fr.patch(given)
+    fr.patch(adapted(peft.LoraConfig(**lora)))
+    fr.patch(adapted(peft.LoraConfig(**lora, modules_to_save=["lm_head"])))
+    fr.patch(adapted(peft.LoraConfig(**lora, use_dora=True)))
+    fr.patch(adapted(peft.LoraConfig(**lora, trainable_token_indices=[1, 2])))
+
+
+@pytest.mark.parametrize("kind", ["PromptTuningConfig", "PrefixTuningConfig", "PromptEncoderConfig"])
+def test_adapters_with_virtual_tokens_are_refused_by_name(kind):
+    more = {"encoder_hidden_size": 16} if kind == "PromptEncoderConfig" else {}
+    model = adapted(getattr(peft, kind)(num_virtual_tokens=4, task_type="CAUSAL_LM", **more), "Llama")
+    with pytest.raises(ValueError, match=rf"is refused: its adapter \({kind}\) puts virtual tokens before"):
+        refuse.refuse_model(fr.patching.find_root(model), model)
+    assert refuse.standing(fr.patching.find_root(model), model)[0] == "refused"
+
+
+# ---- the loss in chunks
+
+
+def test_the_self_test_holds_the_loss_in_chunks_too(monkeypatch):
+    plain, sizes = head.sweep, []
+
+    def sweep(given, hidden, labels, *args, **kwargs):
+        sizes.append(len(labels) / (head.CHUNK_LOGITS // given.root.config.vocab_size))
+        return plain(given, hidden, labels, *args, **kwargs)
+
+    before = head.CHUNK_LOGITS
+    monkeypatch.setattr(head, "sweep", sweep)
+    assert check("Llama").chunked is True
+    assert min(sizes) > 4
+    assert before == head.CHUNK_LOGITS
+
+    def off(given, hidden, labels, *args, **kwargs):
+        found = plain(given, hidden, labels, *args, **kwargs)
+        if found.hidden is not None:
+            found.hidden = found.hidden * 1.001
+        return found
+
+    monkeypatch.setattr(head, "sweep", off)
+    found = check("Llama")
+    assert (found.verdict, found.chunked) == ("exact", False)
+    assert "gradients 1e-03" in found.chunked_reason
+
+
+def test_a_class_that_is_exact_but_not_in_chunks_is_refused_by_name(monkeypatch):
+    right = selftest.Result("LlamaForCausalLM", "exact", chunked=False, chunked_reason="it is not the samples'")
+    monkeypatch.setattr(models, "proof", lambda *args, **kwargs: right)
+    model = fr.patch(tiny("Llama"))
+    with pytest.raises(ValueError, match="LlamaForCausalLM takes no chunked loss: it is not the samples'; use loss="):
+        fr.patch(model, loss="chunked")
+    model, row = fr.patch(tiny("Llama")), fr.collate([fr.lay_out_turns(random_turns([(3, 4, 5)] * 2))])
+    with pytest.raises(ValueError, match="token_logprobs: LlamaForCausalLM takes no chunked loss"):
+        fr.token_logprobs(model, row)
+
+
+def test_the_list_says_which_classes_take_no_loss_in_chunks():
+    found = models.listed()["models"]
+    assert found["WhisperForCausalLM"]["chunked"] is False
+    assert "no chunked loss" in models.TABLE.read_text()
+    exact = [entry for entry in found.values() if entry["verdict"] == "exact"]
+    assert sum(entry["chunked"] for entry in exact) >= 100
+    assert all(entry["chunked_reason"] for entry in exact if not entry["chunked"])
+
+
 def test_an_unknown_class_that_cannot_be_built_tiny_is_refused_until_it_is_trusted(monkeypatch):
     monkeypatch.setattr(refuse, "_trusted", set())
     model = made(Particular, 1)
@@ -247,14 +527,29 @@ def test_an_unknown_class_that_cannot_be_built_tiny_is_refused_until_it_is_trust
         fr.unpatch(fr.patch(model))
     with pytest.raises(ValueError, match="Particular is refused"):
         fr.patch(model)
-    refuse.trust(Particular)
+    assert refuse.standing(model)[0] == "cannot be built tiny"
+    refuse.trust(model)
     fr.patch(model)
+    assert refuse.standing(model)[0] == "cannot be built tiny"  # which asks for no trust
+    with pytest.raises(ValueError, match="Particular is refused"):
+        fr.patch(Particular(tiny("Llama", attention_bias=True).config, 1))
+
+
+def test_trust_counts_for_nothing_against_a_test_that_failed(monkeypatch):
+    monkeypatch.setattr(refuse, "_trusted", set())
+    model = made(Shifting)
+    refuse.trust(model)
+    with pytest.raises(ValueError, match="Shifting is refused: one pass is not the samples'"):
+        fr.patch(model)
+    assert refuse.standing(model)[0] == "refused"
+    assert refuse.standing(tiny("Llama", attention_dropout=0.1))[0] == "refused"
+    assert refuse.standing(tiny("Llama")) is None
 
 
 def test_the_list_is_believed_for_the_version_and_structure_it_was_made_with_only(monkeypatch):
     asked = []
     right = selftest.Result("LlamaForCausalLM", "exact")
-    monkeypatch.setattr(models, "_tested", lambda cls, structure, config: asked.append(cls.__name__) or right)
+    monkeypatch.setattr(models, "_tested", lambda cls, *rest: asked.append(cls.__name__) or right)
     fr.patch(tiny("Llama"))
     assert not asked
     fr.patch(tiny("Llama", attention_bias=True))
@@ -349,6 +644,43 @@ def test_the_command_reads_a_folders_config(tmp_path, capsys):
     assert "segments (the slower route: softcap) on CPU, flex on GPUs" in out
     assert main(["models", str(tmp_path / "nowhere")]) == 2
     assert "no class of transformers, and no config to be found" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("key", ["attention_dropout", "attn_pdrop"])
+def test_the_command_refuses_what_patch_refuses(tmp_path, capsys, key):
+    config = tiny("Qwen3").config
+    setattr(config, key, 0.1)
+    config.architectures = ["Qwen3ForCausalLM"]
+    config.save_pretrained(tmp_path)
+    assert main(["models", str(tmp_path)]) == 1
+    assert f"Qwen3ForCausalLM: refused: {key} is 0.1" in capsys.readouterr().out
+    assert main(["models", str(tmp_path), "--json"]) == 1
+    assert json.loads(capsys.readouterr().out)["verdict"] == "refused"
+
+
+UNUSABLE = {
+    "no number": ({"hidden_size": "abc"}, "its config cannot be used: .*hidden_size"),
+    "nothing": ({"hidden_size": None}, "its config cannot be used: .*hidden_size"),
+    "no heads": ({"num_attention_heads": 0}, "its config cannot be used: num_attention_heads is 0"),
+    "below zero": ({"hidden_size": -4}, "its config cannot be used: hidden_size is -4"),
+    "no such RoPE": ({"rope_parameters": {"rope_type": "nonsense", "rope_theta": 1e4}}, "cannot be built"),
+    "no such activation": ({"hidden_act": "nonsense"}, "cannot be built from its config: .*nonsense"),
+}
+
+
+@pytest.mark.filterwarnings("ignore")  # torch's, of weights without elements
+@pytest.mark.parametrize("which", UNUSABLE)
+def test_the_command_says_what_is_wrong_with_a_config(which, tmp_path, capsys):
+    changed, says = UNUSABLE[which]
+    config = {**tiny("Qwen3").config.to_dict(), **changed}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert main(["models", str(tmp_path)]) == 2
+    assert re.search(says, capsys.readouterr().err)
+
+
+def test_a_scan_of_what_there_is_not_is_no_success(capsys):
+    assert main(["models", "--scan", "--only", "LlamaForCausalLM", "Nope"]) == 2
+    assert "--only: transformers has no model of the name Nope" in capsys.readouterr().err
 
 
 def test_a_result_says_all_it_found():

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import transformers
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 import flexreason as fr
 from exact import EXACT
@@ -209,6 +210,114 @@ def test_what_cannot_be_chunked_is_refused_by_name():
     model.loss_function = lambda logits, labels, *args, **kwargs: logits.sum()
     with pytest.raises(ValueError, match="computes the usual loss, and the loss function was replaced"):
         fr.patch(model, loss="chunked")(**row)
+
+
+class Scaled(torch.autograd.Function):
+    """Hands on what it is given, and a tenth of the gradient."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * 0.1
+
+
+class OwnHead(transformers.LlamaForCausalLM):
+    """A head as somebody may have written one."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.model.extra = torch.nn.LayerNorm(config.hidden_size)
+        self.lm_head = torch.nn.Linear(config.hidden_size, config.vocab_size + 5, bias=True)
+
+    def forward(self, input_ids=None, labels=None, **kwargs):
+        kwargs.pop("logits_to_keep", None)
+        logits = self.make(self.model(input_ids=input_ids, **kwargs)[0])
+        loss = None if labels is None else self.loss_function(logits, labels, logits.shape[-1], **kwargs)
+        return CausalLMOutputWithPast(loss=loss, logits=logits)
+
+
+def in_place(self, hidden):
+    logits = self.lm_head(hidden)
+    logits /= 3
+    logits[..., 90:] = -30.0
+    return logits
+
+
+HEADS = {
+    "asks twice": lambda self, h: self.lm_head(h) - 0.5 * self.lm_head(h.roll(1, -1)),
+    "uses a part of the decoder": lambda self, h: self.lm_head(self.model.extra(h)),
+    "in place": in_place,
+    "a part of a wider one": lambda self, h: self.lm_head(h)[..., :97],
+    "detached": lambda self, h: self.lm_head(h.detach()),
+    "another gradient before": lambda self, h: self.lm_head(Scaled.apply(h)),
+    "another gradient behind": lambda self, h: Scaled.apply(self.lm_head(h)),
+    "a cap in place": lambda self, h: self.lm_head(h).div_(3).tanh_(),
+}
+
+
+@pytest.mark.parametrize("which", HEADS)
+def test_any_head_in_chunks_is_itself(which):
+    torch.manual_seed(0)
+    model = type("Made", (OwnHead,), {"make": HEADS[which]})(tiny("Llama").config).double()
+    model.model.register_forward_hook(lambda module, args, out: type(out)(**{**out, "last_hidden_state": out[0] * 1.5}))
+    row, parameters = fr.collate([conversation(), conversation(seed=1)]), list(model.parameters())
+    n = int((row["labels"] != -100).sum())
+    settings = {"materialize_grads": True, "allow_unused": True}
+    with true_float64(), untested():
+        loss = fr.patch(model)(**row).loss
+        expected = torch.autograd.grad(loss, parameters, **settings)
+        chunked = fr.patch(model, loss="chunked")(**row).loss
+        logprobs = fr.token_logprobs(model, row)
+        for found in (chunked, -logprobs.sum() / n):
+            assert found.item() == pytest.approx(loss.item(), rel=1e-9)
+            assert relative_l2(torch.autograd.grad(found, parameters, **settings), expected) <= EXACT
+
+
+def test_the_second_sweep_draws_what_the_first_drew():
+    """Dropout on the head: the gradient belongs to the value that was given."""
+    torch.manual_seed(0)
+    model = type("Made", (OwnHead,), {"make": lambda self, h: self.lm_head(torch.dropout(h, 0.5, self.training))})(
+        tiny("Llama").config
+    ).double()
+    row, weight = fr.collate([conversation()]), model.lm_head.weight
+    with true_float64(), untested():
+        fr.patch(model).train()
+
+        def value():
+            torch.manual_seed(1)
+            return fr.token_logprobs(model, row).sum()
+
+        (slope,) = torch.autograd.grad(value(), weight)
+        with torch.no_grad():
+            direction, before = torch.randn_like(weight), value()
+            weight += 1e-6 * direction
+            after = value()
+    assert float((after - before) / 1e-6) == pytest.approx(float((slope * direction).sum()), rel=1e-4)
+
+
+def test_small_slopes_survive_fp16():
+    """The loss is scaled behind the sweep; in fp16 a weight of 1/T times a probability would be lost before it."""
+    torch.manual_seed(0)
+    hidden = torch.randn(600, 32, dtype=torch.float16)
+    labels, weight = torch.randint(0, 97, (600,)), torch.full((600,), 1e-6)
+    model = tiny("Qwen3").half()
+    own = head.Head(model, BaseModelOutputWithPast())
+    expected = torch.autograd.grad(
+        2.0**16 * 1e-6 * torch.nn.functional.cross_entropy(own(hidden).float(), labels, reduction="sum"),
+        model.lm_head.weight,
+    )
+    found = torch.autograd.grad(2.0**16 * head.weighted_nll(own, hidden, labels, weight), model.lm_head.weight)
+    assert relative_l2(found, expected) < 5e-3
+
+
+def test_second_derivatives_are_refused():
+    model, row = fr.patch(tiny("Qwen3"), "dense"), fr.collate([conversation()])
+    (gradient,) = torch.autograd.grad(fr.token_logprobs(model, row).sum(), model.lm_head.weight, create_graph=True)
+    with pytest.raises(RuntimeError, match=r"does not require grad|once_differentiable"):
+        gradient.sum().backward()
 
 
 def test_a_class_with_a_loss_of_its_own_is_refused_by_name():

@@ -10,10 +10,11 @@ import transformers
 from torch import nn
 
 import flexreason as fr
-from flexreason import cli, head
+from flexreason import cli, head, verification
 from flexreason.attention import dense, segments
 from flexreason.patching import find_patch
-from models import TINY, tiny
+from flexreason.shrink import build, shrink
+from models import TINY, checkpoint, tiny
 from strategies import random_tree, random_turns
 
 # transformers 5.23 renames what it calls gradient checkpointing; peft 0.21 uses the old names.
@@ -162,7 +163,7 @@ def test_positions_off_by_one_inside_a_layer():
 
     def shift(module, args):
         states, positions = args
-        return (states, positions * 2) if states.shape[1] == 128 else None  # the row, and no sample
+        return (states, positions * 2) if states.shape[1] == 40 else None  # the row, and no sample
 
     rope.register_forward_pre_hook(shift)
     culprit = say(fr.verify(model, [conversation()]))
@@ -174,8 +175,8 @@ def test_a_head_scale_that_is_dropped(monkeypatch):
     def without_scale(self, hidden):
         return self.root.lm_head(hidden)
 
-    monkeypatch.setattr(head.Head, "__call__", without_scale)
     model = fr.patch(tiny("Granite", logits_scaling=3.0), loss="chunked")
+    monkeypatch.setattr(head.Head, "__call__", without_scale)
     assert say(fr.verify(model, [conversation()])).startswith("head: ")
 
 
@@ -211,6 +212,99 @@ def test_not_a_number_is_not_equal(monkeypatch):
     right = segments.attend
     monkeypatch.setattr(segments, "attend", lambda *given: right(*given) * torch.nan)
     assert say(fr.verify(tiny("Qwen3"), [conversation()]))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_one_group_of_small_gradients_that_is_dropped_shows_in_any_dtype(monkeypatch, dtype):
+    right = segments._Attend.backward
+
+    def without_sinks(ctx, *grads):
+        dq, dk, dv, d_sinks, *more = right(ctx, *grads)
+        return dq, dk, dv, torch.zeros_like(d_sinks), *more
+
+    monkeypatch.setattr(segments._Attend, "backward", staticmethod(without_sinks))
+    model = build(shrink(transformers.GptOssConfig()), transformers.GptOssForCausalLM).to(dtype)
+    culprit = say(fr.verify(model, [conversation()], float64=None if dtype == torch.float32 else True))
+    assert "sinks most of all" in culprit
+
+
+def test_a_leak_between_conversations_of_a_row(monkeypatch):
+    def first_token_seen_by_all(tree, *args):
+        until = tree["until"].clone()
+        until[0, 0] = int((tree["document"] >= 0).sum())
+        return dense.dense_mask({**tree, "until": until})
+
+    monkeypatch.setattr(dense, "prepare", first_token_seen_by_all)
+    culprit = say(fr.verify(fr.patch(tiny("Qwen3"), "dense"), [conversation(), conversation(seed=1)]))
+    assert culprit.startswith("mask: ")
+    assert "of conversation 1) depends on token 0 (prompt of turn 0 of conversation 0)" in culprit
+
+
+def test_tokens_changed_on_the_way():
+    model = fr.patch(tiny("Qwen3"))
+
+    def change(module, args, kwargs):
+        if {"until", "flexreason_tree"} & kwargs.keys():
+            return args, {**kwargs, "input_ids": kwargs["input_ids"].roll(1)}
+        return None
+
+    model.model.register_forward_pre_hook(change, with_kwargs=True)
+    assert say(fr.verify(model, [conversation()])).startswith("inputs: token ")
+
+
+def test_a_fault_under_the_chunked_loss_is_named_too(monkeypatch):
+    right = segments.attend
+    monkeypatch.setattr(segments, "attend", lambda *given: right(*given) * 1.001)
+    culprit = say(fr.verify(fr.patch(tiny("Qwen3"), loss="chunked"), [conversation()]))
+    assert culprit.startswith("layers.0.self_attn")
+
+
+# torch's own, of reentrant checkpointing under no_grad: the two identical runs that verify begins with
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad=True:UserWarning")
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpointing_in_training_is_no_fault(reentrant):
+    model = tiny("Qwen3").train()
+    checkpoint(model, reentrant)
+    for made in (model, tiny("Qwen3").double().train()):
+        report = fr.verify(made, [conversation()])
+        assert report.ok, str(report)
+    assert all(m.gradient_checkpointing for m in model.modules() if hasattr(m, "gradient_checkpointing"))
+
+
+def test_a_model_without_other_attention_is_held_to_fixed_limits():
+    model = tiny("Gemma2").bfloat16()
+    report = fr.verify(model, [conversation()], float64=False)
+    assert report.ok, str(report)
+
+
+@pytest.mark.parametrize("gradients", [float("inf"), float("nan"), 0.9])
+def test_samples_whose_own_gradients_drown_set_no_limit(gradients):
+    own = verification.Error("samples", "float16", "", 1e-3, 1e-3, gradients, {}, None)
+    with pytest.raises(verification.NoVerdict, match="rounding drowns them"):
+        verification._Verification(tiny("Qwen3"), [conversation()], None, None, None).limits_from(own, 1e-6)
+
+
+def test_false_alarms_are_rare():
+    """Rounding alone, over many draws of weights and both ways to know its size."""
+    for seed in range(12):
+        for float64 in (None, False):
+            model = tiny(["Qwen3", "Phi", "GPTNeoX"][seed % 3], seed=seed).eval()
+            report = fr.verify(model, [conversation(seed)], float64=float64)
+            assert report.ok, f"{seed}: {report}"
+
+
+def test_what_is_not_crossed_is_said():
+    report = fr.verify(tiny("Mistral", sliding_window=4000), [conversation()])
+    assert "sliding_window 4000: no sample here is longer, so what is behind it is not compared" in report.notes
+    with pytest.raises(ValueError, match="tokens: expected at least 1"):
+        fr.verify(tiny("Qwen3"), [conversation()], tokens=0)
+
+
+def test_the_papers_rule_is_verified_on_whole_conversations():
+    layouts = [fr.lay_out_turns(random_turns([(50, 70, 30), (4, 0, 2), (5, 60, 4)]))]
+    report = fr.verify(fr.patch(tiny("Qwen3"), "dense", mask="turn_role"), layouts, tokens=50)
+    assert report.ok, str(report)
+    assert report.turns == 3
 
 
 # ---- no verdict, and what is said
@@ -326,7 +420,10 @@ def test_a_planted_fault_ends_the_command_with_1(folder, monkeypatch, capsys):
         ("", "no samples in it"),
         ("{", "line 1: no JSON"),
         ('{"prompt_ids": [1]}', "line 1: expected prompt_ids and target_ids"),
-        ('{"prompt_ids": [1], "target_ids": []}', "line 1: prompt_ids or target_ids is empty"),
+        ('{"prompt_ids": [1], "target_ids": []}', "line 1: expected target_ids as a list of token ids, at least one"),
+        ('{"prompt_ids": [1], "target_ids": [true]}', "expected target_ids as a list of token ids"),
+        ('{"prompt_ids": [1.5], "target_ids": [1]}', "expected prompt_ids as a list of token ids"),
+        ("[" * 100000, "line 1: no JSON"),
         ('{"prompt_ids": [1], "target_ids": [4000]}', "vocabulary has 97"),
         ("[1, 2]", "line 1: expected prompt_ids and target_ids"),
     ],

@@ -1,0 +1,286 @@
+"""Conversations from wherever they lie, one after the other, in one form.
+
+Read are JSONL, JSON and Parquet files, data sets that `datasets` has saved, and names of data sets on the Hub. Of an
+entry's form four kinds are known, told apart by their keys:
+
+    messages   {"messages": [{"role": ..., "content": ...}, ...], "tools": [...]}
+    sharegpt   {"conversations": [{"from": "human", "value": ...}, ...]}
+    pairs      {"prompt": ..., "completion": ...}, each text or messages
+    samples    {"prompt_ids": [...], "target_ids": [...], "conversation": ...}, already tokenized
+
+The kind is that of the first entry, unless `format` names one; every `Conversation` tells it.
+"""
+
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from flexreason.render import ConversationError
+from flexreason.sample import Sample
+
+FORMATS = ("messages", "sharegpt", "pairs", "samples")
+
+MESSAGE_KEYS = ("messages", "conversation", "conversations")
+
+SPEAKERS = {
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "chatgpt": "assistant",
+    "bing": "assistant",
+    "model": "assistant",
+    "system": "system",
+    "developer": "developer",
+    "tool": "tool",
+    "observation": "tool",
+    "function_response": "tool",
+    "function_call": "call",
+    "tool_call": "call",
+}
+"""ShareGPT's names of who speaks, as roles; a call is an assistant message whose value is the call."""
+
+
+class BadInput(ConversationError):
+    """A file or entry that is no conversation; the text names where."""
+
+    reason = "bad input"
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """One conversation: `messages` with `tools`, or, already tokenized, `samples`."""
+
+    messages: list[dict[str, Any]]
+    tools: list[Any] | None
+    number: int  # counted from 0
+    where: str  # "chats.jsonl, line 7"
+    format: str
+    options: dict[str, Any] = field(default_factory=dict)  # of the template, from the entry's chat_template_kwargs
+    samples: list[Sample] | None = None
+
+
+def read_conversations(
+    source: str | Path | Iterable[Any], format: str | None = None, split: str = "train"
+) -> Iterator[Conversation]:
+    """Conversations of a file, a folder, a data set's name or an iterable of entries.
+
+    Raises BadInput at the first bad one; to go on after it, use `read_entries` and `as_conversation`.
+    """
+    if format is not None and format not in FORMATS:
+        raise BadInput(f"format: expected one of {', '.join(FORMATS)}, found {format!r}")
+    number, waiting = 0, None
+    for where, entry in read_entries(source, split):
+        if isinstance(entry, BadInput):
+            raise entry
+        format = format or detect(entry, where)
+        if format != "samples":
+            yield as_conversation(entry, format, number, where)
+            number += 1
+            continue
+        group, sample = entry.get("conversation") if isinstance(entry, dict) else None, as_sample(entry, where)
+        if waiting and group is not None and group == waiting[0]:
+            waiting[1].append(sample)
+            continue
+        if waiting:
+            yield Conversation([], None, number, waiting[2], "samples", samples=waiting[1])
+            number += 1
+        waiting = (group, [sample], where)
+    if waiting:
+        yield Conversation([], None, number, waiting[2], "samples", samples=waiting[1])
+    elif number == 0:
+        raise BadInput(f"{_name(source)}: nothing in it")
+
+
+def read_entries(source: str | Path | Iterable[Any], split: str = "train") -> Iterator[tuple[str, Any]]:
+    """(where, entry) one after the other, as they lie in the source; a line that is no JSON is a BadInput."""
+    if not isinstance(source, str | Path):
+        table = hasattr(source, "features")
+        for number, entry in enumerate(source):
+            yield f"entry {number}", _without_none(entry) if table else entry
+        return
+    path = Path(source)
+    if path.is_file():
+        yield from _from_file(path)
+    elif path.is_dir():
+        yield from _from_folder(path, split)
+    elif path.suffix or str(source).startswith((".", "/", "~")):
+        raise BadInput(f"{source}: no such file or folder")
+    else:
+        yield from _rows(_datasets(str(source)).load_dataset(str(source), split=split, streaming=True), str(source))
+
+
+def _from_file(path: Path) -> Iterator[tuple[str, Any]]:
+    if path.suffix == ".parquet":
+        data = _datasets(path).load_dataset("parquet", data_files=str(path), split="train", streaming=True)
+        yield from _rows(data, str(path))
+        return
+    try:
+        with path.open(encoding="utf-8-sig") as file:
+            if path.suffix == ".json" and (whole := _json_document(path)) is not None:
+                for number, entry in enumerate(whole):
+                    yield f"{path}, entry {number}", entry
+                return
+            for number, line in enumerate(file, start=1):
+                if not line.strip():
+                    continue
+                where = f"{path}, line {number}"
+                try:
+                    yield where, json.loads(line)
+                except json.JSONDecodeError as error:
+                    yield where, BadInput(f"{where}: no JSON: {error}")
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadInput(f"{path}: cannot be read: {error}") from error
+
+
+def _json_document(path: Path) -> list[Any] | None:
+    """The entries of a file that is one JSON document; None where it is JSON line by line."""
+    text = path.read_text(encoding="utf-8-sig")
+    try:
+        whole = json.loads(text)
+    except json.JSONDecodeError as error:
+        first = text.lstrip().splitlines()[0] if text.strip() else ""
+        try:
+            json.loads(first)
+        except json.JSONDecodeError:
+            raise BadInput(f"{path}, line {error.lineno}: no JSON: {error}") from error
+        return None
+    if isinstance(whole, dict):
+        whole = next((whole[key] for key in ("data", "rows") if key in whole), whole)
+    if isinstance(whole, list) and whole and isinstance(whole[0], dict) and ("role" in whole[0] or "from" in whole[0]):
+        return [whole]  # one conversation, not many entries
+    return whole if isinstance(whole, list) else [whole]
+
+
+def _from_folder(path: Path, split: str) -> Iterator[tuple[str, Any]]:
+    if any((path / name).exists() for name in ("dataset_info.json", "state.json", "dataset_dict.json")):
+        data = _datasets(path).load_from_disk(str(path))
+        if hasattr(data, "keys"):
+            if split not in data:
+                raise BadInput(f"{path}: no split {split!r} in it; there are {', '.join(data)}")
+            data = data[split]
+        yield from _rows(data, str(path))
+        return
+    files = sorted(file for file in path.rglob("*") if file.suffix in (".jsonl", ".json", ".parquet"))
+    if not files:
+        raise BadInput(f"{path}: no .jsonl, .json or .parquet file in it, and no data set saved by datasets")
+    for file in files:
+        yield from _from_file(file)
+
+
+def _datasets(source: Any) -> Any:
+    try:
+        import datasets
+    except ImportError as error:
+        raise BadInput(
+            f"{source}: reading this needs the package datasets, which is not installed: pip install datasets"
+        ) from error
+    return datasets
+
+
+def _rows(data: Iterable[Any], name: str) -> Iterator[tuple[str, Any]]:
+    for number, entry in enumerate(data):
+        yield f"{name}, row {number}", _without_none(entry)
+
+
+def detect(entry: Any, where: str) -> str:
+    """The kind of an entry, by its keys."""
+    if isinstance(entry, list):
+        return "sharegpt" if entry and isinstance(entry[0], dict) and "from" in entry[0] else "messages"
+    if not isinstance(entry, dict):
+        raise BadInput(f"{where}: expected an object or a list of messages, found {type(entry).__name__}")
+    if "prompt_ids" in entry and "target_ids" in entry:
+        return "samples"
+    for key in MESSAGE_KEYS:
+        if isinstance(found := entry.get(key), list) and found:
+            return "sharegpt" if isinstance(found[0], dict) and "from" in found[0] else "messages"
+    if "prompt" in entry and "completion" in entry:
+        return "pairs"
+    raise BadInput(
+        f"{where}: neither messages, nor conversations, nor prompt and completion, nor prompt_ids and target_ids among "
+        f"its keys: {', '.join(map(str, entry)) or 'none'}"
+    )
+
+
+def as_conversation(entry: Any, format: str, number: int, where: str) -> Conversation:
+    """One entry of kind messages, sharegpt or pairs."""
+    try:
+        made = {"messages": _messages, "sharegpt": _sharegpt, "pairs": _pairs}[format](entry)
+        if format == "messages" and made and isinstance(made[0], dict) and "from" in made[0]:
+            raise ValueError("from and value, as ShareGPT has them, where role and content are expected")
+        about = entry if isinstance(entry, dict) else {}
+        tools, options = _loaded(about.get("tools")), _loaded(about.get("chat_template_kwargs")) or {}
+        if tools is not None and not isinstance(tools, list):
+            raise ValueError(f"tools: expected a list, found {type(tools).__name__}")
+        if not isinstance(options, dict):
+            raise ValueError(f"chat_template_kwargs: expected an object, found {type(options).__name__}")
+        if format == "sharegpt" and isinstance(about.get("system"), str) and about["system"]:
+            made = [{"role": "system", "content": about["system"]}, *made]
+        return Conversation(made, tools, number, where, format, options)
+    except (ValueError, KeyError, TypeError) as error:
+        words = f"{error.args[0]!r} is missing" if isinstance(error, KeyError) and error.args else str(error)
+        raise BadInput(f"{where}: not of the kind {format}: {words}") from error
+
+
+def as_sample(entry: Any, where: str) -> Sample:
+    try:
+        sample = Sample(list(map(int, entry["prompt_ids"])), list(map(int, entry["target_ids"])))
+    except (KeyError, TypeError, ValueError) as error:
+        raise BadInput(f"{where}: expected prompt_ids and target_ids, lists of token ids: {error!r}") from error
+    if not sample.prompt_ids or not sample.target_ids:
+        raise BadInput(f"{where}: prompt_ids or target_ids is empty")
+    return sample
+
+
+def _messages(entry: Any) -> list[Any]:
+    found = entry if isinstance(entry, list) else next((entry[k] for k in MESSAGE_KEYS if k in entry), None)
+    if found is None:
+        raise ValueError("messages is missing")
+    if not isinstance(found := _loaded(found), list):
+        raise ValueError(f"messages: expected a list, found {type(found).__name__}")
+    if isinstance(entry, dict) and found and isinstance(found[0], dict) and not {"role", "from"} & found[0].keys():
+        raise ValueError(f"messages: expected objects with role and content, found keys {', '.join(found[0])}")
+    return found
+
+
+def _sharegpt(entry: Any) -> list[Any]:
+    made: list[Any] = []
+    for at, turn in enumerate(_messages(entry)):
+        speaker = turn["from"]
+        if speaker not in SPEAKERS:
+            raise ValueError(f"turn {at}: unknown speaker {speaker!r}; expected one of {', '.join(SPEAKERS)}")
+        role = SPEAKERS[speaker]
+        extra = {key: value for key, value in turn.items() if key not in ("from", "value")}
+        if role == "call":
+            call = json.loads(turn["value"])
+            calls = [{"type": "function", "function": one} for one in (call if isinstance(call, list) else [call])]
+            made.append({"role": "assistant", "content": "", "tool_calls": calls, **extra})
+        else:
+            made.append({"role": role, "content": turn["value"], **extra})
+    return made
+
+
+def _pairs(entry: Any) -> list[Any]:
+    prompt, completion = entry["prompt"], entry["completion"]
+    before = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [*prompt]
+    after = [{"role": "assistant", "content": completion}] if isinstance(completion, str) else [*completion]
+    earlier = [{**m, "train": False} if m.get("role") == "assistant" else m for m in before]  # part of the prompt
+    return earlier + after
+
+
+def _loaded(value: Any) -> Any:
+    """A value that may have been stored as its JSON."""
+    return json.loads(value) if isinstance(value, str) and value.strip()[:1] in ("[", "{") else value
+
+
+def _without_none(value: Any) -> Any:
+    """Tables fill keys that an entry lacks with None."""
+    if isinstance(value, dict):
+        return {key: _without_none(item) for key, item in value.items() if item is not None}
+    return [_without_none(item) for item in value] if isinstance(value, list) else value
+
+
+def _name(source: Any) -> str:
+    return str(source) if isinstance(source, str | Path) else "the source"

@@ -1,0 +1,320 @@
+"""A chat template as a function from messages to text, rendered safely.
+
+Templates come from strangers. They are rendered by `tokenizer.apply_chat_template`, that is, in the sandbox that
+transformers uses, and never in plain jinja. Around it stand three guards: the clock is frozen, so that all samples
+of a conversation bear one date; a template that runs too long or takes too much memory is stopped; text beyond a
+size is refused. What goes wrong is raised as one of the `ConversationError`s below, in the template's own words.
+"""
+
+import contextvars
+import ctypes
+import inspect
+import os
+import re
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import datetime
+from typing import Any
+
+Messages = list[dict[str, Any]]
+
+SECONDS = 10.0
+"""One rendering may take this long."""
+
+LONGEST = 64_000_000
+"""Characters that one rendering may have."""
+
+MEMORY = 1 << 30
+"""Bytes by which the process may grow during one rendering."""
+
+OURS = {
+    "add_generation_prompt",
+    "continue_final_message",
+    "max_length",
+    "messages",
+    "padding",
+    "return_assistant_tokens_mask",
+    "return_dict",
+    "return_tensors",
+    "sanitize_control_tokens",
+    "tokenize",
+    "tokenizer_kwargs",
+    "truncation",
+}
+"""Arguments of apply_chat_template that would change what a sample is."""
+
+
+class ConversationError(ValueError):
+    """A conversation, template or tokenizer that cannot be encoded exactly; `reason` names the class it belongs to."""
+
+    reason = "cannot be encoded"
+
+    def __init__(self, text: str, message: int | None = None) -> None:
+        self.text, self.message = text, message
+        super().__init__(text if message is None else f"message {message}: {text}")
+
+    def __reduce__(self) -> Any:
+        return type(self), (self.text, self.message)
+
+
+class BadMessage(ConversationError):
+    reason = "bad message"
+
+
+class NothingToTrain(ConversationError):
+    reason = "nothing to train"
+
+
+class NoTemplate(ConversationError):
+    reason = "no chat template"
+
+
+class TemplateRaised(ConversationError):
+    reason = "template error"
+
+
+class TemplateRunsAway(ConversationError):
+    reason = "template out of bounds"
+
+
+class ArgumentForm(ConversationError):
+    reason = "tool arguments in a form that the template does not take"
+
+
+class NotRendered(ConversationError):
+    reason = "message not rendered by the template"
+
+
+class ThinkingOff(ConversationError):
+    reason = "reasoning, where the prompt has switched it off"
+
+
+class NotAligned(ConversationError):
+    reason = "prompt and answer do not fit together"
+
+
+class NoStopToken(ConversationError):
+    reason = "no stop token"
+
+
+class TokenBoundary(ConversationError):
+    reason = "target cannot be tokenized behind its prompt"
+
+
+class _Stopped(BaseException):
+    """Raised into a template that has run too long; no template can catch it."""
+
+
+_NOW: contextvars.ContextVar[datetime | None] = contextvars.ContextVar("flexreason_now", default=None)
+
+
+@contextmanager
+def frozen_clock(at: datetime | None = None) -> Iterator[None]:
+    """Within it every rendering sees one moment; the outermost one counts."""
+    token = _NOW.set(_NOW.get() or at or datetime.now())
+    try:
+        yield
+    finally:
+        _NOW.reset(token)
+
+
+def _strftime_now(format: str) -> str:
+    return (_NOW.get() or datetime.now()).strftime(format)
+
+
+class Renderer:
+    """One tokenizer's template with tools and options: messages to text.
+
+    `plain(messages, prompt)` may raise whatever apply_chat_template raises; `__call__` raises ConversationErrors only.
+    """
+
+    def __init__(self, tokenizer: Any, tools: list[Any] | None, options: dict[str, Any]) -> None:
+        if taken := sorted(OURS & set(options)):
+            raise ConversationError(f"{taken[0]} is not an option of the template; encode decides it")
+        self.tokenizer, self.tools, self.options = tokenizer, tools, options
+        self.source = template_source(tokenizer, tools, options)
+        self.n_calls, self.seconds = 0, 0.0
+        _freeze_clock_of(self.source)
+
+    def __call__(self, messages: Messages, prompt: bool, blame: int | None = None) -> str:
+        """The text; errors blame message `blame`, or the first with which the rendering fails."""
+        try:
+            return self.plain(messages, prompt)
+        except ConversationError:
+            raise
+        except Exception as error:
+            number = self._first_failing(messages, str(error)) if blame is None else blame
+            role = messages[number].get("role") if number < len(messages) else None
+            about = f" ({role})" if role else ""
+            raise TemplateRaised(f"the chat template raises{about}: {_words(error)}", number) from error
+
+    def plain(self, messages: Messages, prompt: bool) -> str:
+        start = time.perf_counter()
+        try:
+            with _watched():
+                text = self.tokenizer.apply_chat_template(
+                    messages, tools=self.tools, add_generation_prompt=prompt, tokenize=False, **self.options
+                )
+        except _Stopped as stopped:
+            raise TemplateRunsAway(f"the chat template was stopped: {stopped}") from None
+        except (MemoryError, RecursionError, OverflowError) as error:
+            raise TemplateRunsAway(f"the chat template was stopped: {_words(error)}") from None
+        finally:
+            self.n_calls += 1
+            self.seconds += time.perf_counter() - start
+        if not isinstance(text, str):
+            raise TemplateRaised(f"expected text of the chat template, found {type(text).__name__}")
+        if len(text) > LONGEST:
+            raise TemplateRunsAway(
+                f"the chat template was stopped: it made {len(text)} characters, more than {LONGEST}"
+            )
+        return text
+
+    def _first_failing(self, messages: Messages, words: str) -> int:
+        """The first message with which the rendering fails in these words."""
+        for number in range(len(messages)):
+            try:
+                self.plain(messages[: number + 1], False)
+            except ConversationError:
+                break
+            except Exception as error:
+                if str(error) == words:
+                    return number
+        return len(messages) - 1
+
+
+def template_source(tokenizer: Any, tools: list[Any] | None, options: dict[str, Any]) -> str:
+    """The template that apply_chat_template would take."""
+    try:
+        source = tokenizer.get_chat_template(options.get("chat_template"), tools)
+    except Exception as error:
+        raise NoTemplate(
+            f"the tokenizer has no chat template to use; set tokenizer.chat_template, or pass chat_template=... "
+            f"({_words(error)})"
+        ) from error
+    if not isinstance(source, str) or not source.strip():
+        raise NoTemplate("the tokenizer's chat template is empty; set tokenizer.chat_template, or pass chat_template=")
+    return source
+
+
+def _words(error: BaseException) -> str:
+    text = str(error).strip()
+    return f"{text[:500]} [{type(error).__name__}]" if text else type(error).__name__
+
+
+def _freeze_clock_of(source: str) -> None:
+    """Let the compiled template that transformers keeps ask our clock, which is the real one unless frozen."""
+    from transformers.utils import chat_template_utils
+
+    if found := _huge(source):  # computed while compiling, where nothing can stop it
+        raise TemplateRunsAway(f"the chat template was stopped before it ran: it computes {found!r}")
+    try:
+        with _watched():
+            compiled = chat_template_utils._compile_jinja_template(source)
+    except ImportError:
+        raise
+    except (_Stopped, MemoryError, RecursionError, OverflowError) as error:
+        raise TemplateRunsAway(f"the chat template was stopped while it was compiled: {error}") from None
+    except Exception as error:
+        line = getattr(error, "lineno", None)
+        where = f", line {line}" if line else ""
+        raise NoTemplate(f"the chat template is no valid jinja{where}: {_words(error)}") from error
+    compiled.globals["strftime_now"] = _strftime_now
+
+
+def _huge(source: str) -> str | None:
+    """A power, or a product with a number of seven digits, in a template's code; real templates have neither."""
+    for code in re.findall(r"\{[{%](.*?)[%}]\}", source, re.DOTALL):
+        bare = re.sub(r"'(?:\\.|[^'\\])*'|\"(?:\\.|[^\"\\])*\"", "''", code)
+        if found := re.search(r"\S*\s*\*\*\s*\S*|\S*\s*\*\s*\d{7,}|\d{7,}\s*\*\s*\S*", bare):
+            return found.group()
+    return None
+
+
+class _Watch:
+    """One thread that stops renderings that run too long or take too much memory."""
+
+    def __init__(self) -> None:
+        self.process = os.getpid()
+        self.lock = threading.Lock()
+        self.busy = threading.Event()
+        self.running: dict[int, list[Any]] = {}  # thread -> [deadline, memory at the start, stopped]
+        threading.Thread(target=self._loop, daemon=True, name="flexreason-templates").start()
+
+    def start(self) -> int:
+        thread = threading.get_ident()
+        with self.lock:
+            self.running[thread] = [time.monotonic() + SECONDS, None, False]
+        self.busy.set()
+        return thread
+
+    def stop(self, thread: int) -> None:
+        with self.lock:
+            if self.running.pop(thread)[2]:  # it may be on its way still
+                ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), None)
+
+    def _loop(self) -> None:
+        while True:
+            self.busy.wait()
+            time.sleep(0.05)
+            with self.lock:
+                if not self.running:
+                    self.busy.clear()
+                    continue
+                used = _memory()
+                for thread, entry in self.running.items():
+                    entry[1] = used if entry[1] is None else entry[1]
+                    late, large = time.monotonic() > entry[0], used - entry[1] > MEMORY
+                    if not entry[2] and (late or large):
+                        entry[2] = True
+                        kind = _TooLong if late else _TooLarge
+                        ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), ctypes.py_object(kind))
+
+
+class _TooLong(_Stopped):
+    def __str__(self) -> str:
+        return f"one rendering took longer than {SECONDS:g} s"
+
+
+class _TooLarge(_Stopped):
+    def __str__(self) -> str:
+        return f"one rendering took more than {MEMORY >> 20} MiB of memory"
+
+
+_watch: _Watch | None = None
+
+
+@contextmanager
+def _watched() -> Iterator[None]:
+    global _watch
+    if _watch is None or _watch.process != os.getpid():  # a fork takes no threads along
+        _watch = _Watch()
+    watch = _watch
+    thread = watch.start()
+    try:
+        yield
+    finally:
+        watch.stop(thread)
+
+
+def _memory() -> int:
+    """Bytes of memory that the process holds; 0 where the system does not tell."""
+    try:
+        with open("/proc/self/statm") as file:
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, ValueError):
+        return 0
+
+
+def function_tools(tools: Any) -> list[Any] | None:
+    """Tools as apply_chat_template takes them: schemas or functions."""
+    if tools is None:
+        return None
+    if not isinstance(tools, list | tuple):
+        raise BadMessage(f"tools: expected a list of JSON schemas or functions, found {type(tools).__name__}")
+    for number, tool in enumerate(tools):
+        if not (isinstance(tool, dict) or inspect.isfunction(tool) or inspect.ismethod(tool)):
+            raise BadMessage(f"tools[{number}]: expected a JSON schema or a function, found {type(tool).__name__}")
+    return list(tools)

@@ -1,0 +1,325 @@
+"""What a chat template does, found by probing it: never by its name, and never by looking at users' text.
+
+A probe is a rendering of a small conversation whose texts are *marks*, words that occur nowhere else. Where a mark
+comes out is where the template puts that text; what stands around it is the template's own.
+"""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from flexreason import messages as parts
+from flexreason.messages import Message
+from flexreason.render import ConversationError, Messages, Renderer
+
+MARK = "zQ7xV{}Kmark"
+
+USER, ANSWER, THOUGHT, AGAIN = (MARK.format(letter) for letter in ("u", "b", "a", "w"))
+
+KNOWN_MARKERS = (
+    ("<think>", "</think>"),
+    ("<|START_THINKING|>", "<|END_THINKING|>"),
+    ("[THINK]", "[/THINK]"),
+    ("<thinking>", "</thinking>"),
+    ("<reasoning>", "</reasoning>"),
+)
+"""Pairs that surround reasoning, tried where a template does not show its own by rendering a reasoning field."""
+
+PROBE_TOOL = {
+    "type": "function",
+    "function": {
+        "name": "probe",
+        "description": "probe",
+        "parameters": {"type": "object", "properties": {"key": {"type": "string", "description": "k"}}},
+    },
+}
+
+
+def user(text: str) -> Message:
+    return {"role": "user", "content": text}
+
+
+def assistant(text: str, **more: Any) -> Message:
+    return {"role": "assistant", "content": text, **more}
+
+
+def calling(form: str, key: str = "key", value: str = ANSWER, **more: Any) -> Message:
+    arguments = {key: value} if form == "object" else f'{{"{key}": "{value}"}}'
+    call = {"id": "call00001", "type": "function", "function": {"name": "probe", "arguments": arguments}}
+    return {"role": "assistant", "content": "", **more, "tool_calls": [call]}
+
+
+def tool(text: str) -> Message:
+    return {"role": "tool", "name": "probe", "tool_call_id": "call00001", "content": text}
+
+
+@dataclass(frozen=True)
+class Markers:
+    """What stands before reasoning, and between reasoning and response."""
+
+    open: str
+    close: str
+    origin: str  # "template", "vocabulary", "option" or "text"
+
+    @property
+    def opening(self) -> str:
+        return self.open.strip()
+
+    @property
+    def closing(self) -> str:
+        return self.close.strip()
+
+    def opened_by(self, text: str) -> bool:
+        """Whether a prompt that ends with `text` leaves a reasoning block open."""
+        return bool(self.opening) and text.rfind(self.opening) > text.rfind(self.closing)
+
+    def around(self, text: str) -> bool:
+        """Whether a text holds a reasoning block, empty or not."""
+        return bool(self.opening) and 0 <= text.find(self.opening) < text.find(self.closing)
+
+    def closed_by(self, text: str) -> bool:
+        return bool(self.closing) and text.rfind(self.closing) > text.rfind(self.opening)
+
+    def rest_of_open(self, prompt: str) -> str:
+        """What of `open` a prompt that has opened the block has not written yet."""
+        written = prompt[prompt.rfind(self.opening) :]
+        return self.open.lstrip()[len(written) :] if self.open.lstrip().startswith(written) else ""
+
+
+@dataclass(frozen=True)
+class Stop:
+    """How a message ends: `text` stands behind it and stops generation, or has to be appended to do so."""
+
+    text: str
+    appended: bool
+
+
+class Template:
+    """One template with its options, and what was found out about it. `render` must be without the user's texts."""
+
+    def __init__(self, render: Renderer, think: tuple[str, str] | None = None) -> None:
+        tokenizer = render.tokenizer
+        self.render, self.think = render, think
+        self.eos, self.bos = tokenizer.eos_token, tokenizer.bos_token
+        added = tokenizer.added_tokens_decoder.values()
+        self.special = _any_of([*(str(t.content) for t in added if t.special), *tokenizer.all_special_tokens])
+        self.added = _any_of([*(str(t.content) for t in added), *tokenizer.all_special_tokens])
+
+    def probe(self, messages: Messages, prompt: bool = False) -> str | None:
+        """The text, or None where the template raises."""
+        try:
+            return self.render.plain(messages, prompt)
+        except ConversationError:
+            raise
+        except Exception:
+            return None
+
+    # --- which form of a message the template takes
+
+    @cached_property
+    def content_form(self) -> str:
+        """ "any", "string" or "parts": which contents come out as their text."""
+        plain = self.probe([user(USER)], True)
+        listed = self.probe([{"role": "user", "content": [{"type": "text", "text": USER}]}], True)
+        takes_text, takes_parts = plain is not None and USER in plain, listed is not None and USER in listed
+        if takes_text:
+            return "any" if listed == plain else "string"
+        return "parts" if takes_parts else "string"
+
+    @cached_property
+    def argument_form(self) -> str:
+        """ "any", "object" or "string": which tool arguments come out as themselves; "none" where calls never do."""
+        takes = [form for form in ("object", "string") if self._takes_arguments(form)]
+        return "any" if len(takes) == 2 else takes[0] if takes else "none"
+
+    def _takes_arguments(self, form: str) -> bool:
+        for content in ("", None):
+            text = self.probe([user(USER), parts.check([user(""), calling(form, content=content)])[1]])
+            if text is not None and ANSWER in text:
+                return not (form == "string" and re.search(r'\\+"key\\+"', text))
+        return False
+
+    @cached_property
+    def fields(self) -> tuple[str, ...]:
+        """The reasoning fields that the template renders in the last message."""
+        found = []
+        for name in parts.REASONING_FIELDS:
+            text = self.probe([user(USER), assistant(ANSWER, **{name: THOUGHT})])
+            if text is not None and THOUGHT in text:
+                found.append(name)
+        return tuple(found)
+
+    @cached_property
+    def splits_inline(self) -> bool:
+        """Whether inline reasoning comes out just as a reasoning field does, in every place."""
+        inline = assistant(f"<think>\n{THOUGHT}\n</think>\n\n{ANSWER}")
+        field = assistant(ANSWER, **{(self.fields or parts.REASONING_FIELDS)[0]: THOUGHT})
+        for around in ([user(USER), None], [user(USER), None, user(AGAIN)], [user(USER), None, user(AGAIN), None]):
+            texts = [self.probe([m or form for m in around]) for form in (inline, field)]
+            if texts[0] != texts[1] or texts[0] is None:
+                return False
+        return True
+
+    # --- reasoning
+
+    @cached_property
+    def prompt_end(self) -> str:
+        """What follows the last user's text in a prompt: the end of that message and the generation prompt."""
+        text = self.probe(self._in_form([user(USER)]), True) or ""
+        return text.rpartition(USER)[2]
+
+    @cached_property
+    def markers(self) -> Markers:
+        """What surrounds reasoning: shown by the template, else of the names that people use."""
+        if self.think is not None:
+            return Markers(*self.think, origin="option")
+        shown = self._shown_markers()
+        if shown:
+            return shown
+        source, tokens = self.render.source, self.render.tokenizer.get_vocab()
+        for origin, known in (("template", source), ("vocabulary", tokens)):
+            for opening, closing in KNOWN_MARKERS:
+                if closing in known and (opening in known or origin == "template"):
+                    return Markers(f"{opening}\n", f"\n{closing}\n\n", origin)
+        return Markers("<think>\n", "\n</think>\n\n", "text")
+
+    def _shown_markers(self) -> Markers | None:
+        if not self.fields:
+            return None
+        message = self._in_form([user(USER), assistant(ANSWER, **{self.fields[0]: THOUGHT})])
+        with_ = self.probe(message)
+        if with_ is None or not 0 <= with_.rfind(USER) < with_.find(THOUGHT) < with_.find(ANSWER):
+            return None
+        head = with_[with_.rfind(USER) + len(USER) : with_.find(THOUGHT)]
+        opening = head[len(self.shared(head, self.prompt_end)) :]
+        close = with_[with_.find(THOUGHT) + len(THOUGHT) : with_.find(ANSWER)]
+        if not opening.strip():  # the prompt opens the block itself
+            word = re.search(r"(<[^<>\s]+>|\[[^\[\]\s]+\])\s*$", head)
+            opening = word.group(0) if word else opening
+        return Markers(opening, close, "template")
+
+    # --- the end of a message
+
+    @cached_property
+    def appends_always(self) -> bool:
+        """Whether the generation prompt comes even when it is not asked for."""
+        asked, unasked = (self.probe(self._in_form([user(USER)]), prompt) for prompt in (True, False))
+        return asked is not None and asked == unasked
+
+    @cached_property
+    def stop(self) -> Stop | None:
+        """How a plain answer ends."""
+        return self._find_stop([assistant(ANSWER)], [user(AGAIN)])
+
+    @cached_property
+    def call_stop(self) -> Stop | None:
+        """How a tool call ends."""
+        form = "object" if self.argument_form in ("any", "object") else "string"
+        return self._find_stop([calling(form)], [tool(AGAIN)])
+
+    def _find_stop(self, answer: Messages, more: Messages) -> Stop | None:
+        last = self.probe(self._in_form([user(USER), *answer]))
+        after = self.probe(self._in_form([user(USER), *answer, *more]))
+        tail = last.rpartition(ANSWER)[2] if last and ANSWER in last else ""
+        between = after.rpartition(ANSWER)[2].partition(AGAIN)[0] if after and ANSWER in after else ""
+        if self.appends_always:
+            tail = self._without_prompt(tail)
+        for text in (self._whole(_common_prefix(tail, between), tail), tail):
+            if run := self._run(text):
+                return Stop(run, False)
+        after_tail = between[len(tail) :] if between.startswith(tail) else between
+        if (next_role := self.special.match(after_tail.lstrip())) and next_role.group() != self.bos:
+            return Stop(next_role.group(), True)
+        return Stop(self.eos, True) if self.eos else None
+
+    def ending(self, tail: str, calls: bool) -> tuple[int, Stop] | None:
+        """How many characters of what a message ends with belong to it, and how it stops."""
+        known = [stop for stop in ((self.call_stop if calls else None), self.stop) if stop]
+        for stop in known:
+            if not stop.appended and (at := tail.find(stop.text)) >= 0:
+                return at + len(stop.text), stop
+        if not self.appends_always and (run := self._run(tail)):
+            return tail.find(run) + len(run), Stop(run, False)
+        if not known:
+            return None
+        kept = tail
+        if self.appends_always:
+            kept = self._without_prompt(tail)
+        stop = next((stop for stop in known if stop.appended), known[0])
+        return len(kept.rstrip()), stop
+
+    def _without_prompt(self, tail: str) -> str:
+        """The end of a message without a generation prompt that nobody asked for."""
+        start = len(tail) - len(_common_suffix(tail, self.prompt_end))
+        cut = next((found.end() for found in self.added.finditer(tail) if found.start() < start < found.end()), start)
+        return tail[:cut]
+
+    def _run(self, text: str) -> str:
+        """The first special tokens in a text that stand side by side, without one that begins a text."""
+        found = self.special.search(text)
+        if not found or found.group() == self.bos != self.eos:
+            return ""
+        end = found.end()
+        while (more := self.special.match(text, end)) and more.group() != self.bos:
+            end = more.end()
+        return text[found.start() : end]
+
+    def shared(self, one: str, other: str) -> str:
+        """What two texts begin with both, no token of them cut."""
+        return self._whole(self._whole(_common_prefix(one, other), one), other)
+
+    def _whole(self, prefix: str, text: str) -> str:
+        """A prefix of a text, cut so that no added token of the text is cut."""
+        for found in self.added.finditer(text):
+            if found.start() < len(prefix) < found.end():
+                return text[: found.start()]
+        return prefix
+
+    # --- messages as this template takes them
+
+    def _in_form(self, messages: Messages) -> Messages:
+        return [self.in_form(message) for message in messages]
+
+    def in_form(self, message: Message) -> Message:
+        """The message in the forms that the template takes, changed only where it would come out wrong."""
+        content = message.get("content")
+        if isinstance(content, list) and self.content_form == "string":
+            message = {**message, "content": parts.text_of(content)}
+        elif isinstance(content, str) and self.content_form == "parts":
+            message = {**message, "content": [{"type": "text", "text": content}]}
+        if message.get("tool_calls") and self.argument_form in ("object", "string"):
+            message = parts.with_arguments(message, self.argument_form)
+        if message["role"] != "assistant":
+            return message
+        named = parts.has_field(message)
+        if named and self.fields and not any(name in message for name in self.fields):
+            return parts.with_field(message, self.fields[0])
+        if not named and parts.split_inline(content) and not self.splits_inline:
+            return parts.with_field(message, (self.fields or parts.REASONING_FIELDS)[0])
+        return message
+
+
+def _any_of(texts: list[str]) -> re.Pattern[str]:
+    ordered = sorted({text for text in texts if text.strip()}, key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, ordered)) or "(?!)")
+
+
+def _common_prefix(one: str, other: str) -> str:
+    return _agree(one, other, lambda text, n: text[:n])
+
+
+def _common_suffix(one: str, other: str) -> str:
+    return _agree(one, other, lambda text, n: text[len(text) - n :])
+
+
+def _agree(one: str, other: str, piece: Callable[[str, int], str]) -> str:
+    low, high = 0, min(len(one), len(other))
+    while low < high:
+        middle = (low + high + 1) // 2
+        if piece(one, middle) == piece(other, middle):
+            low = middle
+        else:
+            high = middle - 1
+    return piece(one, low)

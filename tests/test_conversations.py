@@ -1,0 +1,133 @@
+"""Conversations read from files of every kind, in one form; errors name file and line."""
+
+import json
+
+import pytest
+
+from flexreason.conversations import BadInput, read_conversations, read_entries
+from templating import answer, user
+
+CHAT = [user("one"), answer("two", "why")]
+ENTRIES = {
+    "messages": {"messages": CHAT, "tools": None},
+    "sharegpt": {
+        "conversations": [
+            {"from": "human", "value": "one"},
+            {"from": "gpt", "value": "two", "reasoning_content": "why"},
+        ]
+    },
+    "pairs": {"prompt": [user("one")], "completion": [answer("two", "why")]},
+}
+
+
+def write(path, entries):
+    path.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    return path
+
+
+@pytest.mark.parametrize("kind", ENTRIES)
+def test_every_kind_is_detected_told_and_read(tmp_path, kind):
+    path = write(tmp_path / "some.jsonl", [ENTRIES[kind]] * 2)
+    found = list(read_conversations(path))
+    assert [(c.messages, c.format, c.number) for c in found] == [(CHAT, kind, 0), (CHAT, kind, 1)]
+    assert found[1].where == f"{path}, line 2"
+
+
+def test_pairs_of_texts():
+    (found,) = read_conversations([{"prompt": "one", "completion": "two"}])
+    assert found.messages == [user("one"), answer("two")]
+
+
+def test_answers_in_a_prompt_are_not_trained_on():
+    (found,) = read_conversations([{"prompt": [*CHAT, user("three")], "completion": "four"}])
+    assert [m.get("train") for m in found.messages] == [None, False, None, None]
+
+
+def test_sharegpt_with_a_system_prompt_and_calls():
+    call = {"name": "search", "arguments": {"key": "k"}}
+    turns = [("human", "one"), ("function_call", json.dumps(call)), ("observation", "r"), ("gpt", "two")]
+    entry = {"system": "be", "conversations": [{"from": who, "value": text} for who, text in turns]}
+    (found,) = read_conversations([entry])
+    assert [m["role"] for m in found.messages] == ["system", "user", "assistant", "tool", "assistant"]
+    assert found.messages[2]["tool_calls"][0]["function"] == call
+
+
+def test_tokenized_samples_are_grouped_by_conversation(tmp_path):
+    lines = [{"prompt_ids": [1], "target_ids": [2], "conversation": c} for c in ("a", "a", "b")]
+    found = list(read_conversations(write(tmp_path / "s.jsonl", lines)))
+    assert [len(c.samples) for c in found] == [2, 1]
+    assert found[0].format == "samples"
+
+
+def test_one_json_document(tmp_path):
+    path = tmp_path / "all.json"
+    for whole in ([ENTRIES["messages"]], {"data": [ENTRIES["messages"]]}, CHAT, [CHAT]):
+        path.write_text(json.dumps(whole, indent=1))
+        assert [c.messages for c in read_conversations(path)] == [CHAT]
+    write(path, [ENTRIES["messages"]] * 2)
+    assert len(list(read_conversations(path))) == 2
+
+
+def test_tables_and_saved_data_sets(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    datasets.disable_progress_bars()
+    table = datasets.Dataset.from_list([ENTRIES["messages"], {"messages": CHAT[:1], "tools": None}])
+    table.to_parquet(tmp_path / "t.parquet")
+    table.save_to_disk(str(tmp_path / "saved"))
+    for source in (tmp_path / "t.parquet", tmp_path / "saved", table):
+        assert [c.messages for c in read_conversations(source)] == [CHAT, CHAT[:1]]
+    assert next(read_conversations(tmp_path / "t.parquet")).where.endswith("t.parquet, row 0")
+
+
+def test_a_folder_of_files(tmp_path):
+    write(tmp_path / "b.jsonl", [ENTRIES["messages"]])
+    write(tmp_path / "a.jsonl", [ENTRIES["messages"]])
+    assert [c.where[-16:] for c in read_conversations(tmp_path)] == ["/a.jsonl, line 1", "/b.jsonl, line 1"]
+
+
+def test_the_kind_can_be_said():
+    with pytest.raises(BadInput, match="entry 0: not of the kind sharegpt: 'from' is missing"):
+        list(read_conversations([ENTRIES["messages"]], format="sharegpt"))
+    with pytest.raises(BadInput, match="expected one of messages"):
+        list(read_conversations([], format="csv"))
+
+
+BAD = {
+    "no JSON": ('{"messages": [}', "line 2: no JSON"),
+    "no known keys": ('{"text": "x"}', None),
+    "messages of another type": ('{"messages": 3}', "line 2: .*expected a list, found int"),
+    "unknown speaker": ('{"conversations": [{"from": "cat", "value": "x"}]}', None),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_lines_are_named(tmp_path, name):
+    line, text = BAD[name]
+    path = tmp_path / "bad.jsonl"
+    path.write_text(json.dumps(ENTRIES["messages"]) + "\n" + line + "\n")
+    with pytest.raises(BadInput, match=f"bad.jsonl, {text or 'line 2: '}"):
+        list(read_conversations(path))
+
+
+def test_sources_that_are_not_there(tmp_path):
+    with pytest.raises(BadInput, match="no such file"):
+        list(read_conversations(tmp_path / "none.jsonl"))
+    with pytest.raises(BadInput, match="nothing in it"):
+        list(read_conversations(write(tmp_path / "empty.jsonl", [])))
+    with pytest.raises(BadInput, match=r"no \.jsonl"):
+        list(read_conversations(_empty(tmp_path)))
+    with pytest.raises(BadInput, match="neither messages"):
+        list(read_conversations([{"text": "x"}]))
+
+
+def _empty(path):
+    (path / "folder").mkdir()
+    return path / "folder"
+
+
+def test_lines_are_read_as_they_are_needed(tmp_path):
+    path = tmp_path / "long.jsonl"
+    path.write_text(json.dumps(ENTRIES["messages"]) + "\n{broken\n")
+    entries = read_entries(path)
+    assert next(entries)[1]["messages"] == CHAT
+    assert isinstance(next(entries)[1], BadInput)  # whoever goes on after a bad line, can
