@@ -48,7 +48,7 @@ FACTOR = 2.0
 FLOOR = 1e-4
 """Of the whole gradient's norm: groups of parameters with less are measured against this."""
 
-WORK = 1.5e11
+WORK = 3e11
 """Tokens computed times parameters, of what is chosen for a run: half a minute to a minute on a laptop."""
 
 CONVERSATIONS = 8
