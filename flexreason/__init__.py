@@ -15,7 +15,7 @@ from flexreason.splitting import Split, split
 from flexreason.tree import lay_out
 
 if TYPE_CHECKING:
-    from flexreason.encoding import encode
+    from flexreason.chat.encoding import encode
     from flexreason.logprobs import token_logprobs
     from flexreason.patching import patch, unpatch
     from flexreason.verification import verify
@@ -47,7 +47,7 @@ __all__ = [
 ]
 
 NEEDS_TRANSFORMERS = {
-    "encode": "flexreason.encoding",
+    "encode": "flexreason.chat.encoding",
     "patch": "flexreason.patching",
     "token_logprobs": "flexreason.logprobs",
     "unpatch": "flexreason.patching",

@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 
@@ -10,7 +11,7 @@ import flexreason
 COMMANDS = {  # module, what it is for
     "demo": ("flexreason.demo", "see one conversation laid out, and its single pass beside the N samples"),
     "models": ("flexreason.models", "tell which models take rows exactly, or one model by name, path or class"),
-    "template": ("flexreason.template", "say what a chat template does with reasoning, and show samples"),
+    "template": ("flexreason.chat.template", "say what a chat template does with reasoning, and show samples"),
     "verify": ("flexreason.verification", "hold one pass against the N samples on your own model and data"),
 }
 
@@ -33,6 +34,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(given)
     try:
         return importlib.import_module(COMMANDS[options.command][0]).run(options)
+    except BrokenPipeError:  # whoever read the output, such as head, has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except ValueError as error:
         print(f"flexreason {options.command}: {error}", file=sys.stderr)
         return 2

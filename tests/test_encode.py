@@ -7,9 +7,10 @@ import time
 import pytest
 
 import flexreason as fr
-from flexreason import Role, render
-from flexreason.encoding import Encoder, encode, encode_samples
-from flexreason.render import (
+from flexreason import Role
+from flexreason.chat import render
+from flexreason.chat.encoding import Encoder, encode, encode_samples
+from flexreason.chat.render import (
     BadMessage,
     ConversationError,
     NoStopToken,

@@ -2,9 +2,9 @@
 
 import json
 
+from flexreason.chat.encoding import Encoder
+from flexreason.chat.template import describe, load_tokenizer
 from flexreason.cli import main
-from flexreason.encoding import Encoder
-from flexreason.template import describe, load_tokenizer
 from templating import TRL, TRL_TEMPLATES, trl_tokenizer
 
 

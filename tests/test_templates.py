@@ -6,8 +6,8 @@ from functools import lru_cache
 
 import pytest
 
-from flexreason.encoding import Encoder
-from flexreason.render import ConversationError, NotRendered, TemplateRaised, frozen_clock
+from flexreason.chat.encoding import Encoder
+from flexreason.chat.render import ConversationError, NotRendered, TemplateRaised, frozen_clock
 from templating import (
     SHAPES,
     TOOLS,
@@ -216,7 +216,7 @@ def test_an_empty_block_only_where_the_message_is_last():
 
 
 def test_the_date_is_frozen_once_a_conversation(monkeypatch):
-    import flexreason.render as render
+    import flexreason.chat.render as render
 
     class Clock(datetime):
         n = 0

@@ -8,9 +8,9 @@ from random import Random
 import pytest
 from tokenizers import AddedToken, Tokenizer
 
-from flexreason.encoding import Encoder
-from flexreason.render import ConversationError
-from flexreason.tokens import Running, Tokens
+from flexreason.chat.encoding import Encoder
+from flexreason.chat.render import ConversationError
+from flexreason.chat.tokens import Running, Tokens
 from fuzzing import conversation
 from templating import answer, byte_level, metaspace, source, user, with_template, word_piece
 

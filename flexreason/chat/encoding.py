@@ -13,10 +13,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from flexreason import messages as parts
-from flexreason.layout import Layout
-from flexreason.messages import Message
-from flexreason.render import (
+from flexreason.chat import messages as parts
+from flexreason.chat.messages import Message
+from flexreason.chat.render import (
     BadMessage,
     ConversationError,
     Messages,
@@ -25,11 +24,12 @@ from flexreason.render import (
     frozen_clock,
     function_tools,
 )
+from flexreason.chat.templates import MARK, PROBE_TOOL, Template
+from flexreason.chat.tokens import Piece, Running, Tokens
+from flexreason.chat.turns import Turn, Turns
+from flexreason.layout import Layout
 from flexreason.sample import Role, Sample
-from flexreason.templates import MARK, PROBE_TOOL, Template
-from flexreason.tokens import Piece, Running, Tokens
 from flexreason.tree import lay_out
-from flexreason.turns import Turn, Turns
 
 HISTORIES = ("template", "content")
 

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from flexreason import messages as parts
-from flexreason.messages import Message
-from flexreason.render import ConversationError, Messages, Renderer
+from flexreason.chat import messages as parts
+from flexreason.chat.messages import Message
+from flexreason.chat.render import ConversationError, Messages, Renderer
 
 MARK = "zQ7xV{}Kmark"
 

@@ -21,10 +21,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from flexreason import messages as parts
-from flexreason.messages import Message
-from flexreason.render import ConversationError, Messages, NoStopToken, NotAligned, NotRendered, Renderer
-from flexreason.templates import MARK, Stop, Template, _common_suffix
+from flexreason.chat import messages as parts
+from flexreason.chat.messages import Message
+from flexreason.chat.render import ConversationError, Messages, NoStopToken, NotAligned, NotRendered, Renderer
+from flexreason.chat.templates import MARK, Stop, Template, _common_suffix
 
 Span = tuple[int, int]
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from flexreason.render import ConversationError
+from flexreason.chat.render import ConversationError
 from flexreason.sample import Sample
 
 FORMATS = ("messages", "sharegpt", "pairs", "samples")

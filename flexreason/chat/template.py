@@ -10,11 +10,10 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from flexreason import messages as parts
-from flexreason.encoding import Encoder
-from flexreason.layout import Layout
-from flexreason.render import ConversationError, Messages, Renderer, frozen_clock
-from flexreason.templates import (
+from flexreason.chat import messages as parts
+from flexreason.chat.encoding import Encoder
+from flexreason.chat.render import ConversationError, Messages, Renderer, frozen_clock
+from flexreason.chat.templates import (
     AGAIN,
     ANSWER,
     PROBE_TOOL,
@@ -26,6 +25,7 @@ from flexreason.templates import (
     tool,
     user,
 )
+from flexreason.layout import Layout
 from flexreason.tree import lay_out
 
 EXAMPLE = [
@@ -320,7 +320,7 @@ def _clock(template: Template) -> list[Fact]:
     messages = template._in_form([user(USER)])
     texts = set()
     for year in (2001, 2002):
-        from flexreason.render import _NOW
+        from flexreason.chat.render import _NOW
 
         token = _NOW.set(datetime(year, 2, 3))
         try:

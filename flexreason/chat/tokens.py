@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-from flexreason.render import TokenBoundary
+from flexreason.chat.render import TokenBoundary
 
 AWKWARD = (
     "",
