@@ -603,3 +603,16 @@ def test_a_prefix_shared_by_many_branches_is_one_rectangle_for_all(monkeypatch):
     monkeypatch.setattr(segments, "cover", lambda *args: calls.append(cover.cover(*args)) or calls[-1])
     fr.patch(made("Qwen3"))(**fr.collate([fr.lay_out_turns(random_turns([(60, 30, 20)] * 20))]))
     assert len(calls) == 1  # one work list for both layers
+
+
+def test_attention_that_goes_past_us_raises():
+    """A part replaced after patching, which patch could not see."""
+    model, row = fr.patch(tiny("Qwen3")), fr.collate([fr.lay_out_turns(random_turns([(5, 7, 3), (4, 6, 2)]))])
+
+    def own_attention(hidden_states, **kwargs):
+        return hidden_states, None
+
+    for layer in model.model.layers:
+        layer.self_attn.forward = own_attention
+    with pytest.raises(ValueError, match="none of the attention in Qwen3Model came to flexreason"):
+        model(**row)

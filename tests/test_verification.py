@@ -70,6 +70,31 @@ def test_exact_models_pass(which):
     assert all(torch.equal(p, before[name]) and p.grad is None for name, p in model.named_parameters())
 
 
+class Int8(nn.Module):
+    """A frozen linear layer of eight bits, as quantisation leaves it."""
+
+    def __init__(self, linear):
+        super().__init__()
+        scale = linear.weight.detach().abs().amax(1, keepdim=True) / 127
+        self.register_buffer("scale", scale)
+        self.register_buffer("weight", (linear.weight.detach() / scale).round().to(torch.int8))
+
+    def forward(self, x):
+        return x @ (self.weight * self.scale).to(x.dtype).t()
+
+
+def test_quantised_layers_are_taken_once_verified():
+    model = tiny("Qwen3", seed=3)
+    for layer in model.model.layers:
+        layer.self_attn.q_proj, layer.mlp.up_proj = Int8(layer.self_attn.q_proj), Int8(layer.mlp.up_proj)
+    with pytest.raises(ValueError, match=r"parts of it were replaced, .*Int8; run fr\.verify on it"):
+        fr.patch(model)
+    for float64 in (None, False):
+        report = fr.verify(model, [conversation()], float64=float64)
+        assert report.ok, str(report)
+    assert find_patch(fr.patch(model)) is not None
+
+
 def test_without_float64_other_kernels_set_the_limit():
     report = fr.verify(tiny("Qwen3").bfloat16(), [conversation()], float64=False)
     assert report.ok, str(report)
@@ -188,13 +213,14 @@ def test_a_loss_that_divides_by_something_else(monkeypatch):
     assert say(fr.verify(tiny("Qwen3"), [conversation()])).startswith("loss: ")
 
 
+@pytest.mark.parametrize("dropped", [torch.zeros_like, lambda gradient: None])
 @pytest.mark.parametrize("float64", [None, False])
-def test_a_gradient_that_is_dropped(monkeypatch, float64):
+def test_a_gradient_that_is_dropped(monkeypatch, float64, dropped):
     right = segments._Attend.backward
 
     def without_keys(ctx, *grads):
         dq, dk, *more = right(ctx, *grads)
-        return dq, torch.zeros_like(dk), *more
+        return dq, dropped(dk), *more
 
     monkeypatch.setattr(segments._Attend, "backward", staticmethod(without_keys))
     culprit = say(fr.verify(tiny("Qwen3"), [conversation()], float64=float64))
@@ -224,7 +250,7 @@ def test_one_group_of_small_gradients_that_is_dropped_shows_in_any_dtype(monkeyp
 
     monkeypatch.setattr(segments._Attend, "backward", staticmethod(without_sinks))
     model = build(shrink(transformers.GptOssConfig()), transformers.GptOssForCausalLM).to(dtype)
-    culprit = say(fr.verify(model, [conversation()], float64=None if dtype == torch.float32 else True))
+    culprit = say(fr.verify(model, [conversation()], float64=False))
     assert "sinks most of all" in culprit
 
 
