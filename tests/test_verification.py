@@ -13,7 +13,7 @@ import flexreason as fr
 from flexreason import cli, head, verification
 from flexreason.attention import dense, segments
 from flexreason.patching import find_patch
-from flexreason.shrink import build, shrink
+from flexreason.shrink import build, default_config, shrink
 from models import TINY, checkpoint, tiny
 from strategies import random_tree, random_turns
 
@@ -380,6 +380,16 @@ def test_target_weights_are_left_out_and_said():
     report = fr.verify(tiny("Qwen3"), [weighted])
     assert report.ok
     assert any("weights" in note for note in report.notes)
+
+
+def test_a_class_that_failed_its_test_is_not_exact_because_a_short_row_is():
+    """A token indexer that takes all keys of so short a row; behind its limit it would not."""
+    cls = transformers.MiniMaxM3VLForCausalLM
+    model = build(shrink(default_config(cls)), cls)
+    with pytest.raises(ValueError, match="MiniMaxM3VLForCausalLM is refused by patch: it has a token indexer"):
+        fr.verify(model, [conversation()])
+    with pytest.raises(ValueError, match="token indexer"):
+        fr.patch(model)
 
 
 def test_a_refused_model_is_refused_by_name():
