@@ -391,7 +391,8 @@ def warn_of_dropout(root: nn.Module) -> None:
     found = [name for name, m in root.named_modules() if isinstance(m, nn.Dropout) and m.p > 0 and m.training]
     config = root.config.get_text_config() if isinstance(root, PreTrainedModel) else None
     for key, value in (vars(config) if config is not None else {}).items():
-        if any(word in key for word in RANDOM) and isinstance(value, float) and value > 0:
+        of_decoder = any(word in key for word in RANDOM) and not key.startswith("classifier")
+        if of_decoder and isinstance(value, float) and value > 0:
             found.append(f"config.{key} = {value}")
     if found:
         warnings.warn(
