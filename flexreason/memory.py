@@ -1,5 +1,6 @@
 """How much memory there is, and how much was used at most."""
 
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,8 +17,6 @@ def available_bytes(device: torch.device) -> int:
         return torch.cuda.mem_get_info(device)[0]
     if (meminfo := Path("/proc/meminfo")).exists():
         return _field(meminfo, "MemAvailable")
-    import os
-
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
 
 
@@ -28,7 +27,7 @@ def peak_bytes(device: torch.device) -> Iterator[Callable[[], int]]:
         torch.cuda.reset_peak_memory_stats(device)
         yield lambda: torch.cuda.max_memory_allocated(device)
         return
-    if CLEAR.exists():
+    if os.access(CLEAR, os.W_OK):
         CLEAR.write_text("5")  # from here on the kernel notes a new peak
         yield lambda: _field(STATUS, "VmHWM")
         return

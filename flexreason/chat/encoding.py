@@ -57,18 +57,10 @@ def encode(
 
 
 def encode_samples(
-    messages: Any,
-    tokenizer: Any,
-    tools: Any = None,
-    *,
-    history: str = "template",
-    turns: Any = None,
-    think: tuple[str, str] | None = None,
-    **template_options: Any,
+    messages: Any, tokenizer: Any, tools: Any = None, *, turns: Any = None, **options: Any
 ) -> list[Sample]:
     """The samples that `encode` lays out, with roles; arguments as there."""
-    encoder = encoder_of(tokenizer, history=history, think=think, **template_options)
-    return encoder.samples(messages, tools, turns)
+    return encoder_of(tokenizer, **options).samples(messages, tools, turns)
 
 
 @dataclass

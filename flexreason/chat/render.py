@@ -172,6 +172,15 @@ class Renderer:
             )
         return text
 
+    def attempt(self, messages: Messages, prompt: bool) -> str | None:
+        """The text, or None where the template raises."""
+        try:
+            return self.plain(messages, prompt)
+        except ConversationError:
+            raise
+        except Exception:
+            return None
+
     def _first_failing(self, messages: Messages, words: str) -> int:
         """The first message with which the rendering fails in these words."""
         for number in range(len(messages)):

@@ -12,7 +12,7 @@ from typing import Any
 
 from flexreason.chat import messages as parts
 from flexreason.chat.messages import Message
-from flexreason.chat.render import ConversationError, Messages, Renderer
+from flexreason.chat.render import Messages, Renderer
 
 MARK = "zQ7xV{}Kmark"
 
@@ -109,12 +109,7 @@ class Template:
 
     def probe(self, messages: Messages, prompt: bool = False) -> str | None:
         """The text, or None where the template raises."""
-        try:
-            return self.render.plain(messages, prompt)
-        except ConversationError:
-            raise
-        except Exception:
-            return None
+        return self.render.attempt(messages, prompt)
 
     # --- which form of a message the template takes
 

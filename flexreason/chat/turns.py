@@ -154,7 +154,7 @@ class _Survey:
 
     def turn(self, key: Any) -> Turn:
         marked = self._mark(self.message)
-        shown = self._try([*self.before, marked.message], False)
+        shown = self.render.attempt([*self.before, marked.message], False)
         if shown is None:  # the template may know names, or look into contents
             marked = self._mark(self.message, calls=False)
             shown = self.render([*self.before, marked.message], False, blame=self.number)
@@ -245,8 +245,8 @@ class _Survey:
         for name in self.template.fields or parts.REASONING_FIELDS[:1]:
             filled = {**parts.without_reasoning(self.message), name: mark}
             marked = self._mark(filled)
-            shown = self._try([*self.before, marked.message], False)
-            whole = self._try([*self.before, filled], False)
+            shown = self.render.attempt([*self.before, marked.message], False)
+            whole = self.render.attempt([*self.before, filled], False)
             if shown is None or whole is None or whole.count(mark) != 1 or marked.marks["r"] not in shown:
                 continue
             known, shown, whole = self._align(marked.message, filled)
@@ -268,8 +268,11 @@ class _Survey:
         """What follows the last text before the message: in the prompt, and in two renderings of the message."""
         mark = self.base + "w"
         before = [*self.before[:-1], self._append(self.before[-1], mark)]
-        prompt = self._try(before, True)
-        both = [self._try([*before, message], False) for message in (messages[0], *(messages[1:] or (self.message,)))]
+        prompt = self.render.attempt(before, True)
+        both = [
+            self.render.attempt([*before, message], False)
+            for message in (messages[0], *(messages[1:] or (self.message,)))
+        ]
         texts = [prompt, *both]
         if any(text is None or mark not in text for text in texts):
             raise NotAligned(
@@ -354,14 +357,6 @@ class _Survey:
         between = min(following) - behind if following else 0
         text = self.reasoning.strip()
         return min(len(body), max(0, body.find(text)) + len(text) + between)
-
-    def _try(self, messages: Messages, prompt: bool) -> str | None:
-        try:
-            return self.render.plain(messages, prompt)
-        except ConversationError:
-            raise
-        except Exception:
-            return None
 
     def _not_rendered(self, lost: list[str]) -> ConversationError:
         what = "content" if lost[0] == "c" else "tool call" if lost[0][0] == "n" else "tool call's arguments"
