@@ -4,21 +4,21 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from flexreason.blocks import block_mask
-from flexreason.collator import Collator
+from flexreason.data.collator import Collator
+from flexreason.data.pack import Packer
+from flexreason.data.splitting import Split, split
 from flexreason.draw import draw_layout, draw_mask
 from flexreason.layout import Layout, lay_out_turns, unmerge
 from flexreason.mask import dense_mask, mask_mod
-from flexreason.pack import Packer
 from flexreason.row import collate
 from flexreason.sample import Role, Sample
-from flexreason.splitting import Split, split
 from flexreason.tree import lay_out
 
 if TYPE_CHECKING:
     from flexreason.chat.encoding import encode
     from flexreason.logprobs import token_logprobs
     from flexreason.patching import patch, unpatch
-    from flexreason.verification import verify
+    from flexreason.proof.verification import verify
 
 __version__ = "0.1.0.dev0"
 
@@ -51,7 +51,7 @@ NEEDS_TRANSFORMERS = {
     "patch": "flexreason.patching",
     "token_logprobs": "flexreason.logprobs",
     "unpatch": "flexreason.patching",
-    "verify": "flexreason.verification",
+    "verify": "flexreason.proof.verification",
 }
 """Imported when first asked for, since transformers takes seconds to import."""
 

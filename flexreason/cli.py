@@ -10,9 +10,9 @@ import flexreason
 
 COMMANDS = {  # module, what it is for
     "demo": ("flexreason.demo", "see one conversation laid out, and its single pass beside the N samples"),
-    "models": ("flexreason.models", "tell which models take rows exactly, or one model by name, path or class"),
+    "models": ("flexreason.proof.models", "tell which models take rows exactly, or one model by name, path or class"),
     "template": ("flexreason.chat.template", "say what a chat template does with reasoning, and show samples"),
-    "verify": ("flexreason.verification", "hold one pass against the N samples on your own model and data"),
+    "verify": ("flexreason.proof.verification", "hold one pass against the N samples on your own model and data"),
 }
 
 

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 
 import flexreason as fr
-from flexreason import oracle
-from flexreason.testing import relative_l2, true_float64
+from flexreason.proof import oracle
+from flexreason.proof.testing import relative_l2, true_float64
 
 CONVERSATION = [  # (what the user says, what the model thinks, what it answers)
     ("usr 2+3 ? bot", "so 5 /think", "5 end"),

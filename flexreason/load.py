@@ -9,8 +9,8 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
+from flexreason.proof.shrink import length_constants
 from flexreason.sample import Sample
-from flexreason.shrink import length_constants
 
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 

@@ -19,7 +19,7 @@ from flexreason.attention.registry import before_patching
 from flexreason.mask import interval_rule, turn_role_rule
 
 if TYPE_CHECKING:
-    from flexreason.selftest import Result
+    from flexreason.proof.selftest import Result
 
 IMPLEMENTATIONS = ("sdpa", "eager", "flex_attention")
 """What a model may have used before, and goes on using for ordinary batches."""
@@ -93,7 +93,7 @@ def trust(root: PreTrainedModel) -> None:
 
 
 def _kind(root: PreTrainedModel) -> tuple:
-    from flexreason.models import structure_of
+    from flexreason.proof.models import structure_of
 
     cls = model_class(root)
     return cls, structure_of(root.config, cls), frozenset(parts_of(root))
@@ -190,7 +190,7 @@ def reason_to_doubt(root: PreTrainedModel) -> Reason | None:
 
 
 def _proof(root: PreTrainedModel) -> "Result":
-    from flexreason.models import proof
+    from flexreason.proof.models import proof
 
     return proof(model_class(root), root.config, edited=_foreign(parts_of(root)))
 
@@ -266,7 +266,7 @@ def _written_elsewhere(kind: type) -> str:
 
 def _replaced_parts(root: PreTrainedModel) -> str:
     """What is in a model and not in a tiny one of its class and structure."""
-    from flexreason.models import tiny_parts
+    from flexreason.proof.models import tiny_parts
 
     parts = parts_of(root)
     return ", ".join(sorted(parts - tiny_parts(model_class(root), root.config, _foreign(parts))))

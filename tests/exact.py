@@ -3,8 +3,8 @@
 import torch
 
 import flexreason as fr
-from flexreason import oracle
-from flexreason.testing import relative_l2, true_float64
+from flexreason.proof import oracle
+from flexreason.proof.testing import relative_l2, true_float64
 
 EXACT = 1e-9
 

@@ -202,28 +202,28 @@ MUTATIONS = {  # name: (file, what stands there, what to write instead)
         "refuse.py", "None if _untested.get() else reason_to_doubt(root)", "None",
     ),
     "self-test: gradients are not looked at": (
-        "selftest.py", "\"gradients\": worst_gradient(pairs)[0]", "\"gradients\": 0.0",
+        "proof/selftest.py", "\"gradients\": worst_gradient(pairs)[0]", "\"gradients\": 0.0",
     ),
     "self-test: log-probabilities and gradients are not looked at": (
-        "selftest.py", "    if not max(worst.values()) <= EXACT:", "    if not worst[\"loss\"] <= 1:",
+        "proof/selftest.py", "    if not max(worst.values()) <= EXACT:", "    if not worst[\"loss\"] <= 1:",
     ),
     "self-test: RoPE's threshold is not looked at": (
-        "selftest.py", "        _must_refuse(model, straddling)\n", "",
+        "proof/selftest.py", "        _must_refuse(model, straddling)\n", "",
     ),
     "list: any version's is believed": (
-        "models.py", " or listed()[\"transformers\"] != transformers.__version__", "",
+        "proof/models.py", " or listed()[\"transformers\"] != transformers.__version__", "",
     ),
     "list: any structure's is believed": (
-        "models.py", "known and known[\"structure\"] == structure", "known",
+        "proof/models.py", "known and known[\"structure\"] == structure", "known",
     ),
     "shrink: windows stay": (
-        "shrink.py", "(sliding_window|window_size|", "(window_size|",
+        "proof/shrink.py", "(sliding_window|window_size|", "(window_size|",
     ),
     "shrink: chunks stay": (
-        "shrink.py", "^(attention_chunk_size|", "^(",
+        "proof/shrink.py", "^(attention_chunk_size|", "^(",
     ),
     "fp64: casts stay": (
-        "testing.py", "if func is Tensor.float:", "if func is None:",
+        "proof/testing.py", "if func is Tensor.float:", "if func is None:",
     ),
     "head: logits are overwritten whatever stands behind the product": (
         "head.py", "return step is None or isinstance(step.next_functions[0][0], _Product._backward_cls)", "return True",
@@ -265,31 +265,31 @@ MUTATIONS = {  # name: (file, what stands there, what to write instead)
         "patching.py", "return with_states(output, output[0][:, :0])", "return output",
     ),
     "verify: groups of gradients are not compared": (
-        "verification.py", 'allowed += [("gradients", error', '[("gradients", error',
+        "proof/verification.py", 'allowed += [("gradients", error', '[("gradients", error',
     ),
     "verify: NaN counts as equal": (
-        "verification.py", "if not error <= limit", "if error > limit",
+        "proof/verification.py", "if not error <= limit", "if error > limit",
     ),
     "verify: a parameter without a gradient is passed over": (
-        "verification.py", "if name in missing:", "if False:",
+        "proof/verification.py", "if name in missing:", "if False:",
     ),
     "verify: layouts are not looked at": (
-        "verification.py", "                if faults:", "                if False:",
+        "proof/verification.py", "                if faults:", "                if False:",
     ),
     "verify: dropout stays on": (
-        "verification.py", "        module.p = 0.0\n", "        pass\n",
+        "proof/verification.py", "        module.p = 0.0\n", "        pass\n",
     ),
     "verify: the limit of a dtype is far above the samples' own error": (
-        "verification.py", "FACTOR = 2.0", "FACTOR = 2e6",
+        "proof/verification.py", "FACTOR = 2.0", "FACTOR = 2e6",
     ),
     "diagnose: the target index is not looked at": (
-        "diagnose.py", "            if not right:\n", "            if False:\n",
+        "proof/diagnose.py", "            if not right:\n", "            if False:\n",
     ),
     "diagnose: leaks are not looked for": (
-        "diagnose.py", "if bool(leaks.any()):", "if False:",
+        "proof/diagnose.py", "if bool(leaks.any()):", "if False:",
     ),
     "verify: a class that patch refuses is compared all the same": (
-        "verification.py", 'if against is not None and against[0] == "refused":', "if False:",
+        "proof/verification.py", 'if against is not None and against[0] == "refused":', "if False:",
     ),
     "patch: attention that goes past us is not noticed": (
         "patching.py", "if not kwargs[TREE].tables and not torch.compiler.is_compiling():", "if False:",
@@ -306,12 +306,12 @@ TESTS = {  # where to look for the test that notices, so that all of this takes 
     "loss.py": ["tests/test_patching.py"],
     "refuse.py": ["tests/test_patching.py", "tests/test_families.py"],
     "head.py": ["tests/test_head.py"],
-    "verification.py": ["tests/test_verification.py"],
-    "diagnose.py": ["tests/test_verification.py"],
-    "selftest.py": ["tests/test_families.py"],
-    "models.py": ["tests/test_families.py"],
-    "shrink.py": ["tests/test_families.py"],
-    "testing.py": ["flexreason"],
+    "proof/verification.py": ["tests/test_verification.py"],
+    "proof/diagnose.py": ["tests/test_verification.py"],
+    "proof/selftest.py": ["tests/test_families.py"],
+    "proof/models.py": ["tests/test_families.py"],
+    "proof/shrink.py": ["tests/test_families.py"],
+    "proof/testing.py": ["flexreason"],
     "": [*CORE, "tests/test_single_pass.py"],
 }
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from flexreason.chat.conversations import BadInput, read_conversations, read_entries
+from flexreason.data.conversations import BadInput, read_conversations, read_entries
 from templating import answer, user
 
 CHAT = [user("one"), answer("two", "why")]

@@ -18,11 +18,12 @@ from torch import nn
 
 import flexreason as fr
 from exact import EXACT, errors
-from flexreason import head, models, refuse, selftest
+from flexreason import head, refuse
 from flexreason.attention import segments
 from flexreason.attention.tree_row import TreeRow
 from flexreason.cli import main
-from flexreason.shrink import HEADS, ORIGINAL, build, causal_classes, default_config, length_constants, shrink
+from flexreason.proof import models, selftest
+from flexreason.proof.shrink import HEADS, ORIGINAL, build, causal_classes, default_config, length_constants, shrink
 from models import tiny
 from strategies import random_tree, random_turns
 

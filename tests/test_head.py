@@ -7,11 +7,12 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 
 import flexreason as fr
 from exact import EXACT
-from flexreason import head, oracle, selftest
-from flexreason.models import listed
+from flexreason import head
+from flexreason.proof import oracle, selftest
+from flexreason.proof.models import listed
+from flexreason.proof.shrink import build, default_config, shrink
+from flexreason.proof.testing import relative_l2, true_float64
 from flexreason.refuse import untested
-from flexreason.shrink import build, default_config, shrink
-from flexreason.testing import relative_l2, true_float64
 from models import checkpoint, tiny
 from strategies import random_turns
 from watch import Largest

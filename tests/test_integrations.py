@@ -24,9 +24,9 @@ from trl.trainer.utils import add_fused_lm_head
 
 import flexreason as fr
 from exact import EXACT, samples_of, single_pass
-from flexreason import oracle
 from flexreason.attention.tree_row import TreeRow
-from flexreason.testing import relative_l2, true_float64
+from flexreason.proof import oracle
+from flexreason.proof.testing import relative_l2, true_float64
 from models import TINY, checkpoint, tiny
 from strategies import random_tree, random_turns
 

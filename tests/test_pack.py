@@ -8,8 +8,8 @@ import torch
 from torch.utils.data import DataLoader
 
 import flexreason as fr
-from flexreason.collator import Collator
-from flexreason.pack import Packer
+from flexreason.data.collator import Collator
+from flexreason.data.pack import Packer
 from strategies import random_turns
 
 

@@ -6,8 +6,8 @@ Exhaustive, so marked slow; the six families of test_patching run always.
 import pytest
 import transformers
 
-from flexreason.selftest import unpatched
-from flexreason.shrink import build, causal_classes, default_config, shrink
+from flexreason.proof.selftest import unpatched
+from flexreason.proof.shrink import build, causal_classes, default_config, shrink
 
 IMPLEMENTATIONS = ("eager", "sdpa")  # flex_attention: test_patching, since it compiles for half a minute a class
 

@@ -31,10 +31,10 @@ def imports(module):
 
 
 def test_the_oracle_imports_nothing_of_layouts_and_masks():
-    own, others = imports("oracle")
-    assert own == {"testing"}
+    own, others = imports("proof/oracle")
+    assert own == {"proof.testing"}
     assert others == {"torch"}
-    own, others = imports("testing")
+    own, others = imports("proof/testing")
     assert own == set()
     assert others == {"torch"}
 

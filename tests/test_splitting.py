@@ -8,8 +8,9 @@ import torch
 
 import flexreason as fr
 from exact import EXACT
-from flexreason import oracle, splitting
-from flexreason.testing import relative_l2, true_float64
+from flexreason.data import splitting
+from flexreason.proof import oracle
+from flexreason.proof.testing import relative_l2, true_float64
 from models import tiny
 from strategies import random_tree, random_turns
 

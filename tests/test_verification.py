@@ -10,10 +10,11 @@ import transformers
 from torch import nn
 
 import flexreason as fr
-from flexreason import cli, head, verification
+from flexreason import cli, head
 from flexreason.attention import dense, segments
 from flexreason.patching import find_patch
-from flexreason.shrink import build, default_config, shrink
+from flexreason.proof import verification
+from flexreason.proof.shrink import build, default_config, shrink
 from models import TINY, checkpoint, tiny
 from strategies import random_tree, random_turns
 

@@ -36,7 +36,7 @@ def _check_message(number: int, message: Any) -> Message:
     message = {key: value for key, value in message.items() if value is not None}
     role = message.get("role")
     if role not in ROLES:
-        hint = "; data with from/value is read by flexreason.chat.conversations" if "from" in message else ""
+        hint = "; data with from/value is read by flexreason.data.conversations" if "from" in message else ""
         raise BadMessage(f"unknown role {role!r}; expected one of {', '.join(ROLES)}{hint}", number)
     _check_content(number, message)
     fields = [name for name in REASONING_FIELDS if name in message]

@@ -24,19 +24,19 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from flexreason import oracle
 from flexreason.blocks import BLOCK
-from flexreason.diagnose import layout_faults, model_fault
 from flexreason.layout import Layout, unmerge
 from flexreason.logprobs import token_logprobs
 from flexreason.loss import is_weighted
 from flexreason.memory import available_bytes, peak_bytes
 from flexreason.patching import find_patch, find_root, patch, unpatch
+from flexreason.proof import oracle
+from flexreason.proof.diagnose import layout_faults, model_fault
+from flexreason.proof.shrink import length_constants
+from flexreason.proof.testing import each_gradient, relative_l2, true_float64
 from flexreason.refuse import refuse_rope, standing, trust, untested
 from flexreason.row import IGNORED, Row, collate
 from flexreason.sample import Sample
-from flexreason.shrink import length_constants
-from flexreason.testing import each_gradient, relative_l2, true_float64
 from flexreason.tree import lay_out
 
 EXACT = 1e-9

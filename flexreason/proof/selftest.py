@@ -19,12 +19,15 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from flexreason import head, oracle
+from flexreason import head
 from flexreason.attention.registry import find_decoder
 from flexreason.attention.tree_row import TreeRow
 from flexreason.layout import Layout, lay_out_turns, unmerge
 from flexreason.logprobs import token_logprobs
 from flexreason.patching import patch, unpatch
+from flexreason.proof import oracle
+from flexreason.proof.shrink import ORIGINAL, SPECIAL, VOCABULARY, build, class_of, default_config, shrink
+from flexreason.proof.testing import relative_l2, true_float64
 from flexreason.refuse import (
     RECURRENT,
     ROPE_BY_LONGEST,
@@ -36,8 +39,6 @@ from flexreason.refuse import (
 )
 from flexreason.row import IGNORED, Row, collate
 from flexreason.sample import Sample
-from flexreason.shrink import ORIGINAL, SPECIAL, VOCABULARY, build, class_of, default_config, shrink
-from flexreason.testing import relative_l2, true_float64
 from flexreason.tree import lay_out
 
 EXACT = 1e-9

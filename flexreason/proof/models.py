@@ -20,10 +20,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
-    from flexreason.selftest import Result
+    from flexreason.proof.selftest import Result
 
 LIST = Path(__file__).parent / "models.json"
-TABLE = Path(__file__).parent.parent / "docs" / "models.md"
+TABLE = Path(__file__).parents[2] / "docs" / "models.md"
 
 PATIENCE = 120.0
 """Seconds that the scan gives one class."""
@@ -58,7 +58,7 @@ def _is_transformers(cls: type) -> bool:
 
 
 def _result(name: str, entry: dict[str, Any]) -> "Result":
-    from flexreason.selftest import Result
+    from flexreason.proof.selftest import Result
 
     kept: dict[str, Any] = {k: v for k, v in entry.items() if k not in ("unpatched", "registry", "structure")}
     return Result(name, **kept)
@@ -71,7 +71,7 @@ def _tested(
     cls: "type[PreTrainedModel]", structure: str, config: "PreTrainedConfig", edited: frozenset[str] = frozenset()
 ) -> "Result":
     """The self-test, once a process for each class and structure."""
-    from flexreason.selftest import check
+    from flexreason.proof.selftest import check
 
     key = (cls, structure, edited)
     if key not in _found:
@@ -89,8 +89,8 @@ def tiny_parts(cls: "type[PreTrainedModel]", config: "PreTrainedConfig", edited:
     """
     import torch
 
+    from flexreason.proof.shrink import shrink
     from flexreason.refuse import parts_of
-    from flexreason.shrink import shrink
 
     key = (cls, structure_of(config, cls), edited)
     if key not in _parts:
@@ -115,7 +115,7 @@ def structure_of(config: "PreTrainedConfig", cls: type | None = None) -> str:
     left out too; for any other, everything that is left counts."""
     import hashlib
 
-    from flexreason.shrink import shrink
+    from flexreason.proof.shrink import shrink
 
     known = cls is None or _is_transformers(cls)
 
@@ -176,8 +176,8 @@ def _overview(options: argparse.Namespace) -> int:
 
 def _tell(options: argparse.Namespace) -> int:
     """One model: 0 only if it is exact, and its config too."""
+    from flexreason.proof.selftest import check
     from flexreason.refuse import reason_against_config
-    from flexreason.selftest import check
 
     config, cls, is_default = find(options.model)
     if not is_default:
@@ -224,7 +224,7 @@ def find(model: str) -> "tuple[PreTrainedConfig, type[PreTrainedModel], bool]":
     on the hub."""
     import transformers
 
-    from flexreason.shrink import class_of, default_config
+    from flexreason.proof.shrink import class_of, default_config
 
     cls = getattr(transformers, model, None)
     if isinstance(cls, type) and getattr(cls, "config_class", None):
@@ -258,7 +258,7 @@ def _must_build(model: str, config: "PreTrainedConfig", cls: "type[PreTrainedMod
 
 
 def _said(error: BaseException) -> str:
-    from flexreason.selftest import said
+    from flexreason.proof.selftest import said
 
     return said(error)
 
@@ -274,7 +274,7 @@ def _scan_command(options: argparse.Namespace) -> int:
     import torch
     import transformers
 
-    from flexreason.shrink import causal_classes
+    from flexreason.proof.shrink import causal_classes
 
     names, start = list(options.only) or causal_classes(), time.monotonic()
     if unknown := [name for name in names if not getattr(getattr(transformers, name, None), "config_class", None)]:
@@ -343,8 +343,8 @@ def entry_of(name: str) -> dict[str, Any]:
     """What the list says of one class."""
     import transformers
 
-    from flexreason.selftest import check, unpatched
-    from flexreason.shrink import default_config
+    from flexreason.proof.selftest import check, unpatched
+    from flexreason.proof.shrink import default_config
 
     cls = getattr(transformers, name)
     entry = check(cls).to_dict()
@@ -370,7 +370,7 @@ def table(written: dict[str, Any]) -> str:
         "# Models",
         "",
         f"*Written by `flexreason models --scan --write` with transformers {written['transformers']} and torch "
-        f"{written['torch']}. What `patch` reads is flexreason/models.json, written by the same run.*",
+        f"{written['torch']}. What `patch` reads is flexreason/proof/models.json, written by the same run.*",
         "",
         "Every class of causal language model that transformers has, built tiny from its default config (sizes cut, "
         "structure kept, every length constant so short that the row crosses it), in fp64: one pass over a row against "

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from flexreason.attention.registry import find_decoder
 from flexreason.layout import Layout
 from flexreason.patching import Patch
+from flexreason.proof.testing import relative_l2
 from flexreason.row import Row
 from flexreason.sample import Role, Sample
-from flexreason.testing import relative_l2
 
 
 def layout_faults(layout: Layout, samples: Sequence[Sample]) -> list[str]:

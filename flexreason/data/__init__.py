@@ -1,0 +1,1 @@
+"""Conversations from files to rows: read, encoded, split, packed."""
