@@ -13,7 +13,7 @@ The kind is that of the first entry, unless `format` names one; every `Conversat
 
 import json
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -65,33 +65,60 @@ class Conversation:
 def read_conversations(
     source: str | Path | Iterable[Any], format: str | None = None, split: str = "train"
 ) -> Iterator[Conversation]:
-    """Conversations of a file, a folder, a data set's name or an iterable of entries.
+    """Conversations of a file, a folder, a data set's name or an iterable of entries. Raises at the first bad one."""
+    for found in read_all(source, format, split):
+        if isinstance(found, BadInput):
+            raise found
+        yield found
 
-    Raises BadInput at the first bad one; to go on after it, use `read_entries` and `as_conversation`.
-    """
+
+def read_all(
+    source: str | Path | Iterable[Any], format: str | None = None, split: str = "train"
+) -> Iterator[Conversation | BadInput]:
+    """The same, with what is bad given in its place. Raises where nothing can be read."""
     if format is not None and format not in FORMATS:
         raise BadInput(f"format: expected one of {', '.join(FORMATS)}, found {format!r}")
     number, waiting = 0, None
     for where, entry in read_entries(source, split):
-        if isinstance(entry, BadInput):
-            raise entry
-        format = format or detect(entry, where)
-        if format != "samples":
-            yield as_conversation(entry, format, number, where)
-            number += 1
-            continue
-        group, sample = entry.get("conversation") if isinstance(entry, dict) else None, as_sample(entry, where)
-        if waiting and group is not None and group == waiting[0]:
-            waiting[1].append(sample)
+        found: Conversation | BadInput | Sample
+        group = None
+        try:
+            if isinstance(entry, BadInput):
+                raise entry
+            format = format or detect(entry, where)
+            if format == "samples":
+                found = as_sample(entry, where)
+                group = entry.get("conversation")
+            else:
+                found = as_conversation(entry, format, number, where)
+        except BadInput as error:
+            found = error
+        if waiting and isinstance(found, Sample) and group is not None and group == waiting[0]:
+            waiting[1].append(found)
             continue
         if waiting:
             yield Conversation([], None, number, waiting[2], "samples", samples=waiting[1])
+            number, waiting = number + 1, None
+        if isinstance(found, Sample):
+            waiting = (group, [found], where)
+        else:
+            yield found if isinstance(found, BadInput) else replace(found, number=number)
             number += 1
-        waiting = (group, [sample], where)
     if waiting:
         yield Conversation([], None, number, waiting[2], "samples", samples=waiting[1])
     elif number == 0:
         raise BadInput(f"{_name(source)}: nothing in it")
+
+
+def count_entries(source: Any) -> int | None:
+    """How many entries there are, where that is quickly known: for progress bars."""
+    if not isinstance(source, str | Path):
+        return len(source) if hasattr(source, "__len__") else None
+    path = Path(source)
+    if not path.is_file() or path.suffix in (".json", ".parquet"):
+        return None
+    with path.open("rb") as file:
+        return sum(chunk.count(b"\n") for chunk in iter(lambda: file.read(1 << 20), b""))
 
 
 def read_entries(source: str | Path | Iterable[Any], split: str = "train") -> Iterator[tuple[str, Any]]:

@@ -1,0 +1,199 @@
+"""From any source to layouts: conversations read, encoded, and those refused counted by their reason.
+
+`EntryEncoder` is the one step, an entry to its layout, for DataLoader workers and `datasets.map`. `Intake` goes over a
+whole source with it. A refusal stops it, once all that is left has been looked at, so that what is wrong is known
+whole: nothing is left out silently, and nobody fixes a file line by line. Or refusals are skipped, and listed.
+"""
+
+import itertools
+import multiprocessing
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from flexreason.chat.encoding import Encoded, Encoder, encoder_of
+from flexreason.chat.render import ConversationError
+from flexreason.data.conversations import BadInput, Conversation, as_conversation, as_sample, detect, read_all
+from flexreason.layout import Layout
+from flexreason.tree import lay_out
+
+EXAMPLES = 3
+"""Refused conversations that are named a class of reasons."""
+
+CHUNK = 8
+"""Conversations that a worker takes at a time."""
+
+
+class EntryEncoder:
+    """What a data set's entry holds, in any of the formats of `data.conversations`, to its layout.
+
+    Options are those of `fr.encode`. Can be pickled; it gives the same in every process.
+    """
+
+    def __init__(self, tokenizer: Any, *, format: str | None = None, turns: Any = None, **options: Any) -> None:
+        self.tokenizer, self.format, self.turns, self.options = tokenizer, format, turns, options
+        Encoder(tokenizer, **options)  # wrong options are told here, and not in a worker
+
+    def __call__(self, entry: Any) -> Layout:
+        format = self.format or detect(entry, "entry")
+        if format == "samples":
+            return lay_out([as_sample(entry, "entry")])
+        return lay_out(self.encoded(as_conversation(entry, format, 0, "entry")).samples)
+
+    def columns(self, entry: Any) -> dict[str, Any]:
+        """The layout as columns of a table: `dataset.map(encoder.columns, num_proc=8)`. `Collator` takes them."""
+        return {name: tensor.numpy() for name, tensor in vars(self(entry)).items()}
+
+    def encoded(self, conversation: Conversation) -> Encoded:
+        """The samples of a conversation, and how they were found."""
+        if conversation.samples is not None:
+            given = conversation.samples
+            return Encoded(given, ["given"] * len(given), [], [], 0.0, 0)
+        encoder = encoder_of(self.tokenizer, **{**self.options, **conversation.options})
+        return encoder.encoded(conversation.messages, conversation.tools, self.turns)
+
+
+@dataclass(frozen=True)
+class Item:
+    """One conversation taken in."""
+
+    conversation: Conversation
+    encoded: Encoded
+    layout: Layout
+
+
+@dataclass
+class Refusals:
+    """Refused conversations by class of reasons, how many each, and where the first of them stand."""
+
+    counts: dict[str, int] = field(default_factory=dict)
+    examples: dict[str, list[str]] = field(default_factory=dict)
+
+    def add(self, reason: str, words: str) -> None:
+        self.counts[reason] = self.counts.get(reason, 0) + 1
+        named = self.examples.setdefault(reason, [])
+        if len(named) < EXAMPLES:
+            named.append(words)
+
+    @property
+    def total(self) -> int:
+        return sum(self.counts.values())
+
+    def lines(self) -> list[str]:
+        """A line a class, the largest first, and its examples."""
+        made = []
+        for reason, count in sorted(self.counts.items(), key=lambda item: (-item[1], item[0])):
+            made.append(f"{count:>6}  {reason}")
+            made += [f"        {words}" for words in self.examples[reason]]
+            if count > len(self.examples[reason]):
+                made.append("        ...")
+        return made
+
+
+class Refused(ValueError):
+    """Some conversations of a source are refused; the text says which, by class."""
+
+    def __init__(self, refusals: Refusals, n_read: int) -> None:
+        self.refusals, self.n_read = refusals, n_read
+        text = f"{refusals.total} of {n_read} conversations are refused:\n" + "\n".join(refusals.lines())
+        super().__init__(text + "\n--skip-invalid (skip_invalid=True) goes on without them")
+
+
+class Intake:
+    """Conversations of a source, encoded one after the other, in order; iterate over it once.
+
+    `then` makes of an Item what is given out, in the worker, so that only this is sent back. The number of `workers`
+    (processes; 0: none) changes nothing but the time. `limit`: the most conversations to read.
+    """
+
+    def __init__(
+        self,
+        source: str | Path | Iterable[Any],
+        encoder: EntryEncoder,
+        *,
+        split: str = "train",
+        skip_invalid: bool = False,
+        limit: int | None = None,
+        workers: int = 0,
+        then: Callable[[Item], Any] | None = None,
+    ) -> None:
+        if workers < 0:
+            raise ValueError(f"workers: expected 0 or more, found {workers}")
+        self.source, self.encoder, self.split = source, encoder, split
+        self.skip_invalid, self.limit, self.workers, self.then = skip_invalid, limit, workers, then
+        self.refusals = Refusals()
+        self.n_read = 0
+        self.format: str | None = encoder.format
+
+    def __iter__(self) -> Iterator[Any]:
+        for refused, found in self._encoded():
+            self.n_read += 1
+            if refused:
+                self.refusals.add(*found)
+            elif not self.refusals.total or self.skip_invalid:
+                yield found
+        if self.refusals.total and (not self.skip_invalid or self.refusals.total == self.n_read):
+            raise Refused(self.refusals, self.n_read)
+
+    def _encoded(self) -> Iterator[tuple[bool, Any]]:
+        read = itertools.islice(self._read(), self.limit)
+        if self.workers:
+            yield from _in_processes(self.encoder, self.then, read, self.workers)
+        else:
+            yield from (_take(self.encoder, self.then, found) for found in read)
+
+    def _read(self) -> Iterator[Conversation | BadInput]:
+        for found in read_all(self.source, self.encoder.format, self.split):
+            if isinstance(found, Conversation):
+                self.format = self.format or found.format
+            yield found
+
+
+def _take(
+    encoder: EntryEncoder, then: Callable[[Item], Any] | None, found: Conversation | BadInput
+) -> tuple[bool, Any]:
+    """(False, what was made of it), or (True, (class of reasons, words))."""
+    try:
+        if isinstance(found, BadInput):
+            raise found
+        encoded = encoder.encoded(found)
+        item = Item(found, encoded, lay_out(encoded.samples))
+    except ConversationError as error:
+        where = "" if isinstance(found, BadInput) else f"{found.where}: "
+        return True, (error.reason, f"{where}{error}")
+    return False, item if then is None else then(item)
+
+
+def _in_processes(
+    encoder: EntryEncoder, then: Callable[[Item], Any] | None, read: Iterator[Any], workers: int
+) -> Iterator[tuple[bool, Any]]:
+    """The same in order from processes of their own, no more than a few chunks ahead of who asks."""
+    context = multiprocessing.get_context("spawn")  # a fork would inherit torch's and the tokenizer's threads
+    chunks = iter(lambda: list(itertools.islice(read, CHUNK)), [])
+    with ProcessPoolExecutor(workers, context, _begin, (encoder, then)) as pool:
+        waiting = deque(pool.submit(_take_each, chunk) for chunk in itertools.islice(chunks, 4 * workers))
+        while waiting:
+            yield from waiting.popleft().result()
+            waiting.extend(pool.submit(_take_each, chunk) for chunk in itertools.islice(chunks, 1))
+
+
+_step: Callable[[Any], tuple[bool, Any]]
+"""In a worker process: what it does with a conversation."""
+
+
+def _begin(encoder: EntryEncoder, then: Callable[[Item], Any] | None) -> None:
+    global _step
+    torch.set_num_threads(1)
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    _step = partial(_take, encoder, then)
+
+
+def _take_each(chunk: list[Any]) -> list[tuple[bool, Any]]:
+    return [_step(found) for found in chunk]
