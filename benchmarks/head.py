@@ -53,7 +53,7 @@ def ways(model, hidden, labels):
 
     found = {
         "plain": with_gradients(plain),
-        "chunked loss": with_gradients(lambda: head.weighted_nll(own, hidden, labels, weight)),
+        "chunked loss": with_gradients(lambda: head.weighted_nll(own, hidden, labels, weight)[0]),
         "token_logprobs": with_gradients(lambda: -head.logprobs(own, hidden, labels).mean()),
         "plain, no_grad": plain_logprobs,
         "token_logprobs, no_grad": token_logprobs,

@@ -105,11 +105,13 @@ def _forward_of(module: nn.Module, forward: Callable) -> Iterator[None]:
 
 
 @torch.compiler.disable
-def weighted_nll(head: Head, hidden: Tensor, labels: Tensor, weight: Tensor) -> Tensor:
-    """The sum of weight x nll over targets: hidden states [T, D], labels [T], weight [T]."""
+def weighted_nll(head: Head, hidden: Tensor, labels: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """The sum of weight x nll over targets, and without gradient their log-probabilities: hidden states [T, D],
+    labels [T], weight [T]."""
     if torch.is_grad_enabled():
         return _WeightedNll.apply(hidden, labels, weight, head, *head.parameters(hidden))
-    return -(sweep(head, hidden, labels).logprobs * weight).sum()
+    logprobs = sweep(head, hidden, labels).logprobs
+    return -(logprobs * weight).sum(), logprobs
 
 
 @torch.compiler.disable
@@ -256,12 +258,16 @@ class _Product(torch.autograd.Function):
 
 class _WeightedNll(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, labels: Tensor, weight: Tensor, head: Head, *parameters: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, hidden: Tensor, labels: Tensor, weight: Tensor, head: Head, *parameters: Tensor
+    ) -> tuple[Tensor, Tensor]:
         largest = float(weight.abs().max()) if hidden.dtype == torch.float16 else 0.0
         ctx.scale = 2.0 ** math.ceil(-math.log2(largest)) if largest else 1.0  # slopes of size 1, for fp16 to hold
         ctx.swept = sweep(head, hidden, labels, upstream=-weight * ctx.scale, parameters=parameters)
         ctx.dtypes = [p.dtype for p in parameters]
-        return -(ctx.swept.logprobs * weight).sum()
+        logprobs = ctx.swept.logprobs
+        ctx.mark_non_differentiable(logprobs)
+        return -(logprobs * weight).sum(), logprobs
 
     @staticmethod
     @once_differentiable

@@ -29,6 +29,7 @@ class TreeLoss:
         self.previous = root.loss_function
         self.states: Any = None  # what the decoder gave, where the loss runs the head
         self.temperature: float | None = None  # set while log-probabilities are wanted in place of a loss
+        self.logprobs: Tensor | None = None  # [T] of the last row's targets, without gradient: for whoever logs
 
     def undo(self) -> None:
         if self.own is None:
@@ -52,7 +53,8 @@ class TreeLoss:
                     f'{self.previous}); use loss="model"'
                 )
             w, total = _weights(weight, labels, hidden, kwargs.get("num_items_in_batch"))
-            return weighted_nll(head, hidden[0], labels[0].to(hidden.device), w / total)
+            loss, self.logprobs = weighted_nll(head, hidden[0], labels[0].to(hidden.device), w / total)
+            return loss
         if logits.shape[:2] != labels.shape:
             raise ValueError(
                 f"row: expected logits for its {weight.shape[1]} targets, found logits of shape {list(logits.shape)}"
@@ -70,6 +72,7 @@ class TreeLoss:
         nll = nn.functional.cross_entropy(
             logits[0].float(), labels[0].to(logits.device), ignore_index=IGNORED, reduction="none"
         )
+        self.logprobs = -nll.detach()
         w, total = _weights(weight, labels, nll, kwargs.get("num_items_in_batch"))
         return (nll * w).sum() / total
 
@@ -86,12 +89,10 @@ def _labels(labels: Tensor | None, shifted: Tensor | None, weight: Tensor) -> Te
 
 def _weights(
     weight: Tensor, labels: Tensor, like: Tensor, n_items: Tensor | float | None
-) -> tuple[Tensor, Tensor | float]:
+) -> tuple[Tensor, Tensor]:
     """The weight of every target, [T], in the precision of a loss from what is `like`; and what the loss divides by."""
     w = weight[0].to(like.device, torch.promote_types(like.dtype, torch.float32)) * (labels[0] != IGNORED)
-    if n_items is not None:
-        return w, n_items
-    total = w.sum()
+    total = w.sum() if n_items is None else torch.as_tensor(n_items, device=w.device)
     return w, torch.where(total > 0, total, 1)
 
 

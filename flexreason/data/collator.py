@@ -20,8 +20,8 @@ class Collator:
     """A batch of layouts, lists of layouts (as `Packer` groups them) or columns of layouts, to one row [1, S].
 
     A batch of any size becomes one row: batch size says how many items share it, and `length` how long it is. An item
-    may be a layout, a list of layouts, a layout's columns as a datasets.Dataset keeps them, or whatever `encode` turns
-    into a layout.
+    may be a layout, a list of layouts (an item of `Rows`; none make an empty row), a layout's columns as a
+    datasets.Dataset keeps them, or whatever `encode` turns into a layout (`EntryEncoder`: a conversation).
     """
 
     def __init__(self, length: int | None = None, *, encode: Any = None) -> None:
@@ -31,17 +31,19 @@ class Collator:
         return collate([layout for item in batch for layout in self._layouts(item)], self.length)
 
     def _layouts(self, item: Any) -> list[Layout]:
-        if isinstance(item, Layout):
-            return [item]
-        if isinstance(item, Mapping) and item.keys() >= {*PER_TOKEN, *PER_TARGET}:
-            return [_from_columns(item)]
-        if isinstance(item, Sequence) and item and all(isinstance(part, Layout) for part in item):
-            return list(item)
+        if _is_document(item):
+            return [item if isinstance(item, Layout) else _from_columns(item)]
+        if isinstance(item, list) and all(map(_is_document, item)):
+            return [layout for part in item for layout in self._layouts(part)]
         if self.encode is None:
             raise ValueError(
                 f"Collator: expected layouts, found {type(item).__name__}; give encode=, which makes a layout of it"
             )
         return [self.encode(item)]
+
+
+def _is_document(item: Any) -> bool:
+    return isinstance(item, Layout) or (isinstance(item, Mapping) and item.keys() >= {*PER_TOKEN, *PER_TARGET})
 
 
 def _from_columns(item: Mapping[str, Any]) -> Layout:

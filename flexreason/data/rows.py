@@ -1,0 +1,105 @@
+"""`Rows`: documents dealt out to rows, epoch after epoch: a data set for any loader.
+
+An epoch is every document once, in an order drawn for it, packed into rows of one length. Rows of all epochs stand
+one behind the other, so a row's number says all there is to know: to go on later, on any number of processes, is to
+begin at a number. Nothing is kept but sizes; an epoch's rows are made when it is reached, and again the same.
+
+>>> import flexreason as fr
+>>> layouts = [fr.lay_out_turns([([1] * n, [2], [3])]) for n in (100, 30, 60, 90, 20)]
+>>> rows = Rows(layouts, 128, epochs=2)
+>>> [sorted(row) for row in rows.numbers(0)], len(rows)
+([[1, 3], [0, 4], [2]], 6)
+"""
+
+from bisect import bisect_right
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch.utils.data import Dataset
+
+from flexreason.data.pack import POOL, Packer
+
+
+class Rows(Dataset):
+    """Item i is the list of documents that make row i; `fr.Collator(length)` makes tensors of it.
+
+    `items`: layouts, or what the collator takes for them; `sizes`, their tokens, if they cannot be asked. Every epoch
+    is filled up with empty rows to a `multiple`, the rows of an optimizer step on all ranks, so that no step spans two
+    epochs and all ranks get equally many. With `steps`, there are as many epochs as these take.
+    """
+
+    def __init__(
+        self,
+        items: Sequence[Any],
+        length: int,
+        *,
+        epochs: int = 1,
+        steps: int | None = None,
+        seed: int = 0,
+        multiple: int = 1,
+        sizes: Sequence[int] | None = None,
+        pool: int = POOL,
+    ) -> None:
+        if epochs < 1 or multiple < 1 or (steps is not None and steps < 1):
+            raise ValueError(
+                f"Rows: expected epochs, steps and multiple of at least 1, found {epochs}, {steps}, {multiple}"
+            )
+        if not len(items):
+            raise ValueError("Rows: no documents")
+        self.items, self.length, self.seed, self.multiple, self.pool = items, length, seed, multiple, pool
+        self.sizes = [size_of(item) for item in items] if sizes is None else sizes
+        if len(self.sizes) != len(items):
+            raise ValueError(f"Rows: {len(items)} documents and {len(self.sizes)} sizes")
+        self._made: tuple[int, list[list[int]]] | None = None
+        self.starts = [0]  # where each epoch begins, and the end
+        wanted = None if steps is None else steps * multiple
+        while len(self.starts) <= epochs if wanted is None else self.starts[-1] < wanted:
+            self.starts.append(self.starts[-1] + len(self.numbers(len(self.starts) - 1)))
+        if wanted is not None:
+            self.starts[-1] = wanted
+
+    def __len__(self) -> int:
+        return self.starts[-1]
+
+    def __getitem__(self, row: int) -> list[Any]:
+        if not 0 <= row < len(self):
+            raise IndexError(f"Rows: no row {row} of {len(self)}")
+        return [self.items[number] for number in self.documents(row)]
+
+    @property
+    def epochs(self) -> int:
+        return len(self.starts) - 1
+
+    def epoch_of(self, row: int) -> int:
+        return min(bisect_right(self.starts, row), self.epochs) - 1
+
+    def progress(self, row: int) -> float:
+        """Epochs that are over when all rows before this one are, in parts of the last."""
+        epoch = self.epoch_of(row)
+        n = len(self.numbers(epoch)) if epoch == self.epochs - 1 else self.starts[epoch + 1] - self.starts[epoch]
+        return epoch + (row - self.starts[epoch]) / n
+
+    def documents(self, row: int) -> list[int]:
+        """The numbers of the documents in a row."""
+        epoch = self.epoch_of(row)
+        return self.numbers(epoch)[row - self.starts[epoch]]
+
+    def numbers(self, epoch: int) -> list[list[int]]:
+        """All rows of an epoch."""
+        if self._made is None or self._made[0] != epoch:
+            draw = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+            order = torch.randperm(len(self.items), generator=draw).tolist()
+            packer = Packer(self.length, pool=self.pool, seed=self.seed * 1_000_003 + epoch)
+            rows = list(packer.pack((number, int(self.sizes[number])) for number in order))
+            rows += [[] for _ in range(-len(rows) % self.multiple)]
+            self._made = epoch, rows
+        return self._made[1]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_made": None}
+
+
+def size_of(item: Any) -> int:
+    """Tokens of a layout, or of one as columns."""
+    return len(item["input_ids"]) if isinstance(item, dict) else len(item)

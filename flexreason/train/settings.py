@@ -1,0 +1,226 @@
+"""What a training run is told: YAML, options of the command, or a `Settings` made in Python. One name for each thing.
+
+model: Qwen/Qwen3-0.6B
+data: chats.jsonl
+output: runs/first
+length: 16384
+lora: 16
+"""
+
+import argparse
+import difflib
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import MISSING, asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from flexreason.chat.encoding import HISTORIES
+from flexreason.data.documents import WEIGHTINGS
+
+PRECISIONS = ("auto", "fp32", "bf16", "bf16-weights", "fp16")
+CHOICES = {
+    "history": HISTORIES,
+    "weighting": WEIGHTINGS,
+    "too_long": ("refuse", "drop"),
+    "loss": ("auto", "model", "chunked"),
+    "precision": PRECISIONS,
+    "resume": ("auto", "never"),
+}
+
+
+def _said(words: str, default: Any = MISSING, **more: Any) -> Any:
+    """A setting, and what it is for."""
+    if isinstance(default, list | dict):
+        return field(default_factory=lambda: type(default)(default), metadata={"help": words, **more})
+    return field(default=default, metadata={"help": words, **more})
+
+
+@dataclass(kw_only=True)
+class Settings:
+    # what is trained
+    model: str = _said("name, folder, or a config.json (random weights)")
+    tokenizer: str | None = _said("name or folder; the model's own if not given", None)
+    data: list[str] = _said("files, folders or names of data sets, in any form that fr.encode takes")
+    output: str = _said("folder for the model, its checkpoints, the encoded data and the record of the run")
+    trust_remote_code: bool = _said("run code that comes with the model", False)
+
+    # the data
+    format: str | None = _said("messages, sharegpt, pairs or samples; told by the first entry if not given", None)
+    split: str = _said("of data sets that have splits", "train")
+    evaluation: str | float | None = _said(
+        "data to evaluate on: like data, or a share such as 0.05 of the conversations", None
+    )
+    history: str = _said(
+        "template: the template decides what is seen of earlier reasoning; content: it is taken out", "template"
+    )
+    turns: str | None = _said('which turns are trained on: all, or "last"', None)
+    template: dict[str, Any] = _said("options for the chat template, such as enable_thinking", {})
+    skip_invalid: bool = _said("go on without conversations that are refused, and list them", False)
+    too_long: str = _said("a sample that is longer than a row: refuse, or drop that sample", "refuse")
+    length: int = _said("tokens in a row", 16384)
+    workers: int = _said("processes that encode; 0: none but this one", 0)
+
+    # the step
+    epochs: int = _said("how often every document is seen", 1)
+    steps: int | None = _said("optimizer steps, instead of epochs", None)
+    rows_per_step: int | None = _said("rows in an optimizer step, over all processes; one each if not given", None)
+    weighting: str = _said("token: every target counts alike; turn: every turn does", "token")
+    learning_rate: float | None = _said("1e-5 if not given, 1e-4 with LoRA", None)
+    schedule: str = _said("as Trainer's lr_scheduler_type", "cosine")
+    warmup: float = _said("steps of warm-up; below 1, their share of all", 0.05)
+    weight_decay: float = _said("of the optimizer", 0.0)
+    clip: float = _said("largest norm of the gradient; 0: not clipped", 1.0)
+    optimizer: str = _said("as Trainer's optim", "adamw_torch")
+    seed: int = _said("of order, packing, and weights where there are none", 0)
+
+    # the model
+    lora: int | dict[str, Any] | None = _said(
+        "rank, or the arguments of peft's LoraConfig; all weights if not given", None
+    )
+    precision: str = _said(
+        "fp32; bf16 or fp16: autocast over fp32 weights; bf16-weights: weights in bf16 too; auto: bf16 on GPUs", "auto"
+    )
+    backend: str = _said("auto, segments, flex, dense", "auto")
+    loss: str = _said("model: its own; chunked: no full logits; auto: chunked where the model takes it", "auto")
+    checkpointing: bool = _said("gradient checkpointing: less memory, a third more time", False)
+    compile: bool = _said("torch.compile", False)
+
+    # along the way
+    log_every: int = _said("steps between logs", 10)
+    evaluate_every: int | None = _said("steps between evaluations; at the end of every epoch if not given", None)
+    save_every: int | None = _said("steps between checkpoints; at the end of every epoch if not given", None)
+    keep: int | None = _said("checkpoints that are kept, the latest; all if not given", 2)
+    resume: str = _said(
+        "auto: go on from the last whole checkpoint in the output; never: begin, and refuse if there is one", "auto"
+    )
+    report_to: list[str] = _said("where Trainer logs to: tensorboard, wandb, ...", [])
+    trainer: dict[str, Any] = _said("further arguments of transformers' TrainingArguments: fsdp, deepspeed, ...", {})
+
+    def __post_init__(self) -> None:
+        for name in ("data", "report_to"):
+            if isinstance(getattr(self, name), str):
+                setattr(self, name, [getattr(self, name)])
+        for each in fields(self):
+            _check(each.name, getattr(self, each.name), each.type)
+        for name, allowed in CHOICES.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name}: expected one of {', '.join(allowed)}, found {getattr(self, name)!r}")
+        for name in ("length", "epochs", "steps", "rows_per_step", "log_every", "evaluate_every", "save_every", "keep"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected at least 1, found {getattr(self, name)}")
+        for name in ("warmup", "weight_decay", "clip", "workers"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name}: expected 0 or more, found {getattr(self, name)}")
+        if self.learning_rate is not None and not 0 < self.learning_rate < float("inf"):
+            raise ValueError(f"learning_rate: expected a number above 0, found {self.learning_rate}")
+        if self.length % 128:
+            raise ValueError(
+                f"length: expected a multiple of 128, found {self.length}; try {-(-self.length // 128) * 128}"
+            )
+        if not self.data:
+            raise ValueError("data: expected at least one file")
+        if self.steps is not None and self.epochs != 1:
+            raise ValueError(f"steps and epochs contradict each other: found {self.steps} and {self.epochs}; give one")
+        if self.evaluate_every is not None and self.evaluation is None:
+            raise ValueError("evaluate_every: there is nothing to evaluate on; give evaluation")
+        if self.turns not in (None, "last"):
+            raise ValueError(f'turns: expected "last" or nothing, found {self.turns!r}')
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+NAMES = {each.name: each for each in fields(Settings)}
+
+
+def _check(name: str, value: Any, kind: Any) -> None:
+    """Raise unless the value is of the kind that a field says."""
+    allowed = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+    plain = tuple(typing.get_origin(one) or one for one in allowed)
+    fits = isinstance(value, plain) or (float in plain and isinstance(value, int))
+    if isinstance(value, bool) and bool not in plain:
+        fits = False
+    if fits and list in plain and isinstance(value, list):
+        fits = all(isinstance(item, str) for item in value)
+    if not fits:
+        words = {
+            str: "text",
+            int: "a whole number",
+            float: "a number",
+            bool: "true or false",
+            dict: "names with values",
+        }
+        wanted = " or ".join("nothing" if one is type(None) else words.get(one, "a list of texts") for one in plain)
+        raise ValueError(f"{name}: expected {wanted}, found {value!r}")
+
+
+def from_mapping(given: Mapping[str, Any], where: str = "settings") -> Settings:
+    """Settings of names and values; a wrong name is told with the nearest right one."""
+    for name in given:
+        if name not in NAMES:
+            near = difflib.get_close_matches(str(name), NAMES, n=1)
+            raise ValueError(f"{where}: unknown setting {name!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
+    missing = [each.name for each in NAMES.values() if _required(each) and given.get(each.name) is None]
+    if missing:
+        raise ValueError(f"{where}: {', '.join(missing)} missing")
+    return Settings(**given)
+
+
+def _required(each: Any) -> bool:
+    return each.default is MISSING and each.default_factory is MISSING
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    import yaml  # transformers brings it
+
+    try:
+        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read: {error}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: no YAML: {error}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path}: expected names with values, found {type(found).__name__}")
+    return {name: _number(value) if name in NAMES else value for name, value in found.items()}
+
+
+def _number(value: Any) -> Any:
+    """1e-4 is text to YAML, and a number to everybody else."""
+    try:
+        return float(value) if isinstance(value, str) and "e" in value.lower() else value
+    except ValueError:
+        return value
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """An option for every setting; what is given there goes before what the file says."""
+    for each in NAMES.values():
+        name, words = f"--{each.name.replace('_', '-')}", each.metadata["help"]
+        default = None if _required(each) or each.default is MISSING else each.default
+        words += "" if default in (None, False) else f" (default {default})"
+        kind = each.type
+        if kind is bool:
+            parser.add_argument(name, action=argparse.BooleanOptionalAction, default=None, help=words)
+        elif kind == list[str]:
+            parser.add_argument(name, nargs="+", metavar="X", help=words)
+        else:
+            parser.add_argument(name, metavar="X", help=words.replace("%", "%%"))
+
+
+def from_options(options: argparse.Namespace) -> Settings:
+    """Settings of a file, if one is named, and of options, which go first."""
+    import yaml
+
+    given = read_yaml(Path(options.config)) if options.config else {}
+    for name, each in NAMES.items():
+        value = getattr(options, name, None)
+        if isinstance(value, str) and each.type not in (str, str | None):
+            try:
+                value = _number(yaml.safe_load(value))
+            except yaml.YAMLError as error:
+                raise ValueError(f"{name}: {value!r} is no value: {error}") from error
+        if value is not None:
+            given[name] = value
+    return from_mapping(given, str(options.config or "options"))

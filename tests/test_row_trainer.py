@@ -1,0 +1,283 @@
+"""RowTrainer takes the steps of a loop over the samples, whatever the rows, accumulation, ranks and weights."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+from transformers import Trainer, TrainingArguments
+
+import flexreason as fr
+from exact import EXACT
+from flexreason.data.documents import weighted
+from flexreason.proof import oracle
+from flexreason.proof.testing import relative_l2, true_float64
+from flexreason.train.sums import target_roles, tokens_of
+from flexreason.train.trainer import Broken, RowTraining
+from models import tiny
+from training import LEARNING_RATE, LENGTH, fit_by_hand, free_port, some_layouts, some_turns, steps_of, way_gone
+
+HERE = Path(__file__).parent
+
+STEPS = 20
+
+
+def arguments(folder, **more):
+    given = {
+        "output_dir": str(folder),
+        "optim": "sgd",
+        "learning_rate": LEARNING_RATE,
+        "lr_scheduler_type": "constant",
+        "weight_decay": 0.0,
+        "max_grad_norm": 0.0,
+        "num_train_epochs": 1,
+        "report_to": "none",
+        "save_strategy": "no",
+        "logging_steps": 1,
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "bf16": False,
+        "dataloader_pin_memory": False,
+    }
+    return TrainingArguments(**{**given, **more})
+
+
+def start_of(model):
+    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def assert_same_training(weighting, losses, expected, found, wanted, start):
+    """Parameters to 1e-8, and the way they went too, where weights of 1 / n in float32 do not round it."""
+    by_turn = weighting == "turn"
+    assert losses == pytest.approx(expected, rel=1e-7 if by_turn else EXACT)
+    assert way_gone(found, wanted, start) <= (1e-6 if by_turn else 1e-8)
+    assert max(relative_l2([found[name]], [wanted[name]]) for name in wanted) <= 1e-8
+
+
+@pytest.mark.parametrize(
+    ("loss", "weighting", "accumulate"),
+    [("model", "token", 1), ("chunked", "turn", 1), ("chunked", "token", 3), ("model", "turn", 3)],
+)
+def test_twenty_steps_are_those_of_the_loop(loss, weighting, accumulate, tmp_path):
+    layouts = some_layouts()
+    stock = tiny("Qwen3").double()
+    model = fr.patch(tiny("Qwen3").double(), loss=loss)
+    start = start_of(stock)
+    given = [weighted(layout, weighting) for layout in layouts]
+    rows = fr.Rows(given, LENGTH, steps=STEPS, multiple=accumulate, seed=3)
+    trainer = fr.RowTrainer(
+        model=model,
+        args=arguments(tmp_path, gradient_accumulation_steps=accumulate),
+        train_dataset=rows,
+        data_collator=fr.Collator(LENGTH),
+    )
+    with true_float64():
+        expected = fit_by_hand(stock, steps_of(rows, layouts), weighting)
+        trainer.train()
+    assert trainer.state.global_step == len(expected) == STEPS
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert_same_training(weighting, losses, expected, start_of(model), start_of(stock), start)
+
+
+# transformers 5.23 renames what it calls gradient checkpointing; peft 0.21 uses the old name.
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+def test_lora_takes_the_steps_of_the_loop(tmp_path):
+    def with_adapters():
+        config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj", "down_proj"])
+        model = peft.get_peft_model(tiny("Qwen3").double(), config)
+        draw = torch.Generator().manual_seed(3)
+        with torch.no_grad():
+            for p in model.parameters():
+                if p.requires_grad:
+                    p.copy_(torch.randn(p.shape, generator=draw) * 0.1)
+        return model
+
+    layouts = some_layouts()
+    stock, model = with_adapters(), fr.patch(with_adapters())
+    start = start_of(stock)
+    rows = fr.Rows(layouts, LENGTH, steps=STEPS, multiple=2, seed=3)
+    trainer = fr.RowTrainer(
+        model=model,
+        args=arguments(tmp_path, gradient_accumulation_steps=2),
+        train_dataset=rows,
+        data_collator=fr.Collator(LENGTH),
+    )
+    with true_float64():
+        fit_by_hand(stock, steps_of(rows, layouts))
+        trainer.train()
+    assert way_gone(start_of(trainer.model), start_of(stock), start) <= 1e-8
+
+
+@pytest.mark.parametrize(("how", "weighting", "accumulate"), [("ddp", "turn", 2), ("fsdp2", "token", 2)])
+def test_two_processes_take_the_steps_of_the_loop(how, weighting, accumulate, tmp_path):
+    """Two real gloo processes; rows fall on ranks unevenly, and the last of an epoch are empty."""
+    told = {"how": how, "folder": str(tmp_path), "weighting": weighting, "accumulate": accumulate}
+    command = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(free_port())]
+    done = subprocess.run(
+        [sys.executable, *command, str(HERE / "ranks.py"), json.dumps(told)],
+        env={**os.environ, "PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    said = json.loads((tmp_path / "found.json").read_text())
+    assert said["world"] == 2
+    assert said["sharded"] == (how == "fsdp2")
+    found = torch.load(tmp_path / "found.pt")
+
+    layouts = some_layouts()
+    rows = fr.Rows(layouts, LENGTH, epochs=3, multiple=2 * accumulate, seed=3)
+    targets = [sum(len(layouts[k].target_ids) for k in rows.documents(row)) for row in range(len(rows))]
+    assert 0 in targets
+    assert len(set(targets)) > 3
+    stock = tiny("Qwen3").double()
+    start = start_of(stock)
+    with true_float64():
+        expected = fit_by_hand(stock, steps_of(rows, layouts), weighting)
+        by_hand = evaluated_by_hand(stock, some_turns()[:7], weighting)
+    assert_same_training(weighting, found["losses"], expected, found["parameters"], start_of(stock), start)
+    assert said["metrics"]["eval_targets"] == sum(len(layout.target_ids) for layout in layouts[:7])
+    for name, value in by_hand.items():
+        assert said["metrics"][f"eval_{name}"] == pytest.approx(value, rel=1e-6), name
+
+
+def evaluated_by_hand(stock, conversations, weighting="token"):
+    """Means of nll over all targets: by weight, by role and by turn."""
+    total, weight = 0.0, 0.0
+    sums = {}
+    with torch.no_grad():
+        for turns in conversations:
+            history = []
+            for turn, (h, t, r) in enumerate(turns):
+                n = len(history) + len(h)
+                ids = torch.tensor([[*history, *h, *t, *r]])
+                logprobs = stock(input_ids=ids, use_cache=False).logits[0, n - 1 : -1].log_softmax(-1)
+                nll = -logprobs.gather(1, ids[0, n:, None])[:, 0]
+                w = 1 / len(nll) if weighting == "turn" else 1.0
+                total, weight = total + w * float(nll.sum()), weight + w * len(nll)
+                for at, value in enumerate(nll.tolist()):
+                    for name in ("loss_reasoning" if at < len(t) else "loss_response", f"loss_turn_{turn}"):
+                        sums.setdefault(name, []).append(value)
+                history += [*h, *r]
+    return {"loss": total / weight, **{name: sum(values) / len(values) for name, values in sums.items()}}
+
+
+@pytest.mark.parametrize("weighting", ["token", "turn"])
+def test_evaluation_is_the_mean_over_targets_and_not_over_rows(weighting, tmp_path):
+    layouts = [weighted(layout, weighting) for layout in some_layouts(9)]
+    model, stock = fr.patch(tiny("Qwen3").double()), tiny("Qwen3").double()
+    held = [layouts[:1], layouts[1:6], [], layouts[6:]]
+    trainer = fr.RowTrainer(model=model, args=arguments(tmp_path), eval_dataset=held, data_collator=fr.Collator(1024))
+    trainer.args.per_device_eval_batch_size = 1
+    with true_float64():
+        found = trainer.evaluate()
+        expected = evaluated_by_hand(stock, some_turns(9), weighting)
+    for name, value in expected.items():
+        assert found[f"eval_{name}"] == pytest.approx(value, rel=1e-6), name
+    assert found["eval_targets"] == sum(len(layout.target_ids) for layout in layouts)
+    naive = Trainer(
+        model=model,
+        args=arguments(tmp_path),
+        eval_dataset=[row for row in held if row],
+        data_collator=fr.Collator(1024),
+    )
+    naive.args.per_device_eval_batch_size = 1
+    assert naive.evaluate()["eval_loss"] != pytest.approx(expected["loss"], rel=1e-4)  # what is wrong without it
+
+
+def test_targets_know_their_roles_and_rows_their_tokens():
+    layouts = some_layouts(9)
+    row = fr.collate(layouts)
+    turns = [turn for turns in some_turns(9) for turn in turns]
+    expected = [thought for _, t, r in turns for thought in [True] * len(t) + [False] * len(r)]
+    found = target_roles(row)
+    assert found[: len(expected)].tolist() == expected
+    assert not found[len(expected) :].any()
+    in_trees, in_samples = tokens_of(row)
+    assert int(in_trees) == sum(map(len, layouts))
+    assert int(in_samples) == sum(layout.sample_tokens for layout in layouts)
+    assert [int(n) for n in tokens_of(fr.collate([]))] == [0, 0]
+
+
+def test_the_weight_of_a_step_is_summed_over_its_rows():
+    layouts = some_layouts(6)
+    rows = [fr.collate(layouts[:2]), fr.collate([]), fr.collate(layouts[2:])]
+    assert float(fr.total_weight(rows)) == sum(len(layout.target_ids) for layout in layouts)
+    by_turn = [fr.collate([weighted(layout, "turn") for layout in layouts])]
+    assert float(fr.total_weight(by_turn)) == pytest.approx(sum(layout.n_samples for layout in layouts))
+    assert float(fr.total_weight([fr.collate([])])) == 0
+
+
+def test_a_step_of_empty_rows_does_nothing(tmp_path):
+    model = fr.patch(tiny("Qwen3").double())
+    before = start_of(model)
+    trainer = fr.RowTrainer(
+        model=model, args=arguments(tmp_path), train_dataset=[[], []], data_collator=fr.Collator(LENGTH)
+    )
+    trainer.train()
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+def test_training_logs_roles_and_tokens(tmp_path):
+    layouts = some_layouts()
+    rows = fr.Rows(layouts, LENGTH)
+    model = fr.patch(tiny("Qwen3").double())
+    args = arguments(tmp_path, logging_steps=len(rows), learning_rate=1e-12)
+    trainer = fr.RowTrainer(model=model, args=args, train_dataset=rows, data_collator=fr.Collator(LENGTH))
+    with true_float64():
+        trainer.train()
+        expected = evaluated_by_hand(tiny("Qwen3").double(), some_turns())
+    [entry] = [entry for entry in trainer.state.log_history if "loss" in entry]
+    for name in ("loss", "loss_reasoning", "loss_response"):
+        assert entry[name] == pytest.approx(expected[name], rel=1e-6)
+    ratio = entry["sample_tokens_per_second"] / entry["tree_tokens_per_second"]
+    assert ratio == pytest.approx(sum(layout.sample_tokens for layout in layouts) / sum(map(len, layouts)))
+
+
+@pytest.mark.parametrize("loss", ["model", "chunked"])
+def test_a_loss_that_is_no_number_stops_the_run_and_is_not_saved(loss, tmp_path):
+    model = fr.patch(tiny("Qwen3"), loss=loss)
+    args = arguments(tmp_path, learning_rate=1e30, save_strategy="steps", save_steps=2, logging_steps=100)
+    rows = fr.Rows(some_layouts(), LENGTH, steps=6)
+    trainer = fr.RowTrainer(model=model, args=args, train_dataset=rows, data_collator=fr.Collator(LENGTH))
+    with pytest.raises(Broken, match=r"step 2: .* holds no numbers; it is not saved"):
+        trainer.train()
+    assert not list(tmp_path.glob("checkpoint-*"))
+    args = arguments(tmp_path, learning_rate=1e30, logging_steps=3)
+    trainer = fr.RowTrainer(
+        model=fr.patch(tiny("Qwen3"), loss=loss), args=args, train_dataset=rows, data_collator=fr.Collator(LENGTH)
+    )
+    with pytest.raises(Broken, match="step 3: loss is nan"):
+        trainer.train()
+
+
+def test_what_rows_need_is_asked_for(tmp_path):
+    with pytest.raises(ValueError, match="not patched; call"):
+        fr.RowTrainer(model=tiny("Qwen3"), args=arguments(tmp_path))
+    assert issubclass(fr.RowTrainer, RowTraining)
+    rows = fr.Rows(some_layouts(), LENGTH)
+    args = arguments(tmp_path, per_device_train_batch_size=8)
+    trainer = fr.RowTrainer(
+        model=fr.patch(tiny("Qwen3")), args=args, train_dataset=rows, data_collator=fr.Collator(LENGTH)
+    )
+    assert len(trainer.get_train_dataloader()) == len(rows)  # an item is a batch, whatever the Trainer's default
+
+
+def test_the_oracle_agrees_with_training_by_hand():
+    """The loop of these tests is the oracle's."""
+    layouts = some_layouts(3)
+    stock = tiny("Qwen3").double()
+    samples = [sample for layout in layouts for sample in fr.unmerge(layout)]
+    with true_float64():
+        reference = oracle.n_samples(stock, samples)
+        start = start_of(stock)
+        [loss] = fit_by_hand(stock, [layouts])
+    assert loss == pytest.approx(reference.loss_sum / reference.n_targets, rel=EXACT)
+    for name, p in stock.named_parameters():
+        moved = (start[name] - p.detach()) / LEARNING_RATE * reference.n_targets
+        assert torch.allclose(moved, reference.gradients[name], rtol=1e-7, atol=1e-9), name

@@ -1,0 +1,107 @@
+"""Training by hand: the definition that every trainer is held against. Also what runs of the command start from."""
+
+import json
+import random
+import socket
+
+import torch
+from transformers import Qwen3Config
+
+import flexreason as fr
+from flexreason.chat.template import stand_in
+from flexreason.proof.testing import relative_l2
+from models import TINY
+from strategies import random_turns
+
+LENGTH = 512
+LEARNING_RATE = 0.05
+
+TEMPLATE = (
+    "{% for m in messages %}{% if m.role == 'user' %}<user>{{ m.content }}</user>{% else %}<bot>"
+    "{% if loop.last and m.reasoning_content %}<think>{{ m.reasoning_content }}</think>{% endif %}"
+    "{{ m.content }}</bot>"
+    "{% endif %}{% endfor %}{% if add_generation_prompt %}<bot>{% endif %}"
+)
+
+
+def some_turns(n=21, seed=5):
+    """Conversations [(h, t, r), ...] of one to five turns, some without reasoning, of very different lengths."""
+    draw = random.Random(seed)
+    shapes = [
+        [
+            (draw.randint(3, 20), draw.choice([0, draw.randint(1, 60)]), draw.randint(1, 30))
+            for _ in range(draw.randint(1, 5))
+        ]
+        for _ in range(n)
+    ]
+    return [random_turns(shape, seed=seed) for seed, shape in enumerate(shapes)]
+
+
+def some_layouts(n=21, seed=5):
+    return [fr.lay_out_turns(turns) for turns in some_turns(n, seed)]
+
+
+def steps_of(rows, layouts):
+    """The layouts of each optimizer step."""
+    numbers = [rows.documents(row) for row in range(len(rows))]
+    n = rows.multiple
+    return [[layouts[k] for row in numbers[at : at + n] for k in row] for at in range(0, len(numbers), n)]
+
+
+def fit_by_hand(model, steps, weighting="token"):
+    """A step of SGD a list of layouts, on their samples one by one; the losses."""
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], LEARNING_RATE)
+    losses = []
+    for layouts in steps:
+        samples = [sample for layout in layouts for sample in fr.unmerge(layout)]
+        weights = [1 / len(sample.target_ids) if weighting == "turn" else 1.0 for sample in samples]
+        total = sum(w * len(sample.target_ids) for w, sample in zip(weights, samples, strict=True))
+        losses.append(0.0)
+        for w, sample in zip(weights, samples, strict=True):
+            n = len(sample.prompt_ids)
+            ids = torch.tensor([[*sample.prompt_ids, *sample.target_ids]])
+            logits = model(input_ids=ids, use_cache=False).logits[0, n - 1 : -1]
+            loss = w * torch.nn.functional.cross_entropy(logits, ids[0, n:], reduction="sum") / total
+            loss.backward()
+            losses[-1] += float(loss.detach())
+        optimizer.step()
+        optimizer.zero_grad()
+    return losses
+
+
+def way_gone(found, wanted, start):
+    """The largest relative error of any parameter's way from its start."""
+    assert found.keys() == wanted.keys() == start.keys()
+    for name, before in start.items():
+        assert not torch.equal(wanted[name], before), name
+    return max(relative_l2([found[name] - start[name]], [wanted[name] - start[name]]) for name in start)
+
+
+def write_model(folder):
+    """A tokenizer and a config, for a model with random weights."""
+    tokenizer = stand_in(TEMPLATE)
+    tokenizer.save_pretrained(str(folder))
+    Qwen3Config(**{**TINY, "vocab_size": len(tokenizer)}).save_pretrained(str(folder))
+    return folder
+
+
+def write_data(path, n=60, seed=0, turns=5):
+    """Sums that go on from each other."""
+    draw = random.Random(seed)
+    with path.open("w") as file:
+        for _ in range(n):
+            messages, total = [], draw.randint(1, 9)
+            for turn in range(draw.randint(1, turns)):
+                more = draw.randint(1, 9)
+                question = f"{total}+{more}?" if turn == 0 else f"plus {more}?"
+                messages.append({"role": "user", "content": question})
+                thought, total = f"{total}+{more} is {total + more}", total + more
+                messages.append({"role": "assistant", "reasoning_content": thought, "content": str(total)})
+            file.write(json.dumps({"messages": messages}) + "\n")
+    return path
+
+
+def free_port():
+    with socket.socket() as opened:
+        opened.bind(("localhost", 0))
+        return opened.getsockname()[1]
