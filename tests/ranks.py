@@ -60,10 +60,14 @@ def main(how, folder, weighting, accumulate, epochs=3):
         dataloader_pin_memory=False,
         **more,
     )
+    rows = fr.Rows(layouts, LENGTH, epochs=epochs, multiple=world * accumulate, seed=3)
+    if how == "stream":
+        rows = fr.RowStream(layouts, LENGTH, multiple=world * accumulate, seed=3, pool=8)
+        args.max_steps = sum(1 for _ in rows) // (world * accumulate)
     trainer = fr.RowTrainer(
         model=model,
         args=args,
-        train_dataset=fr.Rows(layouts, LENGTH, epochs=epochs, multiple=world * accumulate, seed=3),
+        train_dataset=rows,
         eval_dataset=fr.Rows(layouts[:7], LENGTH, seed=1),  # three rows: an odd number
         data_collator=fr.Collator(LENGTH),
     )

@@ -112,7 +112,9 @@ def test_lora_takes_the_steps_of_the_loop(tmp_path):
     assert way_gone(start_of(trainer.model), start_of(stock), start) <= 1e-8
 
 
-@pytest.mark.parametrize(("how", "weighting", "accumulate"), [("ddp", "turn", 2), ("fsdp2", "token", 2)])
+@pytest.mark.parametrize(
+    ("how", "weighting", "accumulate"), [("ddp", "turn", 2), ("fsdp2", "token", 2), ("stream", "token", 1)]
+)
 def test_two_processes_take_the_steps_of_the_loop(how, weighting, accumulate, tmp_path):
     """Two real gloo processes; rows fall on ranks unevenly, and the last of an epoch are empty."""
     told = {"how": how, "folder": str(tmp_path), "weighting": weighting, "accumulate": accumulate}
@@ -131,14 +133,19 @@ def test_two_processes_take_the_steps_of_the_loop(how, weighting, accumulate, tm
     found = torch.load(tmp_path / "found.pt")
 
     layouts = some_layouts()
-    rows = fr.Rows(layouts, LENGTH, epochs=3, multiple=2 * accumulate, seed=3)
-    targets = [sum(len(layouts[k].target_ids) for k in rows.documents(row)) for row in range(len(rows))]
+    if how == "stream":
+        rows = list(fr.RowStream(layouts, LENGTH, multiple=2 * accumulate, seed=3, pool=8))
+        steps = [[*rows[at], *rows[at + 1]] for at in range(0, len(rows), 2)]
+    else:
+        dealt = fr.Rows(layouts, LENGTH, epochs=3, multiple=2 * accumulate, seed=3)
+        rows, steps = [dealt[row] for row in range(len(dealt))], steps_of(dealt, layouts)
+    targets = [sum(len(layout.target_ids) for layout in row) for row in rows]
     assert 0 in targets
     assert len(set(targets)) > 3
     stock = tiny("Qwen3").double()
     start = start_of(stock)
     with true_float64():
-        expected = fit_by_hand(stock, steps_of(rows, layouts), weighting)
+        expected = fit_by_hand(stock, steps, weighting)
         by_hand = evaluated_by_hand(stock, some_turns()[:7], weighting)
     assert_same_training(weighting, found["losses"], expected, found["parameters"], start_of(stock), start)
     assert said["metrics"]["eval_targets"] == sum(len(layout.target_ids) for layout in layouts[:7])

@@ -368,3 +368,45 @@ def test_rows_of_a_step_fall_on_all_processes(material, tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match="rows_per_step: expected a multiple of the 2 processes, found 3"):
         train(settings(material, tmp_path / "out", rows_per_step=3), silent)
+
+
+MEMORY = """
+import re, sys
+from pathlib import Path
+from transformers import AutoTokenizer
+from flexreason.data.documents import Documents
+from flexreason.data.intake import EntryEncoder
+from flexreason.data.rows import Rows
+from flexreason.train.prepare import prepare
+
+def own_memory():  # without the pages of files that are mapped, which the system takes back when it likes
+    return 1024 * int(re.search(r"RssAnon:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
+
+model, folder, *files = sys.argv[1:]
+encoder = EntryEncoder(AutoTokenizer.from_pretrained(model))
+for file in files:
+    made = prepare([file], encoder, Path(folder), length=256)
+    documents = Documents(made.documents_path)
+    rows = Rows(documents, 256, epochs=2, sizes=documents.sizes)
+    most = max(own_memory() for row in range(0, len(rows), 20) if rows[row])
+    print(most)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="asks Linux how much memory there is")
+def test_memory_does_not_grow_with_the_data(material, tmp_path):
+    """Eight times as many conversations, in one process, one after the other."""
+    model, _ = material
+    files = [write_data(tmp_path / f"{n}.jsonl", n=n) for n in (299, 300, 2400)]
+    done = subprocess.run(
+        [sys.executable, "-c", MEMORY, str(model), str(tmp_path / "data"), *map(str, files)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    _, few, many = map(int, done.stdout.split())
+    on_disk = sum(path.stat().st_size for path in (tmp_path / "data").rglob("*") if path.is_file())
+    assert on_disk > 5 * 2**20
+    assert many - few < on_disk / 8

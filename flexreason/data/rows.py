@@ -7,10 +7,11 @@ begin at a number. Nothing is kept but sizes; an epoch's rows are made when it i
 >>> import flexreason as fr
 >>> layouts = [fr.lay_out_turns([([1] * n, [2], [3])]) for n in (100, 30, 60, 90, 20)]
 >>> rows = Rows(layouts, 128, epochs=2)
->>> [sorted(row) for row in rows.numbers(0)], len(rows)
+>>> [sorted(rows.documents(row)) for row in range(3)], len(rows)
 ([[1, 3], [0, 4], [2]], 6)
 """
 
+from array import array
 from bisect import bisect_right
 from collections.abc import Sequence
 from typing import Any
@@ -48,14 +49,14 @@ class Rows(Dataset):
         if not len(items):
             raise ValueError("Rows: no documents")
         self.items, self.length, self.seed, self.multiple, self.pool = items, length, seed, multiple, pool
-        self.sizes = [size_of(item) for item in items] if sizes is None else sizes
+        self.sizes = array("q", map(size_of, items)) if sizes is None else sizes
         if len(self.sizes) != len(items):
             raise ValueError(f"Rows: {len(items)} documents and {len(self.sizes)} sizes")
-        self._made: tuple[int, list[list[int]]] | None = None
+        self._made: tuple[int, _Epoch] | None = None
         self.starts = [0]  # where each epoch begins, and the end
         wanted = None if steps is None else steps * multiple
         while len(self.starts) <= epochs if wanted is None else self.starts[-1] < wanted:
-            self.starts.append(self.starts[-1] + len(self.numbers(len(self.starts) - 1)))
+            self.starts.append(self.starts[-1] + len(self._epoch(len(self.starts) - 1)))
         if wanted is not None:
             self.starts[-1] = wanted
 
@@ -77,27 +78,47 @@ class Rows(Dataset):
     def progress(self, row: int) -> float:
         """Epochs that are over when all rows before this one are, in parts of the last."""
         epoch = self.epoch_of(row)
-        n = len(self.numbers(epoch)) if epoch == self.epochs - 1 else self.starts[epoch + 1] - self.starts[epoch]
+        n = len(self._epoch(epoch)) if epoch == self.epochs - 1 else self.starts[epoch + 1] - self.starts[epoch]
         return epoch + (row - self.starts[epoch]) / n
 
     def documents(self, row: int) -> list[int]:
         """The numbers of the documents in a row."""
         epoch = self.epoch_of(row)
-        return self.numbers(epoch)[row - self.starts[epoch]]
+        return self._epoch(epoch).row(row - self.starts[epoch])
 
-    def numbers(self, epoch: int) -> list[list[int]]:
-        """All rows of an epoch."""
+    def _epoch(self, epoch: int) -> "_Epoch":
         if self._made is None or self._made[0] != epoch:
-            draw = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
-            order = torch.randperm(len(self.items), generator=draw).tolist()
-            packer = Packer(self.length, pool=self.pool, seed=self.seed * 1_000_003 + epoch)
-            rows = list(packer.pack((number, int(self.sizes[number])) for number in order))
-            rows += [[] for _ in range(-len(rows) % self.multiple)]
-            self._made = epoch, rows
+            seed = self.seed * 1_000_003 + epoch
+            order = torch.randperm(len(self.items), generator=torch.Generator().manual_seed(seed))
+            numbers = (number for some in order.split(4096) for number in some.tolist())
+            packer = Packer(self.length, pool=self.pool, seed=seed)
+            made = _Epoch()
+            for row in packer.pack((number, int(self.sizes[number])) for number in numbers):
+                made.add(row)
+            for _ in range(-len(made) % self.multiple):
+                made.add([])
+            self._made = epoch, made
         return self._made[1]
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_made": None}
+
+
+class _Epoch:
+    """The rows of an epoch, a few bytes a document."""
+
+    def __init__(self) -> None:
+        self.numbers, self.ends = array("q"), array("q", [0])
+
+    def __len__(self) -> int:
+        return len(self.ends) - 1
+
+    def add(self, row: list[int]) -> None:
+        self.numbers.extend(row)
+        self.ends.append(len(self.numbers))
+
+    def row(self, number: int) -> list[int]:
+        return self.numbers[self.ends[number] : self.ends[number + 1]].tolist()
 
 
 def size_of(item: Any) -> int:

@@ -34,14 +34,15 @@ class Along(TrainerCallback):
         """Drop from the log what was done after the checkpoint that a run goes on from."""
         if not self.log.exists():
             return
-        kept = []
-        for line in self.log.read_text().splitlines():
-            try:
-                if json.loads(line)["step"] <= step:
-                    kept.append(line)
-            except ValueError:  # the run was killed while it wrote this line
-                continue
-        self.log.write_text("".join(f"{line}\n" for line in kept))
+        unfinished = self.log.with_name(self.log.name + ".unfinished")
+        with self.log.open() as old, unfinished.open("w") as kept:
+            for line in old:
+                try:
+                    if json.loads(line)["step"] <= step:
+                        kept.write(line)
+                except ValueError:  # the run was killed while it wrote this line
+                    continue
+        unfinished.replace(self.log)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.first:

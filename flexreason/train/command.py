@@ -32,6 +32,9 @@ def run(options: argparse.Namespace) -> int:
     except Broken as error:
         print(f"flexreason train: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("\nflexreason train: stopped; the same command goes on from the last checkpoint", file=sys.stderr)
+        return 130
     if options.json:
         said = {"folder": str(outcome.folder), "steps": outcome.steps, "metrics": outcome.metrics}
         print(json.dumps({**said, "losses": outcome.losses, "seconds": outcome.seconds}))

@@ -166,6 +166,7 @@ class _Run:
         for note in notes:
             self.say(f"note: {note}")
         if settings.lora is not None:
+            torch.manual_seed(settings.seed)
             model = _with_lora(model, settings.lora)
         if settings.loss != "auto":
             return fr.patch(model, settings.backend, loss=settings.loss)

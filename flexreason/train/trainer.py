@@ -16,10 +16,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import SequentialSampler
+from torch.utils.data import IterableDataset, SequentialSampler
 from transformers import Trainer
 
 from flexreason.data.rows import Rows
+from flexreason.data.stream import RowStream
 from flexreason.patching import find_patch
 from flexreason.train import checkpoints
 from flexreason.train.sums import Sums, total_weight
@@ -33,13 +34,16 @@ class RowTraining:
     """To stand before a trainer class: `class MyTrainer(RowTraining, SFTTrainer)`."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
+        if isinstance(kwargs.get("train_dataset"), IterableDataset) and kwargs.get("args") is not None:
+            # else accelerate has one rank read, and cuts up what it has read: rows of different shapes
+            kwargs["args"].accelerator_config.dispatch_batches = False
         super().__init__(*args, **kwargs)
         me: Any = self
         for data, size in (
             ("train_dataset", "per_device_train_batch_size"),
             ("eval_dataset", "per_device_eval_batch_size"),
         ):
-            if isinstance(getattr(me, data), Rows):
+            if isinstance(getattr(me, data), Rows | RowStream):
                 setattr(me.args, size, 1)
         me._train_batch_size = me.args.train_batch_size
         if find_patch(me.model) is None:
