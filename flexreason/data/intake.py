@@ -8,19 +8,30 @@ whole: nothing is left out silently, and nobody fixes a file line by line. Or re
 import itertools
 import multiprocessing
 import os
+import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 
+import flexreason
 from flexreason.chat.encoding import Encoded, Encoder, encoder_of
 from flexreason.chat.render import ConversationError
-from flexreason.data.conversations import BadInput, Conversation, as_conversation, as_sample, detect, read_all
+from flexreason.data.conversations import (
+    BadInput,
+    Conversation,
+    _without_none,
+    as_conversation,
+    as_sample,
+    detect,
+    read_all,
+)
 from flexreason.layout import Layout
 from flexreason.tree import lay_out
 
@@ -40,8 +51,12 @@ class EntryEncoder:
     def __init__(self, tokenizer: Any, *, format: str | None = None, turns: Any = None, **options: Any) -> None:
         self.tokenizer, self.format, self.turns, self.options = tokenizer, format, turns, options
         Encoder(tokenizer, **options)  # wrong options are told here, and not in a worker
+        # what datasets keeps goes by this object's state, and another version may encode otherwise
+        self.versions = [flexreason.__version__, version("transformers"), version("tokenizers")]
 
     def __call__(self, entry: Any) -> Layout:
+        if isinstance(entry, Mapping) and not isinstance(entry, dict):  # a row that datasets.map gives
+            entry = _without_none(dict(entry))
         format = self.format or detect(entry, "entry")
         if format == "samples":
             return lay_out([as_sample(entry, "entry")])
@@ -67,6 +82,7 @@ class Item:
     conversation: Conversation
     encoded: Encoded
     layout: Layout
+    seconds: float = 0.0  # that encoding and laying out took
 
 
 @dataclass
@@ -81,6 +97,13 @@ class Refusals:
         named = self.examples.setdefault(reason, [])
         if len(named) < EXAMPLES:
             named.append(words)
+
+    def merge(self, other: "Refusals") -> None:
+        """Those of another source, too."""
+        for reason, count in other.counts.items():
+            self.counts[reason] = self.counts.get(reason, 0) + count
+            named = self.examples.setdefault(reason, [])
+            named += other.examples[reason][: EXAMPLES - len(named)]
 
     @property
     def total(self) -> int:
@@ -110,7 +133,8 @@ class Intake:
     """Conversations of a source, encoded one after the other, in order; iterate over it once.
 
     `then` makes of an Item what is given out, in the worker, so that only this is sent back. The number of `workers`
-    (processes; 0: none) changes nothing but the time. `limit`: the most conversations to read.
+    (processes; 0: none) changes nothing but the time; `pool` is them, where several sources share what `start_workers`
+    started. `limit`: the most conversations to read.
     """
 
     def __init__(
@@ -123,11 +147,13 @@ class Intake:
         limit: int | None = None,
         workers: int = 0,
         then: Callable[[Item], Any] | None = None,
+        pool: ProcessPoolExecutor | None = None,
     ) -> None:
         if workers < 0:
             raise ValueError(f"workers: expected 0 or more, found {workers}")
         self.source, self.encoder, self.split = source, encoder, split
         self.skip_invalid, self.limit, self.workers, self.then = skip_invalid, limit, workers, then
+        self.pool = pool
         self.refusals = Refusals()
         self.n_read = 0
         self.format: str | None = encoder.format
@@ -144,8 +170,11 @@ class Intake:
 
     def _encoded(self) -> Iterator[tuple[bool, Any]]:
         read = itertools.islice(self._read(), self.limit)
-        if self.workers:
-            yield from _in_processes(self.encoder, self.then, read, self.workers)
+        if self.pool is not None:
+            yield from _in_processes(self.pool, self.workers, read)
+        elif self.workers:
+            with start_workers(self.workers, self.encoder, self.then) as pool:
+                yield from _in_processes(pool, self.workers, read)
         else:
             yield from (_take(self.encoder, self.then, found) for found in read)
 
@@ -160,28 +189,46 @@ def _take(
     encoder: EntryEncoder, then: Callable[[Item], Any] | None, found: Conversation | BadInput
 ) -> tuple[bool, Any]:
     """(False, what was made of it), or (True, (class of reasons, words))."""
+    start = time.perf_counter()
     try:
         if isinstance(found, BadInput):
             raise found
         encoded = encoder.encoded(found)
-        item = Item(found, encoded, lay_out(encoded.samples))
+        item = Item(found, encoded, _laid_out(encoded, found), time.perf_counter() - start)
     except ConversationError as error:
         where = "" if isinstance(found, BadInput) else f"{found.where}: "
         return True, (error.reason, f"{where}{error}")
     return False, item if then is None else then(item)
 
 
-def _in_processes(
-    encoder: EntryEncoder, then: Callable[[Item], Any] | None, read: Iterator[Any], workers: int
-) -> Iterator[tuple[bool, Any]]:
-    """The same in order from processes of their own, no more than a few chunks ahead of who asks."""
+def _laid_out(encoded: Encoded, found: Conversation) -> Layout:
+    try:
+        return lay_out(encoded.samples)
+    except ValueError as error:
+        if found.samples is None:
+            raise  # samples that we have made
+        raise BadInput(str(error)) from error
+
+
+def start_workers(
+    workers: int, encoder: EntryEncoder, then: Callable[[Item], Any] | None = None
+) -> ProcessPoolExecutor:
+    """Processes for Intakes with this encoder and `then`. They take seconds to start, so several may share them."""
     context = multiprocessing.get_context("spawn")  # a fork would inherit torch's and the tokenizer's threads
+    return ProcessPoolExecutor(workers, context, _begin, (encoder, then))
+
+
+def _in_processes(pool: ProcessPoolExecutor, workers: int, read: Iterator[Any]) -> Iterator[tuple[bool, Any]]:
+    """The same in order from processes of their own, no more than a few chunks ahead of who asks."""
     chunks = iter(lambda: list(itertools.islice(read, CHUNK)), [])
-    with ProcessPoolExecutor(workers, context, _begin, (encoder, then)) as pool:
-        waiting = deque(pool.submit(_take_each, chunk) for chunk in itertools.islice(chunks, 4 * workers))
+    waiting = deque(pool.submit(_take_each, chunk) for chunk in itertools.islice(chunks, 4 * workers))
+    try:
         while waiting:
             yield from waiting.popleft().result()
             waiting.extend(pool.submit(_take_each, chunk) for chunk in itertools.islice(chunks, 1))
+    finally:  # who stops early need not wait for all that
+        for future in waiting:
+            future.cancel()
 
 
 _step: Callable[[Any], tuple[bool, Any]]
