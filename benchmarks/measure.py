@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from flexreason.memory import begins_anew, peak_bytes
+
 
 def interleaved(calls: dict[str, Callable[[], Any]], repeats: int, warm_up: int = 1) -> dict[str, list[float]]:
     """Seconds of every call, `repeats` times, one after the other in turn, so that noise falls on all alike."""
@@ -35,19 +37,14 @@ def median_ratio(a: list[float], b: list[float]) -> float:
 
 def peak_mib(call: Callable[[], Any]) -> float | None:
     """How far a call raises the process's resident memory at its highest; None where that cannot be read."""
-    try:
-        ctypes.CDLL(None).malloc_trim(0)  # so that memory freed earlier is not used again unseen
-        Path("/proc/self/clear_refs").write_text("5")
-        before = _status_kib("VmRSS")
-        call()
-        return (_status_kib("VmHWM") - before) / 1024
-    except (OSError, AttributeError):
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is None or not begins_anew():
         return None
-
-
-def _status_kib(key: str) -> int:
-    [line] = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key + ":")]
-    return int(line.split()[1])
+    trim(0)  # so that memory freed earlier is not used again unseen
+    with peak_bytes(torch.device("cpu")) as peak:
+        before = peak()  # the peak of no time at all is what is in use
+        call()
+        return (peak() - before) / 2**20
 
 
 def print_table(title: str, rows: list[dict[str, Any]]) -> None:

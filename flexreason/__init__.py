@@ -6,7 +6,9 @@ from typing import TYPE_CHECKING, Any
 from flexreason.blocks import block_mask
 from flexreason.data.collator import Collator
 from flexreason.data.pack import Packer
+from flexreason.data.rows import Rows
 from flexreason.data.splitting import Split, split
+from flexreason.data.stream import RowStream
 from flexreason.draw import draw_layout, draw_mask
 from flexreason.layout import Layout, lay_out_turns, unmerge
 from flexreason.mask import dense_mask, mask_mod
@@ -16,17 +18,25 @@ from flexreason.tree import lay_out
 
 if TYPE_CHECKING:
     from flexreason.chat.encoding import encode
+    from flexreason.data.intake import EntryEncoder
     from flexreason.logprobs import token_logprobs
-    from flexreason.patching import patch, unpatch
-    from flexreason.proof.verification import verify
+    from flexreason.patching import unpatch
+    from flexreason.proof.comparison import verify
+    from flexreason.proof.gate import patch
+    from flexreason.train.sums import total_weight
+    from flexreason.train.trainer import RowTrainer
 
 __version__ = "0.1.0.dev0"
 
 __all__ = [
     "Collator",
+    "EntryEncoder",
     "Layout",
     "Packer",
     "Role",
+    "RowStream",
+    "RowTrainer",
+    "Rows",
     "Sample",
     "Split",
     "block_mask",
@@ -41,17 +51,21 @@ __all__ = [
     "patch",
     "split",
     "token_logprobs",
+    "total_weight",
     "unmerge",
     "unpatch",
     "verify",
 ]
 
 NEEDS_TRANSFORMERS = {
+    "EntryEncoder": "flexreason.data.intake",
+    "RowTrainer": "flexreason.train.trainer",
     "encode": "flexreason.chat.encoding",
-    "patch": "flexreason.patching",
+    "patch": "flexreason.proof.gate",
     "token_logprobs": "flexreason.logprobs",
+    "total_weight": "flexreason.train.sums",
     "unpatch": "flexreason.patching",
-    "verify": "flexreason.proof.verification",
+    "verify": "flexreason.proof.comparison",
 }
 """Imported when first asked for, since transformers takes seconds to import."""
 

@@ -9,9 +9,12 @@ from collections.abc import Sequence
 import flexreason
 
 COMMANDS = {  # module, what it is for
-    "demo": ("flexreason.demo", "see one conversation laid out, and its single pass beside the N samples"),
+    "demo": ("flexreason.demo.command", "train a small model from scratch in single passes, and let it answer"),
     "models": ("flexreason.proof.models", "tell which models take rows exactly, or one model by name, path or class"),
+    "report": ("flexreason.data.report", "say what is in your data, what one pass saves on it, and what is refused"),
+    "show": ("flexreason.show", "lay out one conversation, a small one or yours, and draw its mask"),
     "template": ("flexreason.chat.template", "say what a chat template does with reasoning, and show samples"),
+    "train": ("flexreason.train.command", "train a model on every turn of your conversations"),
     "verify": ("flexreason.proof.verification", "hold one pass against the N samples on your own model and data"),
 }
 

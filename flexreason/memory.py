@@ -22,12 +22,15 @@ def available_bytes(device: torch.device) -> int:
 
 @contextmanager
 def peak_bytes(device: torch.device) -> Iterator[Callable[[], int]]:
-    """A meter of the most memory in use since it was entered: of the device, or of this process on a CPU."""
+    """A meter of the most memory in use since it was entered: of the device, or of this process on a CPU.
+
+    Where the kernel does not begin anew (`begins_anew`), it is the most since the process began.
+    """
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         yield lambda: torch.cuda.max_memory_allocated(device)
         return
-    if os.access(CLEAR, os.W_OK):
+    if begins_anew():
         CLEAR.write_text("5")  # from here on the kernel notes a new peak
         yield lambda: _field(STATUS, "VmHWM")
         return
@@ -35,6 +38,11 @@ def peak_bytes(device: torch.device) -> Iterator[Callable[[], int]]:
 
     unit = 1 if sys.platform == "darwin" else 1024
     yield lambda: unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def begins_anew() -> bool:
+    """Whether a process's peak can be forgotten, so that a new one is noted."""
+    return os.access(CLEAR, os.W_OK)
 
 
 def _field(path: Path, name: str) -> int:

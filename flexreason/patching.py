@@ -1,6 +1,6 @@
-"""`patch`: an ordinary Hugging Face model that takes rows, and does all else as before.
+"""How a model is patched: an ordinary Hugging Face model that takes rows, and does all else as before.
 
-What it does to a model, and all that it does:
+What is done to a model, and all that is done:
 
 - its attention layers find an attention function under a new name. It computes a tree where it is handed
   one, and otherwise calls what the model used before; so do the masks registered under that name.
@@ -9,18 +9,12 @@ What it does to a model, and all that it does:
   head's loss, see T rows instead of S, and are left alone.
 - the model's loss function takes weights, and an empty row.
 
->>> import flexreason as fr
->>> from transformers import Qwen3Config, Qwen3ForCausalLM
->>> model = Qwen3ForCausalLM(Qwen3Config(vocab_size=40, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-...     num_attention_heads=4, num_key_value_heads=2, head_dim=8))
->>> row = fr.collate([fr.lay_out_turns([([1, 2], [10, 11], [20]), ([3], [12], [21])])])
->>> model = fr.patch(model)
->>> model(**row).loss.backward()
+Only what can be seen is refused here. `fr.patch` is in proof/gate.py: it asks for proof as well.
 """
 
 import inspect
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -44,13 +38,17 @@ ATTRIBUTE = "_flexreason"
 Model = TypeVar("Model", bound=nn.Module)
 
 
-def patch(model: Model, backend: str = "auto", mask: str = "interval", loss: str = "model") -> Model:
-    """Make `model` take rows of `collate`; the same object back. Patching again changes the settings.
+def apply_patch(
+    model: Model,
+    backend: str = "auto",
+    mask: str = "interval",
+    loss: str = "model",
+    ask: Callable[[PreTrainedModel], str] = lambda root: "",
+) -> Model:
+    """Make `model` take rows of `collate`; the same object back. Settings are those of `fr.patch`.
 
-    `backend`: "flex" (GPU), "segments" (trains anywhere), "dense" (for comparison), or "auto". `mask`: "interval",
-    or "turn_role", the paper's own rule, for rows of `lay_out_turns` layouts. `loss`: "model" leaves the head and
-    its loss alone; "chunked" never holds the logits of all targets at once, and returns none. Models that cannot be
-    exact are refused with the reason.
+    `ask` is asked about the model that is found in whatever wraps it: it raises where that is not to be patched, and
+    says why its logits cannot be made a chunk at a time, or nothing.
     """
     if backend not in ("auto", *BACKENDS):
         raise ValueError(f"patch: backend: expected one of 'auto', {', '.join(map(repr, BACKENDS))}, found {backend!r}")
@@ -63,9 +61,10 @@ def patch(model: Model, backend: str = "auto", mask: str = "interval", loss: str
     root = find_root(model)
     unpatch(root)
     refuse_model(root, model)
+    unchunked = ask(root)
     if loss == "chunked":
-        refuse_own_loss(root, 'patch: loss="chunked"')
-    Patch(root, backend, mask, loss).apply()
+        refuse_own_loss(root, 'patch: loss="chunked"', unchunked)
+    Patch(root, backend, mask, loss, unchunked).apply()
     return model
 
 
@@ -77,7 +76,7 @@ def unpatch(model: Model) -> Model:
 
 
 def find_patch(model: nn.Module) -> "Patch | None":
-    """What `patch` did to a model, or None."""
+    """What was done to a model, or None."""
     found = find_root(model).__dict__.get(ATTRIBUTE)
     return found if isinstance(found, Patch) else None
 
@@ -101,6 +100,7 @@ class Patch:
     backend: str
     mask: str
     loss: str = "model"
+    unchunked: str = ""  # why its logits cannot be made a chunk at a time
     configs: list[tuple[Any, str]] = field(default_factory=list)  # with the attention implementation before
     hooks: list[Any] = field(default_factory=list)
     warned: bool = False
@@ -200,7 +200,7 @@ class Patch:
     @contextmanager
     def giving_logprobs(self, temperature: float) -> Iterator[None]:
         """In here a row's `loss` is the log-probability of every target, [T]."""
-        refuse_own_loss(self.root, "token_logprobs")
+        refuse_own_loss(self.root, "token_logprobs", self.unchunked)
         self.root.loss_function.temperature = temperature
         try:
             yield

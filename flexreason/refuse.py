@@ -1,4 +1,6 @@
-"""Everything that is refused, with the reason: models that cannot be exact, and rows that are not whole.
+"""What is refused by looking at it, with the reason: models that cannot be exact, and rows that are not whole.
+
+What must be tried to be known is asked above, in proof/gate.py.
 
 Shapes: S tokens, T targets.
 """
@@ -6,10 +8,8 @@ Shapes: S tokens, T targets.
 import contextlib
 import inspect
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,9 +17,6 @@ from transformers import PreTrainedModel
 
 from flexreason.attention.registry import before_patching
 from flexreason.mask import interval_rule, turn_role_rule
-
-if TYPE_CHECKING:
-    from flexreason.proof.selftest import Result
 
 IMPLEMENTATIONS = ("sdpa", "eager", "flex_attention")
 """What a model may have used before, and goes on using for ordinary batches."""
@@ -38,77 +35,32 @@ Reason = tuple[str, str]
 
 SAMPLES = "train on the N samples"
 
-UNTESTED = "cannot be built tiny"
-"""The verdict on what nobody could test."""
-
 RECURRENT = "it has recurrent layers, which carry state from token to token past any mask"
-
-_untested: ContextVar[bool] = ContextVar("flexreason_untested", default=False)
-
-_trusted: set[tuple] = set()
-"""What `fr.verify` passed on, though no test could: class, structure, and what the model is made of."""
 
 
 def refuse_model(root: PreTrainedModel, model: nn.Module | None = None) -> None:
-    """Raise if the model cannot take rows exactly, naming it, the reason, and what can be done.
+    """Raise if a look at the model is enough to say that it cannot take rows exactly.
 
     `model` is what wraps it, if anything: some adapters are known by their wrapper only.
     """
-    against = reason_against_adapters(model or root) or reason_against(root)
-    against = against or (None if _untested.get() else reason_to_doubt(root))
-    if against:
-        raise ValueError(f"patch: {model_class(root).__name__} is refused: {'; '.join(against)}")
+    if against := reason_against_adapters(model or root) or reason_against(root):
+        raise refusal(root, against)
 
 
-def refuse_own_loss(root: PreTrainedModel, what: str) -> None:
-    """Raise if the model's logits cannot be made a chunk at a time: its forward computes its loss itself, or the list
-    or the self-test says that what comes out is not the samples'."""
+def refusal(root: PreTrainedModel, against: Reason) -> ValueError:
+    """The error that names the model, the reason, and what can be done."""
+    return ValueError(f"patch: {model_class(root).__name__} is refused: {'; '.join(against)}")
+
+
+def refuse_own_loss(root: PreTrainedModel, what: str, unchunked: str) -> None:
+    """Raise if the model's logits cannot be made a chunk at a time: its forward computes its loss itself, or a test
+    of its class found why (`unchunked`) what comes out is not the samples'."""
+    name = model_class(root).__name__
     with contextlib.suppress(OSError, TypeError):  # no source to read
         if "loss_function" not in inspect.getsource(type(root).forward):
-            raise ValueError(
-                f"{what}: {model_class(root).__name__} computes its loss in its own forward, from all logits; use "
-                'loss="model"'
-            )
-    if _untested.get():
-        return
-    found = _proof(root)
-    if found.chunked is False:
-        raise ValueError(f'{what}: {found.name} takes no chunked loss: {found.chunked_reason}; use loss="model"')
-
-
-@contextmanager
-def untested() -> Iterator[None]:
-    """Patch without asking for proof: for those who go on to prove it."""
-    token = _untested.set(True)
-    try:
-        yield
-    finally:
-        _untested.reset(token)
-
-
-def trust(root: PreTrainedModel) -> None:
-    """`fr.verify` passed on this model: until the process ends, those of its class, structure and parts are taken where
-    no tiny one can be tested. It counts for nothing against a test that failed."""
-    _trusted.add(_kind(root))
-
-
-def _kind(root: PreTrainedModel) -> tuple:
-    from flexreason.proof.models import structure_of
-
-    cls = model_class(root)
-    return cls, structure_of(root.config, cls), frozenset(parts_of(root))
-
-
-def standing(root: PreTrainedModel, model: nn.Module | None = None) -> tuple[str, str] | None:
-    """What `patch` would say of a model that nobody has trusted: a verdict, "refused" or "cannot be built tiny", and
-    the reason; None where it is exact."""
-    if against := reason_against_adapters(model or root) or reason_against(root):
-        return "refused", against[0]
-    found = _proof(root)
-    if found.verdict != "exact":
-        return found.verdict, found.reason
-    changed = _replaced_parts(root)
-    return (UNTESTED, f"parts of it were replaced: {changed}") if changed else None
+            raise ValueError(f'{what}: {name} computes its loss in its own forward, from all logits; use loss="model"')
+    if unchunked:
+        raise ValueError(f'{what}: {name} takes no chunked loss: {unchunked}; use loss="model"')
 
 
 def model_class(root: nn.Module) -> type:
@@ -171,105 +123,6 @@ def is_recurrent(cls: type, config: Any) -> bool:
     kinds = getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None) or ["unknown"]
     attention_only = all(kind.endswith("attention") and "linear" not in kind for kind in kinds)
     return getattr(cls, "_is_stateful", False) and not attention_only
-
-
-def reason_to_doubt(root: PreTrainedModel) -> Reason | None:
-    """What the list of classes says, or else the self-test on a tiny model of the same structure."""
-    found = _proof(root)
-    if found.verdict == "exact":
-        changed = _replaced_parts(root)
-        doubt = changed and f"parts of it were replaced, which no tiny model of its class has: {changed}"
-    elif found.verdict == "refused":
-        return found.reason, SAMPLES
-    else:
-        doubt = "nobody has shown it to be exact, and no tiny model of its structure can be built to try "
-        doubt += f"({found.reason})"
-    if not doubt or _kind(root) in _trusted:
-        return None
-    return doubt, "run fr.verify on it: once that has passed, patch takes such models until the process ends"
-
-
-def _proof(root: PreTrainedModel) -> "Result":
-    from flexreason.proof.models import proof
-
-    return proof(model_class(root), root.config, edited=_foreign(parts_of(root)))
-
-
-# ---- what a model is made of
-
-
-COMMON = (  # packages whose modules stand in for linear layers, wrap others, or share them out
-    *("torch", "peft", "accelerate", "deepspeed", "bitsandbytes", "torchao", "gptqmodel", "auto_gptq", "awq", "hqq"),
-    *("optimum", "quanto", "eetq", "aqlm", "vptq", "compressed_tensors", "auto_round", "spqr_quant", "fp_quant"),
-    "transformers.integrations",
-)
-
-MIXING = (nn.modules.conv._ConvNd, nn.RNNBase, nn.MultiheadAttention, nn.TransformerEncoderLayer)
-"""Modules of torch that carry something from token to token."""
-
-WRAPPERS = ("functools", "accelerate", "torch", "peft")
-"""Packages whose functions, put before a forward, leave what it computes."""
-
-_MANNER = "forward of "
-
-
-def _foreign(parts: set[str]) -> frozenset[str]:
-    """Those that neither transformers nor torch brought."""
-    return frozenset(part for part in parts if not part.startswith(("transformers.", "torch.")))
-
-
-def parts_of(root: nn.Module) -> set[str]:
-    """The kinds of modules in a model, beside harmless ones, and whose `forward` is not that of their class."""
-    kinds: dict[type, nn.Module] = {}
-    found = set()
-    for module in root.modules():
-        kinds.setdefault(type(module), module)
-        if module is not root and "forward" in vars(module) and (by := _forward_from(module)):
-            found.add(f"{_MANNER}{type(module).__name__}, by {by}")
-    for kind, module in kinds.items():
-        if module is not root and (isinstance(module, MIXING) or not _is_of(kind.__module__, COMMON)):
-            found.add(f"{kind.__module__}.{kind.__qualname__}")
-            if by := _written_elsewhere(kind):
-                found.add(f"{_MANNER}{kind.__name__}, by {by}")
-    return found
-
-
-def _is_of(module: str, packages: Sequence[str]) -> bool:
-    return any(module == package or module.startswith(f"{package}.") for package in packages)
-
-
-def _home(function: Any) -> str:
-    """Where a function is from, by its globals: wrappers take on the name of what they wrap."""
-    function = getattr(function, "__func__", function)
-    return getattr(function, "__globals__", {}).get("__name__", type(function).__module__)
-
-
-def _forward_from(module: nn.Module) -> str:
-    """What replaced a module's own forward, or nothing where there are only known wrappers around it."""
-    forward: Any = vars(module)["forward"]
-    while forward is not None:
-        inner = getattr(forward, "func", forward)  # of functools.partial
-        if getattr(inner, "__func__", None) is type(module).forward:
-            return ""
-        if not _is_of(_home(inner), WRAPPERS):
-            return f"{_home(inner)}.{getattr(inner, '__qualname__', type(inner).__name__)}"
-        forward = getattr(forward, "__wrapped__", None)
-    return ""
-
-
-def _written_elsewhere(kind: type) -> str:
-    """The package of a forward that was put into a class from outside, or nothing."""
-    own = [cls.__module__.partition(".")[0] for cls in kind.__mro__]
-    home = _home(inspect.unwrap(kind.forward))  # type: ignore[attr-defined]
-    return "" if _is_of(home, [*own, *WRAPPERS]) else home
-
-
-def _replaced_parts(root: PreTrainedModel) -> str:
-    """What is in a model and not in a tiny one of its class and structure."""
-    from flexreason.proof.models import tiny_parts
-
-    parts = parts_of(root)
-    return ", ".join(sorted(parts - tiny_parts(model_class(root), root.config, _foreign(parts))))
 
 
 def refuse_row(decoder: nn.Module, given: Mapping[str, Any], required: set[str]) -> None:

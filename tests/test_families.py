@@ -18,11 +18,11 @@ from torch import nn
 
 import flexreason as fr
 from exact import EXACT, errors
-from flexreason import head, refuse
+from flexreason import head, patching, refuse
 from flexreason.attention import segments
-from flexreason.attention.tree_row import TreeRow
+from flexreason.attention.tree_row import BACKENDS, TreeRow
 from flexreason.cli import main
-from flexreason.proof import models, selftest
+from flexreason.proof import gate, scan, selftest, verdicts
 from flexreason.proof.shrink import HEADS, ORIGINAL, build, causal_classes, default_config, length_constants, shrink
 from models import tiny
 from strategies import random_tree, random_turns
@@ -101,7 +101,7 @@ def test_windows_and_chunks_in_places_of_storage_are_not_exact(name, limit, monk
         in_storage = torch.arange(row["until"].shape[1])[None]
         return plain({**row, "position_ids": in_storage}, *limits)
 
-    dense = selftest.patch.__globals__["BACKENDS"]["dense"]
+    dense = BACKENDS["dense"]
     plain = dense.prepare
     monkeypatch.setattr(dense, "prepare", prepare)
     assert check(name).verdict == "refused"
@@ -282,7 +282,7 @@ def made(cls, *args):
 def test_an_unknown_class_is_tested_on_its_own_config_once(monkeypatch):
     calls = []
     monkeypatch.setattr(selftest, "check", lambda *args, plain=selftest.check: calls.append(args) or plain(*args))
-    monkeypatch.setattr(models, "_found", {})
+    monkeypatch.setattr(verdicts, "_found", {})
     for _ in range(2):
         model = fr.patch(made(Unchanged))
     assert [cls for _, cls in calls] == [Unchanged]
@@ -364,7 +364,7 @@ def test_what_is_easily_cut_away_is_seen(cls, config):
 
 
 def test_a_listed_class_whose_other_structure_cannot_be_tried_is_not_believed(monkeypatch):
-    monkeypatch.setattr(models, "_found", {})
+    monkeypatch.setattr(verdicts, "_found", {})
     monkeypatch.setattr(selftest, "check", lambda config, cls: selftest.Result(cls.__name__, "cannot be built tiny"))
     with pytest.raises(ValueError, match="Qwen3ForCausalLM is refused: nobody has shown it"):
         fr.patch(tiny("Qwen3", attention_bias=True))
@@ -404,15 +404,15 @@ CHANGED = {
 
 @pytest.mark.parametrize("change", CHANGED, ids=lambda change: change.__name__)
 def test_a_model_with_replaced_parts_is_refused_until_it_is_trusted(change, monkeypatch):
-    monkeypatch.setattr(refuse, "_trusted", set())
+    monkeypatch.setattr(gate, "_trusted", set())
     model = tiny("Llama")
     change(model)
     with pytest.raises(ValueError, match=f"is refused: parts of it were replaced, .*{CHANGED[change]}.*run fr.verify"):
         fr.patch(model)
-    verdict, reason = refuse.standing(model)
+    verdict, reason = gate.standing(model)
     assert verdict == "cannot be built tiny"
     assert "parts of it were replaced" in reason
-    refuse.trust(model)
+    gate.trust(model)
     fr.patch(model)
     other = tiny("Llama", num_hidden_layers=3)
     other.model.layers[0].mlp.forward = lambda x: x
@@ -422,13 +422,13 @@ def test_a_model_with_replaced_parts_is_refused_until_it_is_trusted(change, monk
 
 def test_a_class_that_was_edited_is_tested_whatever_the_list_says(monkeypatch):
     """As libraries do that put their own forward into transformers' classes."""
-    monkeypatch.setattr(models, "_found", {})
+    monkeypatch.setattr(verdicts, "_found", {})
     cls = transformers.models.llama.modeling_llama.LlamaMLP
     plain = cls.forward
     monkeypatch.setattr(cls, "forward", lambda self, x: plain(self, x.roll(1, 1)))
     with pytest.raises(ValueError, match="is refused: one pass is not the samples'"):
         fr.patch(tiny("Llama"))
-    models._found.clear()
+    verdicts._found.clear()
     monkeypatch.setattr(cls, "forward", lambda self, x: plain(self, x))
     fr.patch(tiny("Llama"))
 
@@ -467,8 +467,8 @@ def test_adapters_with_virtual_tokens_are_refused_by_name(kind):
     more = {"encoder_hidden_size": 16} if kind == "PromptEncoderConfig" else {}
     model = adapted(getattr(peft, kind)(num_virtual_tokens=4, task_type="CAUSAL_LM", **more), "Llama")
     with pytest.raises(ValueError, match=rf"is refused: its adapter \({kind}\) puts virtual tokens before"):
-        refuse.refuse_model(fr.patching.find_root(model), model)
-    assert refuse.standing(fr.patching.find_root(model), model)[0] == "refused"
+        refuse.refuse_model(patching.find_root(model), model)
+    assert gate.standing(patching.find_root(model), model)[0] == "refused"
 
 
 # ---- the loss in chunks
@@ -501,7 +501,7 @@ def test_the_self_test_holds_the_loss_in_chunks_too(monkeypatch):
 
 def test_a_class_that_is_exact_but_not_in_chunks_is_refused_by_name(monkeypatch):
     right = selftest.Result("LlamaForCausalLM", "exact", chunked=False, chunked_reason="it is not the samples'")
-    monkeypatch.setattr(models, "proof", lambda *args, **kwargs: right)
+    monkeypatch.setattr(verdicts, "proof", lambda *args, **kwargs: right)
     model = fr.patch(tiny("Llama"))
     with pytest.raises(ValueError, match="LlamaForCausalLM takes no chunked loss: it is not the samples'; use loss="):
         fr.patch(model, loss="chunked")
@@ -511,52 +511,51 @@ def test_a_class_that_is_exact_but_not_in_chunks_is_refused_by_name(monkeypatch)
 
 
 def test_the_list_says_which_classes_take_no_loss_in_chunks():
-    found = models.listed()["models"]
+    found = verdicts.listed()["models"]
     assert found["WhisperForCausalLM"]["chunked"] is False
-    assert "no chunked loss" in models.TABLE.read_text()
+    assert "no chunked loss" in scan.TABLE.read_text()
     exact = [entry for entry in found.values() if entry["verdict"] == "exact"]
     assert sum(entry["chunked"] for entry in exact) >= 100
     assert all(entry["chunked_reason"] for entry in exact if not entry["chunked"])
 
 
 def test_an_unknown_class_that_cannot_be_built_tiny_is_refused_until_it_is_trusted(monkeypatch):
-    monkeypatch.setattr(refuse, "_trusted", set())
+    monkeypatch.setattr(gate, "_trusted", set())
     model = made(Particular, 1)
     with pytest.raises(ValueError, match=r"Particular is refused: nobody has .*missing 1 required .*run fr\.verify"):
         fr.patch(model)
-    with refuse.untested():
-        fr.unpatch(fr.patch(model))
+    fr.unpatch(patching.apply_patch(model))  # which asks nobody
     with pytest.raises(ValueError, match="Particular is refused"):
         fr.patch(model)
-    assert refuse.standing(model)[0] == "cannot be built tiny"
-    refuse.trust(model)
+    assert gate.standing(model)[0] == "cannot be built tiny"
+    gate.trust(model)
     fr.patch(model)
-    assert refuse.standing(model)[0] == "cannot be built tiny"  # which asks for no trust
+    assert gate.standing(model)[0] == "cannot be built tiny"  # which asks for no trust
     with pytest.raises(ValueError, match="Particular is refused"):
         fr.patch(Particular(tiny("Llama", attention_bias=True).config, 1))
 
 
 def test_trust_counts_for_nothing_against_a_test_that_failed(monkeypatch):
-    monkeypatch.setattr(refuse, "_trusted", set())
+    monkeypatch.setattr(gate, "_trusted", set())
     model = made(Shifting)
-    refuse.trust(model)
+    gate.trust(model)
     with pytest.raises(ValueError, match="Shifting is refused: one pass is not the samples'"):
         fr.patch(model)
-    assert refuse.standing(model)[0] == "refused"
-    assert refuse.standing(tiny("Llama", attention_dropout=0.1))[0] == "refused"
-    assert refuse.standing(tiny("Llama")) is None
+    assert gate.standing(model)[0] == "refused"
+    assert gate.standing(tiny("Llama", attention_dropout=0.1))[0] == "refused"
+    assert gate.standing(tiny("Llama")) is None
 
 
 def test_the_list_is_believed_for_the_version_and_structure_it_was_made_with_only(monkeypatch):
     asked = []
     right = selftest.Result("LlamaForCausalLM", "exact")
-    monkeypatch.setattr(models, "_tested", lambda cls, *rest: asked.append(cls.__name__) or right)
+    monkeypatch.setattr(verdicts, "_tested", lambda cls, *rest: asked.append(cls.__name__) or right)
     fr.patch(tiny("Llama"))
     assert not asked
     fr.patch(tiny("Llama", attention_bias=True))
     assert len(asked) == 1
-    other = {**models.listed(), "transformers": "0.0"}
-    monkeypatch.setattr(models, "listed", lambda: other)
+    other = {**verdicts.listed(), "transformers": "0.0"}
+    monkeypatch.setattr(verdicts, "listed", lambda: other)
     fr.patch(tiny("Llama"))
     assert len(asked) == 2
 
@@ -601,21 +600,21 @@ def test_models_that_hand_their_layers_a_mask_and_no_keywords_are_exact(name):
 
 
 def test_the_committed_list_is_of_this_transformers_and_long_enough():
-    found = models.listed()
+    found = verdicts.listed()
     assert found["transformers"] == transformers.__version__
     assert set(found["models"]) == set(causal_classes())
     exact = [entry for entry in found["models"].values() if entry["verdict"] == "exact"]
     assert len(exact) >= 92
     assert all(max(entry[key] for key in ("loss", "logprobs", "gradients")) <= EXACT for entry in exact)
     assert all(entry["reason"] for entry in found["models"].values() if entry["verdict"] != "exact")
-    assert models.TABLE.read_text() == models.table(found)
+    assert scan.TABLE.read_text() == scan.table(found)
 
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_a_new_scan_finds_what_the_list_says():
-    for name, entry in models.scan(causal_classes()):
-        listed = models.listed()["models"][name]
+    for name, entry in scan.scan(causal_classes()):
+        listed = verdicts.listed()["models"][name]
         for key in ("verdict", "unpatched", "structure", "registry"):
             assert entry[key] == listed[key], (name, entry)
 
@@ -632,9 +631,8 @@ def test_the_command_tells_about_one_model(capsys):
     assert main(["models", "MambaForCausalLM"]) == 1
     assert "MambaForCausalLM: refused: it has recurrent layers" in capsys.readouterr().out
     assert main(["models"]) == 0
-    assert (
-        f"exact: {sum(e['verdict'] == 'exact' for e in models.listed()['models'].values())}" in capsys.readouterr().out
-    )
+    exact = sum(entry["verdict"] == "exact" for entry in verdicts.listed()["models"].values())
+    assert f"exact: {exact}\n" in capsys.readouterr().out
 
 
 def test_the_command_reads_a_folders_config(tmp_path, capsys):

@@ -8,11 +8,11 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 import flexreason as fr
 from exact import EXACT
 from flexreason import head
+from flexreason.patching import apply_patch
 from flexreason.proof import oracle, selftest
 from flexreason.proof.models import listed
 from flexreason.proof.shrink import build, default_config, shrink
 from flexreason.proof.testing import relative_l2, true_float64
-from flexreason.refuse import untested
 from models import checkpoint, tiny
 from strategies import random_turns
 from watch import Largest
@@ -263,10 +263,10 @@ def test_any_head_in_chunks_is_itself(which):
     row, parameters = fr.collate([conversation(), conversation(seed=1)]), list(model.parameters())
     n = int((row["labels"] != -100).sum())
     settings = {"materialize_grads": True, "allow_unused": True}
-    with true_float64(), untested():
-        loss = fr.patch(model)(**row).loss
+    with true_float64():
+        loss = apply_patch(model)(**row).loss
         expected = torch.autograd.grad(loss, parameters, **settings)
-        chunked = fr.patch(model, loss="chunked")(**row).loss
+        chunked = apply_patch(model, loss="chunked")(**row).loss
         logprobs = fr.token_logprobs(model, row)
         for found in (chunked, -logprobs.sum() / n):
             assert found.item() == pytest.approx(loss.item(), rel=1e-9)
@@ -280,8 +280,8 @@ def test_the_second_sweep_draws_what_the_first_drew():
         tiny("Llama").config
     ).double()
     row, weight = fr.collate([conversation()]), model.lm_head.weight
-    with true_float64(), untested():
-        fr.patch(model).train()
+    with true_float64():
+        apply_patch(model).train()
 
         def value():
             torch.manual_seed(1)
@@ -336,12 +336,12 @@ def test_every_exact_class_is_exact_chunked():
         layouts = selftest._rows(model)[0][0]
         row, parameters = fr.collate(layouts), [p for p in model.parameters() if p.requires_grad]
         real = row["labels"][0] != -100
-        with true_float64(), untested():
-            out = fr.patch(model)(**row)
+        with true_float64():
+            out = apply_patch(model)(**row)
             expected = torch.autograd.grad(out.loss, parameters, materialize_grads=True, allow_unused=True)
             logprobs = out.logits[0, real].log_softmax(-1).gather(1, row["labels"][0, real, None])[:, 0]
             try:
-                fr.patch(model, loss="chunked")
+                apply_patch(model, loss="chunked")
             except ValueError:
                 own_loss.append(name)
                 continue

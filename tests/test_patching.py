@@ -11,6 +11,7 @@ import transformers
 import flexreason as fr
 from exact import EXACT, errors, samples_of, single_pass
 from flexreason.attention import cover, segments
+from flexreason.patching import apply_patch, find_patch
 from flexreason.proof import oracle
 from flexreason.proof.testing import relative_l2, saved_bytes, true_float64
 from models import checkpoint, tiny
@@ -556,6 +557,35 @@ def test_rope_that_reads_the_longest_position_is_refused_only_where_samples_stra
         fr.patch(tiny("Llama", **config))(**fr.collate([*short, *long]))
     if kind == "longrope":
         assert max(errors(tiny("Llama", **config).double(), long, backend="segments").values()) <= EXACT
+
+
+def test_what_is_asked_before_patching_may_refuse_and_say_why_not_in_chunks():
+    """Below `fr.patch`, which asks the list of classes and the self-test, stands whatever asks nobody."""
+    model, row, asked = made("Qwen3"), fr.collate(layouts("paper")), []
+
+    def answer(root):
+        asked.append(root)
+        return "its chunks are off"
+
+    apply_patch(model, ask=answer)
+    assert asked == [model]
+    expected = model(**row).loss
+    for patched in (model, copy.deepcopy(model)):
+        with pytest.raises(
+            ValueError, match="token_logprobs: Qwen3ForCausalLM takes no chunked loss: its chunks are off"
+        ):
+            fr.token_logprobs(patched, row)
+    with pytest.raises(ValueError, match='patch: loss="chunked": Qwen3ForCausalLM takes no chunked loss: its chunks'):
+        apply_patch(model, loss="chunked", ask=answer)
+
+    def refuse(root):
+        raise ValueError("not this one")
+
+    with pytest.raises(ValueError, match="not this one"):
+        apply_patch(model, ask=refuse)
+    assert find_patch(model) is None
+    assert torch.equal(apply_patch(model)(**row).loss, expected)  # nobody is asked
+    assert len(fr.token_logprobs(model, row)) == row["labels"].shape[1]
 
 
 # ---- what it costs

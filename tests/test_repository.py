@@ -1,26 +1,60 @@
-"""What holds the house together: what may import what, and that nothing imports the oracle."""
+"""What holds the house together: what may import what, and that nothing imports the oracle.
+
+Imports are read from the source, so that those inside functions, under TYPE_CHECKING and by a module's name in a text
+count like any other.
+"""
 
 import ast
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import flexreason
 
 PACKAGE = Path(flexreason.__file__).parent
 
 CORE = ["sample", "layout", "tree", "mask", "blocks", "row"]  # reading order is import order
+MODEL_SIDE = ["head", "loss", "refuse", "patching", "logprobs"]
+TOOLS = ["memory", "load"]  # these know nothing of the rest
+
+LAYERS = {  # what a layer may import, beside itself; modules of no layer are commands, which import what they like
+    "core": set(),
+    "tools": set(),
+    "draw": {"core"},
+    "attention": {"core"},
+    "model side": {"core", "attention"},
+    "proof": {"core", "tools", "attention", "model side"},
+    "chat": {"core"},
+    "data": {"core", "chat"},
+}
+
+READS_DATA = "proof.verification"  # the command, which brings proof and data together
+
+MODULES = {
+    ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__"): path
+    for path in PACKAGE.rglob("*.py")
+    if path != PACKAGE / "__init__.py"
+}
 
 
-def imports(module):
-    """Names of flexreason modules and of other packages that a module imports."""
+def imports(source):
+    """Modules of flexreason, and other packages, that a source imports. Its version is no module."""
     own, others = set(), set()
-    for node in ast.walk(ast.parse((PACKAGE / f"{module}.py").read_text())):
+    tree = ast.parse(source)
+    version_only = {ast.unparse(n) for n in ast.walk(tree) if isinstance(n, ast.Attribute)}
+    version_only = {name for name in version_only if name.startswith("flexreason.")} <= {"flexreason.__version__"}
+    for node in ast.walk(tree):
         names = []
         if isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
+            names = [a.name for a in node.names if a.name != "flexreason" or a.asname or not version_only]
         elif isinstance(node, ast.ImportFrom):
-            names = [node.module or ""]
+            assert node.level == 0, "relative imports are not read here"
+            whole = [f"{node.module}.{alias.name}" for alias in node.names]
+            names = [name if name.removeprefix("flexreason.") in MODULES else node.module for name in whole]
+        elif isinstance(node, ast.Constant) and str(node.value).removeprefix("flexreason.") in MODULES:
+            names = [node.value] if node.value.startswith("flexreason.") else []
         for name in names:
             top, _, rest = name.partition(".")
             if top == "flexreason":
@@ -30,20 +64,75 @@ def imports(module):
     return own, others - set(sys.stdlib_module_names)
 
 
+def imports_of(module):
+    return imports(MODULES[module].read_text())
+
+
+def layer(module):
+    for name, modules in (("core", CORE), ("model side", MODEL_SIDE), ("tools", TOOLS)):
+        if module in modules:
+            return name
+    top = module.partition(".")[0]
+    return top if top in LAYERS else "commands"
+
+
+def test_imports_are_read_wherever_they_stand():
+    source = """
+import torch, flexreason as fr
+from flexreason.proof import oracle
+if TYPE_CHECKING:
+    from flexreason.row import Row
+def late():
+    from flexreason import head
+    import_module("flexreason.cli")
+    return "mask"
+"""
+    assert imports(source) == ({"flexreason", "proof.oracle", "row", "head", "cli"}, {"torch"})
+    for more, found in (("version = flexreason.__version__", set()), ("flexreason.patch(model)", {"flexreason"})):
+        assert imports(f"import flexreason\n{more}")[0] == found
+
+
 def test_the_oracle_imports_nothing_of_layouts_and_masks():
-    own, others = imports("proof/oracle")
+    own, others = imports_of("proof.oracle")
     assert own == {"proof.testing"}
     assert others == {"torch"}
-    own, others = imports("proof/testing")
+    own, others = imports_of("proof.testing")
     assert own == set()
     assert others == {"torch"}
 
 
-def test_the_core_is_torch_only_and_points_one_way():
+def test_the_core_is_torch_and_numpy_and_points_one_way():
     for at, module in enumerate(CORE):
-        own, others = imports(module)
+        own, others = imports_of(module)
         assert own <= set(CORE[:at]), module
-        assert others <= {"torch"}, module
+        assert others <= {"torch", "numpy"}, module
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_layer_imports_what_is_below_it_only(name):
+    modules = [module for module in MODULES if layer(module) == name]
+    assert modules
+    for module in modules:
+        allowed = LAYERS[name] | {name} | ({"chat", "data"} if module == READS_DATA else set())
+        wrong = {other for other in imports_of(module)[0] if other == "flexreason" or layer(other) not in allowed}
+        assert not wrong, module
+
+
+def test_nothing_imports_the_command_line():
+    assert [module for module in MODULES if "cli" in imports_of(module)[0]] == ["__main__"]
+
+
+def test_imports_make_no_circle():
+    below = {module: {other for other in imports_of(module)[0] if other in MODULES} for module in MODULES}
+    while free := [module for module in below if not below[module] & below.keys()]:
+        for module in free:
+            del below[module]
+    assert not below
+
+
+def test_no_module_of_the_package_has_the_name_of_what_it_exports():
+    """Importing the module would put it in the place of the function."""
+    assert not set(flexreason.__all__) & {module for module in MODULES if "." not in module}
 
 
 def test_importing_flexreason_does_not_import_transformers():

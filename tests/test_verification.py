@@ -2,8 +2,11 @@
 
 import contextlib
 import dataclasses
+import itertools
 import json
+import re
 
+import datasets
 import pytest
 import torch
 import transformers
@@ -12,8 +15,10 @@ from torch import nn
 import flexreason as fr
 from flexreason import cli, head
 from flexreason.attention import dense, segments
+from flexreason.chat.template import stand_in
 from flexreason.patching import find_patch
-from flexreason.proof import verification
+from flexreason.proof import comparison, selftest, verdicts, verification
+from flexreason.proof.report import Error
 from flexreason.proof.shrink import build, default_config, shrink
 from models import TINY, checkpoint, tiny
 from strategies import random_tree, random_turns
@@ -306,9 +311,9 @@ def test_a_model_without_other_attention_is_held_to_fixed_limits():
 
 @pytest.mark.parametrize("gradients", [float("inf"), float("nan"), 0.9])
 def test_samples_whose_own_gradients_drown_set_no_limit(gradients):
-    own = verification.Error("samples", "float16", "", 1e-3, 1e-3, gradients, {}, None)
-    with pytest.raises(verification.NoVerdict, match="rounding drowns them"):
-        verification._Verification(tiny("Qwen3"), [conversation()], None, None, None).limits_from(own, 1e-6)
+    own = Error("samples", "float16", "", 1e-3, 1e-3, gradients, {}, None)
+    with pytest.raises(comparison.NoVerdict, match="rounding drowns them"):
+        comparison._Verification(tiny("Qwen3"), [conversation()], None, None, None).limits_from(own, 1e-6)
 
 
 def test_false_alarms_are_rare():
@@ -454,15 +459,21 @@ def test_a_planted_fault_ends_the_command_with_1(folder, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("lines", "says"),
     [
-        ("", "no samples in it"),
+        ("", "nothing in it"),
         ("{", "line 1: no JSON"),
-        ('{"prompt_ids": [1]}', "line 1: expected prompt_ids and target_ids"),
-        ('{"prompt_ids": [1], "target_ids": []}', "line 1: expected target_ids as a list of token ids, at least one"),
-        ('{"prompt_ids": [1], "target_ids": [true]}', "expected target_ids as a list of token ids"),
-        ('{"prompt_ids": [1.5], "target_ids": [1]}', "expected prompt_ids as a list of token ids"),
         ("[" * 100000, "line 1: no JSON"),
-        ('{"prompt_ids": [1], "target_ids": [4000]}', "vocabulary has 97"),
-        ("[1, 2]", "line 1: expected prompt_ids and target_ids"),
+        ('{"prompt_ids": [1]}', "line 1: neither messages, nor conversations"),
+        ('{"prompt_ids": [1], "target_ids": []}', "line 1: prompt_ids or target_ids is empty"),
+        ('{"prompt_ids": [1], "target_ids": [true]}', "line 1: expected prompt_ids and target_ids, lists of token ids"),
+        ('{"prompt_ids": [1.5], "target_ids": [1]}', "line 1: expected prompt_ids and target_ids, lists of token ids"),
+        (
+            '{"prompt_ids": [1], "target_ids": [4000]}',
+            "line 1: target_ids of sample 0 from 4000 to 4000, and the model's vocabulary has 97",
+        ),
+        (
+            '{"prompt_ids": [1, -1], "target_ids": [1]}',
+            "line 1: prompt_ids of sample 0 from -1 to 1, and the model's vocabulary has 97",
+        ),
     ],
 )
 def test_unusable_data_is_refused_with_the_line(folder, tmp_path, capsys, lines, says):
@@ -477,3 +488,255 @@ def test_a_model_that_cannot_be_loaded(tmp_path, capsys):
     with contextlib.suppress(SystemExit):
         cli.main(["verify", "--help"])
     assert "--data" in capsys.readouterr().out
+
+
+# ---- the command on conversations
+
+TEMPLATE = """{% for m in messages %}{% if m.role == 'user' %}<user>{{ m.content }}</user>{% else %}<bot>
+{%- if loop.last and m.reasoning_content %}<think>{{ m.reasoning_content }}</think>{% endif %}{{ m.content }}</bot>
+{%- endif %}{% endfor %}{% if add_generation_prompt %}<bot>{% endif %}"""
+
+CHATS = [
+    [("2+3?", "easy", "5"), ("Twice?", "5+5", "10")],
+    [("Name a bird.", "", "Wren."), ("Another.", "not a wren", "Rook."), ("Thanks!", "", "Bye.")],
+    [("Hm?", "what now", "Yes?"), ("No.", "so be it", "Fine.")],
+]
+
+
+def messages(chat):
+    made = []
+    for asked, thought, answer in chat:
+        made.append({"role": "user", "content": asked})
+        made.append({"role": "assistant", "content": answer, **({"reasoning_content": thought} if thought else {})})
+    return made
+
+
+@pytest.fixture
+def whole(tmp_path):
+    """A folder with a model, its tokenizer and its template."""
+    tokenizer = stand_in(TEMPLATE)
+    tokenizer.save_pretrained(tmp_path / "whole")
+    tiny("Qwen3", vocab_size=len(tokenizer)).save_pretrained(tmp_path / "whole")
+    return tmp_path / "whole"
+
+
+def jsonl(path, entries):
+    path.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    return path
+
+
+def as_messages(folder):
+    return jsonl(folder / "chats.jsonl", [{"messages": messages(chat)} for chat in CHATS])
+
+
+def as_one_json(folder):
+    path = folder / "chats.json"
+    path.write_text(json.dumps([{"messages": messages(chat)} for chat in CHATS]))
+    return path
+
+
+def as_sharegpt(folder):
+    def spoken(chat):
+        for asked, thought, answer in chat:
+            yield {"from": "human", "value": asked}
+            yield {"from": "gpt", "value": f"<think>{thought}</think>{answer}" if thought else answer}
+
+    return jsonl(folder / "chats.jsonl", [{"conversations": list(spoken(chat))} for chat in CHATS])
+
+
+def as_pairs(folder):
+    return jsonl(
+        folder / "chats.jsonl", [{"prompt": messages(chat[:1])[:1], "completion": messages(chat)[1:]} for chat in CHATS]
+    )
+
+
+def as_samples(folder):
+    tokenizer = stand_in(TEMPLATE)
+    return write(folder / "chats.jsonl", [fr.encode(messages(chat), tokenizer) for chat in CHATS])
+
+
+def as_parquet(folder):
+    datasets.Dataset.from_list([{"messages": messages(chat)} for chat in CHATS]).to_parquet(folder / "chats.parquet")
+    return folder / "chats.parquet"
+
+
+def as_saved(folder):
+    made = datasets.Dataset.from_list([{"messages": messages(chat)} for chat in CHATS])
+    datasets.DatasetDict({"train": made.select([0]), "mine": made}).save_to_disk(folder / "saved")
+    return folder / "saved"
+
+
+FORMS = [as_messages, as_one_json, as_sharegpt, as_pairs, as_samples, as_parquet, as_saved]
+
+
+@pytest.mark.parametrize("form", FORMS, ids=lambda form: form.__name__)
+def test_the_command_takes_data_of_every_form_as_fr_encode_makes_samples_of_it(whole, tmp_path, capsys, form):
+    more = ["--split", "mine"] if form is as_saved else []
+    assert cli.main(["verify", str(whole), "--data", str(form(tmp_path)), "--json", *more]) == 0
+    report = json.loads(capsys.readouterr().out)
+    tokenizer = stand_in(TEMPLATE)
+    layouts = [fr.encode(messages(chat), tokenizer) for chat in CHATS]
+    assert report["verdict"] == "exact"
+    assert report["conversations"] == 3
+    assert sorted(report["numbers"]) == [0, 1, 2]
+    assert report["turns"] == 7
+    assert report["targets"] == sum(len(layout.target_ids) for layout in layouts)
+    assert report["tree_tokens"] == sum(map(len, layouts)) < report["sample_tokens"]
+    assert any(note.startswith("looked at 3 of 3 conversations of ") for note in report["notes"])
+
+
+def test_a_fault_on_your_data_is_reported_with_where_the_conversation_stands(whole, tmp_path, monkeypatch, capsys):
+    """Here: in the layout, of the second line only."""
+    right = verification.lay_out
+
+    def wrong(samples):
+        layout = right(samples)
+        return (
+            dataclasses.replace(layout, until=torch.full_like(layout.until, len(layout)))
+            if len(samples) > 2
+            else layout
+        )
+
+    monkeypatch.setattr(verification, "lay_out", wrong)
+    assert cli.main(["verify", str(whole), "--data", str(as_messages(tmp_path)), "--json"]) == 1
+    report = json.loads(capsys.readouterr().out)
+    at = report["numbers"].index(1)
+    assert report["culprit"].startswith(f"conversation {at}: ")
+    assert f"conversation {at}: {tmp_path / 'chats.jsonl'}, line 2" in report["notes"]
+
+
+def test_options_of_the_template_and_history_are_what_fr_encode_takes(whole, tmp_path, capsys):
+    """A template that keeps all reasoning makes one chain of it; history="content" takes it out again."""
+    keeps = TEMPLATE.replace("loop.last and ", "(loop.last or keep) and ")
+    (whole / "chat_template.jinja").write_text(keeps)
+    data, tokens = as_messages(tmp_path), {}
+    for name, more in {
+        "": [],
+        "keep": ["--option", "keep=true"],
+        "out": ["--option", "keep=true", "--history", "content"],
+    }.items():
+        assert cli.main(["verify", str(whole), "--data", str(data), "--json", *more]) == 0
+        tokens[name] = json.loads(capsys.readouterr().out)["tree_tokens"]
+    assert tokens["keep"] < tokens["out"] == tokens[""]
+    assert cli.main(["verify", str(whole), "--data", str(data), "--option", "keep"]) == 2
+    assert "--option: expected NAME=VALUE, found 'keep'" in capsys.readouterr().err
+    assert cli.main(["verify", str(whole), "--data", str(data), "--option", "history=content"]) == 2
+    assert "--option history: expected an option of the template" in capsys.readouterr().err
+
+
+def test_bad_conversations_are_refused_with_where_and_why_or_skipped_and_listed(whole, tmp_path, capsys):
+    bad = [{"role": "user", "content": "?"}, {"role": "human", "content": "!"}]
+    entries = [{"messages": m} for m in (messages(CHATS[0]), bad, messages(CHATS[1]), messages(CHATS[2])[:1])]
+    data = jsonl(tmp_path / "chats.jsonl", entries)
+    with data.open("a") as file:
+        file.write("{\n")
+    given = ["verify", str(whole), "--data", str(data), "--json"]
+    assert cli.main(given) == 2
+    said = capsys.readouterr().err
+    assert "3 of 5 conversations are refused" in said
+    assert re.search(r"1  bad message\n +\S+chats.jsonl, line 2: message 1: unknown role 'human'", said)
+    assert re.search(r"1  nothing to train\n +\S+chats.jsonl, line 4: the conversation has no assistant", said)
+    assert re.search(r"1  bad input\n +\S+chats.jsonl, line 5: no JSON", said)
+    assert cli.main([*given, "--skip-invalid"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["conversations"] == 2
+    left_out = [note for note in report["notes"] if note.startswith("left out, 1 (")]
+    assert len(left_out) == 3
+    assert any("chats.jsonl, line 2: message 1: unknown role 'human'" in note for note in left_out)
+    assert cli.main([*given, "--skip-invalid", "--limit", "1"]) == 0
+    assert "looked at 1 of the first 1 conversations" in capsys.readouterr().out
+    jsonl(data, [{"messages": bad}])
+    assert cli.main([*given, "--skip-invalid"]) == 2
+    assert "1 of 1 conversations are refused" in capsys.readouterr().err
+
+
+def test_a_tokenizer_with_more_words_than_the_model_is_a_clear_error(whole, tmp_path, capsys):
+    tiny("Qwen3").save_pretrained(tmp_path / "other")
+    given = ["verify", str(tmp_path / "other"), "--data", str(as_messages(tmp_path))]
+    assert cli.main([*given, "--tokenizer", str(whole)]) == 2
+    said = capsys.readouterr().err
+    assert re.search(r"chats.jsonl, line 1: prompt_ids of sample 0 from \d+ to 2\d\d, and .* has 97", said)
+    assert "made with another tokenizer? (--tokenizer)" in said
+
+
+def test_of_much_data_some_are_looked_at_from_all_over_it(whole, tmp_path, monkeypatch, capsys):
+    looked_at = []
+    encoded = verification.EntryEncoder.encoded
+
+    def noted(self, one):
+        looked_at.append(one.number)
+        return encoded(self, one)
+
+    monkeypatch.setattr(verification.EntryEncoder, "encoded", noted)
+    data = jsonl(tmp_path / "many.jsonl", [{"messages": messages(CHATS[n % 3])} for n in range(1000)])
+    assert cli.main(["verify", str(whole), "--data", str(data), "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert len(looked_at) == 32
+    assert looked_at == list(range(0, 1000, 32))
+    assert any(note.startswith("looked at 32 of 1000 conversations of ") for note in report["notes"])
+    assert "the 8 shortest of 32 conversations" in report["notes"]
+    assert report["conversations"] == 8
+    looked_at.clear()
+    assert cli.main(["verify", str(whole), "--data", str(data), "--limit", "100", "--tokens", "300"]) == 0
+    assert max(looked_at) < 100
+    assert f"looked at {len(looked_at)} of the first 100 conversations" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("n", [0, 1, 4, 5, 8, 9, 1000])
+def test_what_is_spread_is_even_and_begins_with_the_first(n):
+    found = verification.spread(range(n), 4)
+    assert found[:1] == list(range(n))[:1]
+    assert len({b - a for a, b in itertools.pairwise(found)}) <= 1
+    assert min(n, 2) <= len(found) <= 4
+    assert not n or found[-1] >= (n - 1) / 2
+
+
+def test_conversations_of_one_turn_are_left_out_where_there_are_longer_ones(whole, tmp_path, capsys):
+    single = {"messages": messages(CHATS[0][:1])}
+    given = ["verify", str(whole), "--json", "--data"]
+    data = jsonl(tmp_path / "chats.jsonl", [single, {"messages": messages(CHATS[1])}, single])
+    assert cli.main([*given, str(data)]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert (report["numbers"], report["turns"]) == ([1], 3)
+    assert "left out: 2 conversations of one turn, which share nothing" in report["notes"]
+    assert cli.main([*given, str(jsonl(data, [single]))]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert any(note.startswith("no conversation has more than one turn") for note in report["notes"])
+
+
+def test_what_is_about_data_needs_data(folder, tmp_path, capsys):
+    for given in (["--tokenizer", "x"], ["--skip-invalid"], ["--option", "a=1"], ["--limit", "3"]):
+        assert cli.main(["verify", str(folder), *given]) == 2
+        assert f"{given[0]} is about data; give --data too" in capsys.readouterr().err
+    assert cli.main(["verify", str(folder), "--data", "x.jsonl", "--limit", "0"]) == 2
+    assert "--limit: expected at least 1, found 0" in capsys.readouterr().err
+    assert cli.main(["verify", str(folder), "--data", str(tmp_path / "nowhere.jsonl")]) == 2
+    assert "nowhere.jsonl: no such file or folder" in capsys.readouterr().err
+
+
+def test_a_model_without_a_tokenizer_or_a_template_is_a_clear_error(whole, tmp_path, capsys):
+    tiny("Llama").save_pretrained(tmp_path / "bare")
+    given = ["verify", str(tmp_path / "bare"), "--data", str(as_messages(tmp_path))]
+    assert cli.main(given) == 2
+    assert re.search(
+        r"bare: cannot be loaded as a tokenizer .*; --tokenizer takes another", capsys.readouterr().err, re.S
+    )
+    (whole / "chat_template.jinja").unlink()
+    assert cli.main(["verify", str(whole), *given[2:]]) == 2
+    assert re.search(r"3  no chat template\n +\S+chats.jsonl, line 1: ", capsys.readouterr().err)
+
+
+def test_a_bare_configs_tokenizer_lies_beside_it(whole, tmp_path, capsys):
+    (whole / "model.safetensors").unlink()
+    assert cli.main(["verify", str(whole / "config.json"), "--data", str(as_messages(tmp_path)), "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["turns"] == 7
+    assert "weights are random: there are none beside the config" in report["notes"]
+
+
+def test_a_class_that_is_not_exact_in_chunks_is_not_verified_in_chunks(folder, monkeypatch, capsys):
+    found = selftest.Result("Qwen3ForCausalLM", "exact", chunked=False, chunked_reason="it is not the samples'")
+    monkeypatch.setattr(verdicts, "proof", lambda *args, **kwargs: found)
+    assert cli.main(["verify", str(folder)]) == 0
+    assert cli.main(["verify", str(folder), "--loss", "chunked"]) == 2
+    assert "Qwen3ForCausalLM takes no chunked loss: it is not the samples'" in capsys.readouterr().err

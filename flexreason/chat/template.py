@@ -60,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     tokenizer, notes = load_tokenizer(options.source)
-    encoder = Encoder(tokenizer, history=options.history, **dict(map(_option, options.option)))
+    encoder = Encoder(tokenizer, history=options.history, **dict(map(option_of, options.option)))
     facts = describe(encoder)
     shown = EXAMPLE if options.messages is None else json.loads(Path(options.messages).read_text())
     try:
@@ -75,7 +75,7 @@ def run(options: argparse.Namespace) -> int:
     return 1 if "refused" in example else 0
 
 
-def _option(text: str) -> tuple[str, Any]:
+def option_of(text: str) -> tuple[str, Any]:
     name, given, value = text.partition("=")
     if not given or not name.isidentifier():
         raise ValueError(f"--option: expected NAME=VALUE, found {text!r}")

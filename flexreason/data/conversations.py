@@ -22,6 +22,8 @@ from flexreason.sample import Sample
 
 FORMATS = ("messages", "sharegpt", "pairs", "samples")
 
+FILES = (".jsonl", ".json", ".parquet")
+
 MESSAGE_KEYS = ("messages", "conversation", "conversations")
 
 SPEAKERS = {
@@ -126,22 +128,22 @@ def read_entries(source: str | Path | Iterable[Any], split: str = "train") -> It
     if not isinstance(source, str | Path):
         table = hasattr(source, "features")
         for number, entry in enumerate(source):
-            yield f"entry {number}", _without_none(entry) if table else entry
+            yield f"entry {number}", without_none(entry) if table else entry
         return
     path = Path(source)
     if path.is_file():
         yield from _from_file(path)
     elif path.is_dir():
         yield from _from_folder(path, split)
-    elif path.suffix or str(source).startswith((".", "/", "~")):
+    elif path.suffix in FILES or str(source).startswith((".", "/", "~")) or str(source).count("/") > 1:
         raise BadInput(f"{source}: no such file or folder")
     else:
-        yield from _rows(_datasets(str(source)).load_dataset(str(source), split=split, streaming=True), str(source))
+        yield from _rows(_loaded_set(source, str(source), split=split, streaming=True), str(source))
 
 
 def _from_file(path: Path) -> Iterator[tuple[str, Any]]:
     if path.suffix == ".parquet":
-        data = _datasets(path).load_dataset("parquet", data_files=str(path), split="train", streaming=True)
+        data = _loaded_set(path, "parquet", data_files=str(path), split="train", streaming=True)
         yield from _rows(data, str(path))
         return
     try:
@@ -156,7 +158,7 @@ def _from_file(path: Path) -> Iterator[tuple[str, Any]]:
                 where = f"{path}, line {number}"
                 try:
                     yield where, json.loads(line)
-                except json.JSONDecodeError as error:
+                except (json.JSONDecodeError, RecursionError) as error:
                     yield where, BadInput(f"{where}: no JSON: {error}")
     except (OSError, UnicodeDecodeError) as error:
         raise BadInput(f"{path}: cannot be read: {error}") from error
@@ -190,7 +192,7 @@ def _from_folder(path: Path, split: str) -> Iterator[tuple[str, Any]]:
             data = data[split]
         yield from _rows(data, str(path))
         return
-    files = sorted(file for file in path.rglob("*") if file.suffix in (".jsonl", ".json", ".parquet"))
+    files = sorted(file for file in path.rglob("*") if file.suffix in FILES)
     if not files:
         raise BadInput(f"{path}: no .jsonl, .json or .parquet file in it, and no data set saved by datasets")
     for file in files:
@@ -207,9 +209,16 @@ def _datasets(source: Any) -> Any:
     return datasets
 
 
+def _loaded_set(source: Any, *given: Any, **options: Any) -> Any:
+    try:
+        return _datasets(source).load_dataset(*given, **options)
+    except Exception as error:  # whatever datasets raises: no such name or split, no connection, no such file
+        raise BadInput(f"{source}: cannot be read as a data set: {error}") from error
+
+
 def _rows(data: Iterable[Any], name: str) -> Iterator[tuple[str, Any]]:
     for number, entry in enumerate(data):
-        yield f"{name}, row {number}", _without_none(entry)
+        yield f"{name}, row {number}", without_none(entry)
 
 
 def detect(entry: Any, where: str) -> str:
@@ -253,12 +262,15 @@ def as_conversation(entry: Any, format: str, number: int, where: str) -> Convers
 
 def as_sample(entry: Any, where: str) -> Sample:
     try:
-        sample = Sample(list(map(int, entry["prompt_ids"])), list(map(int, entry["target_ids"])))
-    except (KeyError, TypeError, ValueError) as error:
+        prompt, target = entry["prompt_ids"], entry["target_ids"]
+    except (KeyError, TypeError) as error:
         raise BadInput(f"{where}: expected prompt_ids and target_ids, lists of token ids: {error!r}") from error
-    if not sample.prompt_ids or not sample.target_ids:
+    for ids in (prompt, target):
+        if not isinstance(ids, list | tuple) or not all(type(token) is int for token in ids):
+            raise BadInput(f"{where}: expected prompt_ids and target_ids, lists of token ids, found {str(ids)[:80]}")
+    if not prompt or not target:
         raise BadInput(f"{where}: prompt_ids or target_ids is empty")
-    return sample
+    return Sample(list(prompt), list(target))
 
 
 def _messages(entry: Any) -> list[Any]:
@@ -302,11 +314,11 @@ def _loaded(value: Any) -> Any:
     return json.loads(value) if isinstance(value, str) and value.strip()[:1] in ("[", "{") else value
 
 
-def _without_none(value: Any) -> Any:
+def without_none(value: Any) -> Any:
     """Tables fill keys that an entry lacks with None."""
     if isinstance(value, dict):
-        return {key: _without_none(item) for key, item in value.items() if item is not None}
-    return [_without_none(item) for item in value] if isinstance(value, list) else value
+        return {key: without_none(item) for key, item in value.items() if item is not None}
+    return [without_none(item) for item in value] if isinstance(value, list) else value
 
 
 def _name(source: Any) -> str:

@@ -26,11 +26,11 @@ from flexreason.chat.render import ConversationError
 from flexreason.data.conversations import (
     BadInput,
     Conversation,
-    _without_none,
     as_conversation,
     as_sample,
     detect,
     read_all,
+    without_none,
 )
 from flexreason.layout import Layout
 from flexreason.tree import lay_out
@@ -56,7 +56,7 @@ class EntryEncoder:
 
     def __call__(self, entry: Any) -> Layout:
         if isinstance(entry, Mapping) and not isinstance(entry, dict):  # a row that datasets.map gives
-            entry = _without_none(dict(entry))
+            entry = without_none(dict(entry))
         format = self.format or detect(entry, "entry")
         if format == "samples":
             return lay_out([as_sample(entry, "entry")])

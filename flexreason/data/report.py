@@ -18,7 +18,7 @@ from typing import Any
 
 from flexreason.blocks import BLOCK
 from flexreason.chat.encoding import HISTORIES
-from flexreason.chat.template import _option, load_tokenizer
+from flexreason.chat.template import load_tokenizer, option_of
 from flexreason.data.conversations import FORMATS, BadInput, Conversation, count_entries, read_all
 from flexreason.data.figures import Figures, figures_of
 from flexreason.data.intake import EntryEncoder, Intake, Refusals, Refused, start_workers
@@ -153,7 +153,7 @@ def run(options: argparse.Namespace) -> int:
         from flexreason.data.plot import plot  # tells what is missing before the work, not after
     shape = None if options.model is None else shape_of(options.model)
     tokenizer, notes = (None, []) if options.tokenizer is None else load_tokenizer(options.tokenizer)
-    chosen = dict(map(_option, options.option))
+    chosen = dict(map(option_of, options.option))
     encoder = EntryEncoder(tokenizer, format=options.format, turns=options.turns, history=options.history, **chosen)
     made = report(
         options.data,

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from flexreason.attention.registry import find_decoder
 from flexreason.layout import Layout
 from flexreason.patching import Patch
+from flexreason.proof.choice import Given
 from flexreason.proof.testing import relative_l2
 from flexreason.row import Row
 from flexreason.sample import Role, Sample
@@ -116,9 +117,7 @@ def say_token(layout: Layout | Row, index: int) -> str:
     return f"token {index} ({words} of turn {int(turn[index])}{document})"
 
 
-def model_fault(
-    model: nn.Module, patch: Patch, row: Row, chosen: Sequence[tuple[Layout, list[Sample]]], limit: float
-) -> str | None:
+def model_fault(model: nn.Module, patch: Patch, row: Row, chosen: Sequence[Given], limit: float) -> str | None:
     """The culprit in a patched model, or None if all hidden states that predict a target are those of the samples.
 
     `row` holds the layouts of `chosen`; `limit` is the relative error of hidden states above which they differ.
@@ -132,7 +131,7 @@ def model_fault(
                 f"{int(found[0, index])} in place of {int(row[name][0, index])}: something changes them on the way"
             )
     start, wrong = 0, []
-    for layout, samples in chosen:
+    for layout, samples, _ in chosen:
         plain = [_watch_sample(model, patch, sample) for sample in samples]
         for source, turn in zip(layout.target_source.tolist(), layout.target_turn.tolist(), strict=True):
             position = int(layout.position_ids[source])

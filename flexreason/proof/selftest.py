@@ -24,19 +24,11 @@ from flexreason.attention.registry import find_decoder
 from flexreason.attention.tree_row import TreeRow
 from flexreason.layout import Layout, lay_out_turns, unmerge
 from flexreason.logprobs import token_logprobs
-from flexreason.patching import patch, unpatch
+from flexreason.patching import apply_patch, unpatch
 from flexreason.proof import oracle
 from flexreason.proof.shrink import ORIGINAL, SPECIAL, VOCABULARY, build, class_of, default_config, shrink
 from flexreason.proof.testing import relative_l2, true_float64
-from flexreason.refuse import (
-    RECURRENT,
-    ROPE_BY_LONGEST,
-    is_recurrent,
-    reason_against,
-    rope_settings,
-    rope_types,
-    untested,
-)
+from flexreason.refuse import RECURRENT, ROPE_BY_LONGEST, is_recurrent, reason_against, rope_settings, rope_types
 from flexreason.row import IGNORED, Row, collate
 from flexreason.sample import Sample
 from flexreason.tree import lay_out
@@ -179,8 +171,8 @@ def _errors(
 ) -> dict[str, float]:
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     try:
-        with untested(), _noting(notes):
-            patch(model, backend)
+        with _noting(notes):
+            apply_patch(model, backend)
             out = model(**row)
             found = torch.autograd.grad(out.loss, list(parameters.values()), allow_unused=True)
     except Exception as error:
@@ -208,8 +200,8 @@ CHUNK = 16
 def _unchunked(model: PreTrainedModel, row: Row, expected: oracle.Reference) -> str:
     """Why loss="chunked" or token_logprobs are not the samples', or nothing."""
     try:
-        with untested(), _small_chunks():
-            patch(model, "segments", loss="chunked")
+        with _small_chunks():
+            apply_patch(model, "segments", loss="chunked")
             loss = model(**row).loss * expected.n_targets
             by_loss = _gradients(model, loss)
             logprobs = token_logprobs(model, row)
@@ -308,8 +300,8 @@ def _tree() -> Layout:
 
 def _must_refuse(model: PreTrainedModel, layouts: list[Layout]) -> None:
     try:
-        with untested(), torch.no_grad():
-            patch(model)(**collate(layouts))
+        with torch.no_grad():
+            apply_patch(model)(**collate(layouts))
     except ValueError as error:
         if "changes with the longest" in str(error):
             return

@@ -1,0 +1,103 @@
+"""`fr.patch`: what must be known of a model before it is patched. The list of classes is asked, or else the self-test.
+
+Nobody is asked for anything below this file: patching.py patches whatever does not look wrong, for those who go on to
+prove it (the self-test, `verify`).
+"""
+
+from typing import TypeVar
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from flexreason.patching import apply_patch
+from flexreason.proof import verdicts
+from flexreason.proof.parts import foreign, parts_of, replaced_parts
+from flexreason.proof.selftest import Result
+from flexreason.refuse import SAMPLES, Reason, model_class, reason_against, reason_against_adapters, refusal
+
+Model = TypeVar("Model", bound=nn.Module)
+
+UNTESTED = "cannot be built tiny"
+"""The verdict on what nobody could test."""
+
+_trusted: set[tuple] = set()
+"""What `fr.verify` passed on, though no test could: class, structure, and what the model is made of."""
+
+
+def patch(model: Model, backend: str = "auto", mask: str = "interval", loss: str = "model") -> Model:
+    """Make `model` take rows of `collate`; the same object back. Patching again changes the settings.
+
+    `backend`: "flex" (GPU), "segments" (trains anywhere), "dense" (for comparison), or "auto". `mask`: "interval",
+    or "turn_role", the paper's own rule, for rows of `lay_out_turns` layouts. `loss`: "model" leaves the head and
+    its loss alone; "chunked" never holds the logits of all targets at once, and returns none. Models that cannot be
+    exact are refused with the reason.
+
+    >>> import flexreason as fr
+    >>> from transformers import Qwen3Config, Qwen3ForCausalLM
+    >>> model = Qwen3ForCausalLM(Qwen3Config(vocab_size=40, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+    ...     num_attention_heads=4, num_key_value_heads=2, head_dim=8))
+    >>> row = fr.collate([fr.lay_out_turns([([1, 2], [10, 11], [20]), ([3], [12], [21])])])
+    >>> model = fr.patch(model)
+    >>> model(**row).loss.backward()
+    """
+    return apply_patch(model, backend, mask, loss, ask=_ask)
+
+
+def _ask(root: PreTrainedModel) -> str:
+    """Raise if the model is not shown to be exact; where it is, why not in chunks, or nothing."""
+    found = _proof(root)
+    if doubt := _doubt(root, found):
+        raise refusal(root, doubt)
+    return _unchunked(found)
+
+
+def _doubt(root: PreTrainedModel, found: Result) -> Reason | None:
+    """Why a model is not taken, after what was found of its class."""
+    if found.verdict == "exact":
+        changed = replaced_parts(root)
+        doubt = changed and f"parts of it were replaced, which no tiny model of its class has: {changed}"
+    elif found.verdict == "refused":
+        return found.reason, SAMPLES
+    else:
+        doubt = "nobody has shown it to be exact, and no tiny model of its structure can be built to try "
+        doubt += f"({found.reason})"
+    if not doubt or _kind(root) in _trusted:
+        return None
+    return doubt, "run fr.verify on it: once that has passed, patch takes such models until the process ends"
+
+
+def reason_against_chunks(root: PreTrainedModel) -> str:
+    """Why loss="chunked" and token_logprobs are not the samples', as the list or the self-test says; or nothing."""
+    return _unchunked(_proof(root))
+
+
+def _unchunked(found: Result) -> str:
+    return found.chunked_reason if found.chunked is False else ""
+
+
+def standing(root: PreTrainedModel, model: nn.Module | None = None) -> tuple[str, str] | None:
+    """What `patch` would say of a model that nobody has trusted: a verdict, "refused" or "cannot be built tiny", and
+    the reason; None where it is exact."""
+    if against := reason_against_adapters(model or root) or reason_against(root):
+        return "refused", against[0]
+    found = _proof(root)
+    if found.verdict != "exact":
+        return found.verdict, found.reason
+    changed = replaced_parts(root)
+    return (UNTESTED, f"parts of it were replaced: {changed}") if changed else None
+
+
+def trust(root: PreTrainedModel) -> None:
+    """`fr.verify` passed on this model: until the process ends, those of its class, structure and parts are taken where
+    no tiny one can be tested. It counts for nothing against a test that failed."""
+    _trusted.add(_kind(root))
+
+
+def _kind(root: PreTrainedModel) -> tuple:
+    cls = model_class(root)
+    return cls, verdicts.structure_of(root.config, cls), frozenset(parts_of(root))
+
+
+def _proof(root: PreTrainedModel) -> Result:
+    """What the list of classes says, or else the self-test on a tiny model of the same structure."""
+    return verdicts.proof(model_class(root), root.config, edited=foreign(parts_of(root)))
