@@ -5,6 +5,9 @@ length that each shares with the one before. Storage order is preorder, the chil
 first (ties: the larger subtree, then the one whose first sample was given first): the trunk stands first
 and contiguous, what leaves it last comes next, and masks have few partial blocks.
 
+All of it is numpy: torch would share out every long line of this work among its threads, and thousands of short steps
+that wait for each other take many times as long wherever a core has something else to do.
+
 >>> layout = lay_out([Sample([1, 2], [3]), Sample([1, 2, 4], [5, 6])])
 >>> layout.input_ids.tolist(), layout.until.tolist()
 ([1, 2, 4, 5, 6, 3], [6, 6, 5, 5, 5, 6])
@@ -16,21 +19,21 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
+import numpy as np
 import torch
-from torch import Tensor
 
-from flexreason.layout import Layout
+from flexreason.layout import PER_TARGET, PER_TOKEN, Layout
 from flexreason.sample import SAMPLE_ROLES, UNSAID, Ids, Role, Sample, as_ids, one_device
 
 
 @dataclass(eq=False)
 class _Checked:
-    """A sample whose every field is an int32 tensor, with what was left unsaid filled in."""
+    """A sample whose every field is an int32 array, with what was left unsaid filled in."""
 
-    ids: Tensor  # [n]
+    ids: np.ndarray  # [n]
     n_prompt: int
-    roles: Tensor  # [n]
-    turns: Tensor  # [n], UNSAID where not said
+    roles: np.ndarray  # [n]
+    turns: np.ndarray  # [n], UNSAID where not said
 
 
 @dataclass(eq=False)
@@ -60,46 +63,47 @@ def lay_out(samples: Sequence[Sample]) -> Layout:
     leaves = _grow(checked)
     stored = _store(leaves)
 
-    n_tokens = sum(branch.end - branch.depth for branch in stored)
-    index = torch.arange(n_tokens)
-    starts = torch.tensor([branch.start for branch in stored])
-    lengths = torch.tensor([branch.end - branch.depth for branch in stored])
-    until = torch.tensor([branch.start + branch.size for branch in stored])
-    depths = torch.tensor([branch.depth for branch in stored])
+    lengths = [branch.end - branch.depth for branch in stored]
+    index = np.arange(sum(lengths))
+    before = np.repeat([branch.start - branch.depth for branch in stored], lengths)
+    until = np.repeat([branch.start + branch.size for branch in stored], lengths)
 
-    role = torch.zeros(n_tokens, dtype=torch.int32)
-    turn = torch.full((n_tokens,), UNSAID, dtype=torch.int32)
-    first = torch.empty(n_tokens, dtype=torch.int32)
-    sources: list[Tensor] = [index] * len(checked)
+    role = np.zeros(len(index), dtype=np.int32)
+    turn = np.full(len(index), UNSAID, dtype=np.int32)
+    first = np.empty(len(index), dtype=np.int32)
+    sources = [index] * len(checked)
     for i in reversed(range(len(checked))):  # so that the first sample through a token has the last word
         sample = checked[i]
-        path = torch.cat([index[b.start : b.start + b.end - b.depth] for b in _from_root(leaves[i])])
+        path = np.concatenate([index[b.start : b.start + b.end - b.depth] for b in _from_root(leaves[i])])
         role[path] |= sample.roles
-        turn[path] = torch.where(sample.turns == UNSAID, turn[path], sample.turns)
+        turn[path] = np.where(sample.turns == UNSAID, turn[path], sample.turns)
         first[path] = i
         sources[i] = path[sample.n_prompt - 1 : -1]
 
     targets = [sample.ids[sample.n_prompt :] for sample in checked]
-    turns = torch.arange(len(checked)).repeat_interleave(torch.tensor([len(ids) for ids in targets]))
-    return Layout(
-        input_ids=torch.cat([checked[b.sample].ids[b.depth : b.end] for b in stored]).long(),
-        position_ids=index + (depths - starts).repeat_interleave(lengths),
-        until=until.to(torch.int32).repeat_interleave(lengths),
-        turn=torch.where(turn == UNSAID, first, turn),
-        role=role,
-        target_source=torch.cat(sources),
-        target_ids=torch.cat(targets).long(),
-        target_turn=turns,
-        target_weight=torch.ones(len(turns)),
-    )
+    turns = np.repeat(np.arange(len(checked)), [len(ids) for ids in targets])
+    made = {
+        "input_ids": np.concatenate([checked[b.sample].ids[b.depth : b.end] for b in stored]),
+        "position_ids": index - before,
+        "until": until,
+        "turn": np.where(turn == UNSAID, first, turn),
+        "role": role,
+        "target_source": np.concatenate(sources),
+        "target_ids": np.concatenate(targets),
+        "target_turn": turns,
+        "target_weight": np.ones(len(turns)),
+    }
+    kinds = {torch.int32: np.int32, torch.int64: np.int64, torch.float32: np.float32}
+    dtypes = {**PER_TOKEN, **PER_TARGET}
+    return Layout(**{name: torch.from_numpy(x.astype(kinds[dtypes[name]], copy=False)) for name, x in made.items()})
 
 
 def _check(i: int, sample: Sample) -> _Checked:
     if not isinstance(sample, Sample):
         raise ValueError(f"sample {i}: expected fr.Sample(prompt_ids, target_ids), found {type(sample).__name__}")
     one_device(vars(sample), f"sample {i}")
-    prompt = as_ids(sample.prompt_ids, f"sample {i}: prompt_ids")
-    target = as_ids(sample.target_ids, f"sample {i}: target_ids")
+    prompt = as_ids(sample.prompt_ids, f"sample {i}: prompt_ids").numpy()
+    target = as_ids(sample.target_ids, f"sample {i}: target_ids").numpy()
     if not len(prompt):
         raise ValueError(
             f"sample {i}: prompt_ids is empty; expected at least one token, which predicts the first target"
@@ -107,37 +111,37 @@ def _check(i: int, sample: Sample) -> _Checked:
     if not len(target):
         raise ValueError(f"sample {i}: target_ids is empty; expected at least one token to train on")
 
-    def said(name: str, values: Ids | None, ids: str, n: int, unsaid: int, lowest: int) -> Tensor:
+    def said(name: str, values: Ids | None, ids: str, n: int, unsaid: int, lowest: int) -> np.ndarray:
         if values is None:
-            return torch.full((n,), unsaid, dtype=torch.int32)
-        tensor = as_ids(values, f"sample {i}: {name}", lowest=lowest)
-        if len(tensor) != n:
-            raise ValueError(f"sample {i}: expected {name} as long as {ids} ({n}), found {len(tensor)}")
-        return tensor
+            return np.full(n, unsaid, dtype=np.int32)
+        found = as_ids(values, f"sample {i}: {name}", lowest=lowest).numpy()
+        if len(found) != n:
+            raise ValueError(f"sample {i}: expected {name} as long as {ids} ({n}), found {len(found)}")
+        return found
 
     prompt_roles = said("prompt_roles", sample.prompt_roles, "prompt_ids", len(prompt), Role.PROMPT, 0)
     target_roles = said("target_roles", sample.target_roles, "target_ids", len(target), Role.RESPONSE, 0)
     for name, roles in (("prompt_roles", prompt_roles), ("target_roles", target_roles)):
         strange = ((roles & ~int(SAMPLE_ROLES)) != 0) | (roles == 0)
         if strange.any():
-            at = int(strange.nonzero()[0])
+            at = int(strange.argmax())
             raise ValueError(
                 f"sample {i}: {name}[{at}]: expected flags among PROMPT, REASONING, CONTEXT and RESPONSE, "
                 f"found {int(roles[at])}"
             )
     turns = said("prompt_turns", sample.prompt_turns, "prompt_ids", len(prompt), UNSAID, UNSAID)
     return _Checked(
-        ids=torch.cat([prompt, target]),
+        ids=np.concatenate([prompt, target]),
         n_prompt=len(prompt),
-        roles=torch.cat([prompt_roles, target_roles]),
-        turns=torch.cat([turns, torch.full_like(target, UNSAID)]),
+        roles=np.concatenate([prompt_roles, target_roles]),
+        turns=np.concatenate([turns, np.full_like(target, UNSAID)]),
     )
 
 
 def _grow(samples: list[_Checked]) -> list[_Branch]:
     """The branch on which each sample ends. Samples are added in sorted order, each at the tree's right edge."""
     # Big-endian bytes sort as the non-negative numbers they spell, and a prefix sorts before what it begins.
-    keys = [sample.ids.numpy().astype(">i4").tobytes() for sample in samples]
+    keys = [sample.ids.astype(">i4").tobytes() for sample in samples]
     in_order = sorted(range(len(samples)), key=keys.__getitem__)
     shared = [0, *(_shared(samples[a].ids, samples[b].ids) for a, b in pairwise(in_order))]
 
@@ -160,10 +164,10 @@ def _grow(samples: list[_Checked]) -> list[_Branch]:
     return leaves
 
 
-def _shared(a: Tensor, b: Tensor) -> int:
+def _shared(a: np.ndarray, b: np.ndarray) -> int:
     """How many tokens two samples begin with alike."""
     n = min(len(a), len(b))
-    differs = (a[:n] != b[:n]).numpy()
+    differs = a[:n] != b[:n]
     at = int(differs.argmax()) if n else 0
     return at if n and differs[at] else n
 

@@ -193,6 +193,11 @@ class _Survey:
             return turn
         if off and self.reasoning and found.get("r", -1) >= 0:
             return self._thinking_off(known)
+        if off and markers.around(lead):  # both close an empty block, and need not do so with the same white space
+            behind = known[known.rfind(markers.closing) :]
+            rest = body[lead.rfind(markers.closing) :]
+            rest = rest[len(self.template.shared(behind, rest)) :]
+            return Turn(self.prompt, rest, 0, "thinking off" if self.reasoning else "rendered")
         opened, inside = markers.opened_by(known), found.get("r", -1) >= 0
         header = known[: known.rfind(markers.opening)] if opened else lead
         if inside and (opened or known.startswith(lead)):
