@@ -87,9 +87,7 @@ def _labels(labels: Tensor | None, shifted: Tensor | None, weight: Tensor) -> Te
     return shifted
 
 
-def _weights(
-    weight: Tensor, labels: Tensor, like: Tensor, n_items: Tensor | float | None
-) -> tuple[Tensor, Tensor]:
+def _weights(weight: Tensor, labels: Tensor, like: Tensor, n_items: Tensor | float | None) -> tuple[Tensor, Tensor]:
     """The weight of every target, [T], in the precision of a loss from what is `like`; and what the loss divides by."""
     w = weight[0].to(like.device, torch.promote_types(like.dtype, torch.float32)) * (labels[0] != IGNORED)
     total = w.sum() if n_items is None else torch.as_tensor(n_items, device=w.device)

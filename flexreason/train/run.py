@@ -14,7 +14,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -23,7 +23,7 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
-from transformers import AutoTokenizer, TrainingArguments
+from transformers import AutoTokenizer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
 import flexreason as fr
@@ -77,15 +77,20 @@ class Outcome:
         return [entry["loss"] for entry in self.logs if "loss" in entry]
 
 
-def train(settings: Settings, say: Callable[[str], None] = lambda words: print(words, file=sys.stderr)) -> Outcome:
+def train(
+    settings: Settings,
+    say: Callable[[str], None] = lambda words: print(words, file=sys.stderr),
+    callbacks: Sequence[TrainerCallback] = (),
+) -> Outcome:
     """Run it, or go on with it. What could go wrong is looked at before what takes long."""
     if not sys.stderr.isatty():
         transformers.logging.disable_progress_bar()
-    return _Run(settings, say).run()
+    return _Run(settings, say, callbacks).run()
 
 
 class _Run:
-    def __init__(self, settings: Settings, say: Callable[[str], None]) -> None:
+    def __init__(self, settings: Settings, say: Callable[[str], None], callbacks: Sequence[TrainerCallback]) -> None:
+        self.callbacks = callbacks
         self.settings, self.folder = settings, Path(settings.output)
         self.rank, self.world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
         self.say = say if self.rank == 0 else (lambda words: None)
@@ -353,7 +358,7 @@ class _Run:
             eval_dataset=evaluation,
             data_collator=fr.Collator(settings.length),
             processing_class=tokenizer,
-            callbacks=[along],
+            callbacks=[along, *self.callbacks],
         )
         trainer.remove_callback(PrinterCallback)
         return trainer
