@@ -8,7 +8,7 @@ begin at a number. Nothing is kept but sizes; an epoch's rows are made when it i
 >>> layouts = [fr.lay_out_turns([([1] * n, [2], [3])]) for n in (100, 30, 60, 90, 20)]
 >>> rows = Rows(layouts, 128, epochs=2)
 >>> [sorted(rows.documents(row)) for row in range(3)], len(rows)
-([[1, 3], [0, 4], [2]], 6)
+([[0, 4], [2], [1, 3]], 6)
 """
 
 from array import array
@@ -89,12 +89,16 @@ class Rows(Dataset):
     def _epoch(self, epoch: int) -> "_Epoch":
         if self._made is None or self._made[0] != epoch:
             seed = self.seed * 1_000_003 + epoch
-            order = torch.randperm(len(self.items), generator=torch.Generator().manual_seed(seed))
+            draw = torch.Generator().manual_seed(seed)
+            order = torch.randperm(len(self.items), generator=draw)
             numbers = (number for some in order.split(4096) for number in some.tolist())
             packer = Packer(self.length, pool=self.pool, seed=seed)
-            made = _Epoch()
+            rows = _Epoch()
             for row in packer.pack((number, int(self.sizes[number])) for number in numbers):
-                made.add(row)
+                rows.add(row)
+            made = _Epoch()
+            for number in torch.randperm(len(rows), generator=draw).tolist():  # packing leaves short ones for last
+                made.add(rows.row(number))
             for _ in range(-len(made) % self.multiple):
                 made.add([])
             self._made = epoch, made

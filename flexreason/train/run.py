@@ -113,7 +113,7 @@ class _Run:
 
     def run(self) -> Outcome:
         start = time.monotonic()
-        settings = self.settings
+        settings, grouped = self.settings, torch.distributed.is_initialized()
         tokenizer = self.load_tokenizer()
         encoder = EntryEncoder(
             tokenizer, format=settings.format, turns=settings.turns, history=settings.history, **settings.template
@@ -136,6 +136,8 @@ class _Run:
             _write(self.folder / "run.json", record)
         trainer.train(resume_from_checkpoint=checkpoint)
         self.save_model(trainer)
+        if not grouped and torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
         if self.rank == 0:
             logs = [entry for entry in trainer.state.log_history if "loss" in entry or "eval_loss" in entry]
             metrics = next((entry for entry in reversed(logs) if "eval_loss" in entry), {})

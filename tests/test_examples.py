@@ -1,0 +1,429 @@
+"""The examples run as commands and take the steps of a loop over the samples; what docs/train.md says is so."""
+
+import argparse
+import dataclasses
+import importlib.util
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import accelerate
+import datasets
+import peft
+import pytest
+import torch
+import yaml
+from accelerate.state import AcceleratorState
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, TrainingArguments
+from trl import SFTTrainer
+
+import flexreason as fr
+from flexreason.chat.template import stand_in
+from flexreason.cli import main
+from flexreason.data.documents import weighted
+from flexreason.proof.testing import true_float64
+from flexreason.train import command as train_command
+from flexreason.train.run import CHECKPOINTING
+from flexreason.train.settings import NAMES, from_options
+from models import tiny
+from training import (
+    LEARNING_RATE,
+    LENGTH,
+    TEMPLATE,
+    fit_by_hand,
+    free_port,
+    some_layouts,
+    steps_of,
+    way_gone,
+    write_data,
+    write_model,
+)
+
+ROOT = Path(__file__).parents[1]
+EXAMPLES = ROOT / "examples"
+SCRIPTS = ["trainer", "sft", "accelerate_loop", "plain"]
+GUIDE = (ROOT / "docs" / "train.md").read_text()
+
+BY_HAND = {  # what makes a trainer take the steps of `fit_by_hand`
+    "optim": "sgd",
+    "learning_rate": LEARNING_RATE,
+    "lr_scheduler_type": "constant",
+    "max_grad_norm": 0.0,
+    "bf16": False,
+    "use_cpu": True,
+    "dataloader_pin_memory": False,
+    "save_strategy": "no",
+    "disable_tqdm": True,
+}
+
+# transformers 5.23 renames what it calls gradient checkpointing; peft 0.21 and trl 1.16 use the old names.
+old_names = pytest.mark.filterwarnings("ignore:`(is_)?gradient_checkpointing\\w*` is deprecated:FutureWarning")
+
+
+def example(name):
+    """The script as a module."""
+    spec = importlib.util.spec_from_file_location(f"example_{name}", EXAMPLES / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def one_process():
+    """An Accelerator on the CPU; those of other tests set what all share."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield accelerate.Accelerator(cpu=True)
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def start_of(model):
+    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def assert_same_steps(losses, expected, found, wanted, start, tolerance=1e-8):
+    assert losses == pytest.approx(expected, rel=1e-6)  # trainers add them up in float32
+    assert len(set(expected)) == len(expected) > 3
+    assert way_gone(start_of(found), start_of(wanted), start) <= tolerance
+
+
+def some_rows(layouts, weighting="token", multiple=3):
+    return fr.Rows([weighted(layout, weighting) for layout in layouts], LENGTH, epochs=3, multiple=multiple, seed=3)
+
+
+# weights of 1 / n are float32
+@pytest.mark.parametrize(("weighting", "tolerance"), [("token", 1e-8), ("turn", 1e-6)])
+@pytest.mark.parametrize("name", ["plain", "accelerate_loop"])
+def test_own_loops_take_the_steps_of_the_loop(name, weighting, tolerance, one_process):
+    layouts = some_layouts()
+    rows = some_rows(layouts, weighting)
+    stock, model = tiny("Qwen3").double(), tiny("Qwen3").double()
+    start = start_of(stock)
+    optimizer = torch.optim.SGD(model.parameters(), LEARNING_RATE)
+    given = (model, rows, optimizer) if name == "plain" else (one_process, model, rows, optimizer)
+    with true_float64():
+        expected = fit_by_hand(stock, steps_of(rows, layouts), weighting)
+        losses = example(name).train(*given)
+    assert_same_steps(losses, expected, model, stock, start, tolerance)
+
+
+def losses_of(trainer):
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def test_the_trainer_takes_the_steps_of_the_loop(monkeypatch, tmp_path):
+    layouts = some_layouts()
+    script = example("trainer")
+    monkeypatch.setattr(script, "LENGTH", LENGTH)
+    stock, model = tiny("Qwen3").double(), tiny("Qwen3").double()
+    start = start_of(stock)
+    rows = fr.Rows(layouts, LENGTH, epochs=3, multiple=script.ARGUMENTS["gradient_accumulation_steps"])
+    with true_float64():
+        expected = fit_by_hand(stock, steps_of(rows, layouts))
+        trainer = script.train(model, layouts, str(tmp_path), epochs=3, **BY_HAND)
+    assert_same_steps(losses_of(trainer), expected, model, stock, start)
+
+
+def with_adapters(model):
+    """LoRA with weights of their own instead of B = 0, which would leave every gradient of A at 0 at first."""
+    config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj", "down_proj"])
+    model = peft.get_peft_model(model, config)
+    draw = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad:
+                p.copy_(torch.randn(p.shape, generator=draw) * 0.1)
+    return model
+
+
+class CollatorAsEver(fr.Collator):
+    """A row is made outside of true fp64, which would make float64 of the float32 that a column holds."""
+
+    def __call__(self, batch):
+        with torch._C.DisableTorchFunction():
+            return super().__call__(batch)
+
+
+@old_names
+@pytest.mark.parametrize(("kind", "tolerance"), [("RowSFTTrainer", 1e-8), ("SFTTrainer", 1e-5)])
+def test_the_sft_trainer_takes_the_steps_of_the_loop(kind, tolerance, monkeypatch, tmp_path):
+    """Adapters, rows of four conversations, four rows a step, the last step of two; trl's own loss sums in float32."""
+    layouts = some_layouts(40)
+    script = example("sft")
+    monkeypatch.setattr(fr, "Collator", CollatorAsEver)
+    columns = [{name: t.numpy() for name, t in vars(layout).items()} for layout in layouts]
+    stock, model = with_adapters(tiny("Qwen3").double()), with_adapters(tiny("Qwen3").double())
+    start = start_of(stock)
+    given = {**BY_HAND, "num_train_epochs": 2, CHECKPOINTING: False}
+    if kind == "SFTTrainer":
+        given["train_sampling_strategy"] = "sequential"
+    with true_float64():
+        expected = fit_by_hand(stock, [layouts[:16], layouts[16:32], layouts[32:]] * 2)
+        trainer = script.train(
+            model,
+            datasets.Dataset.from_list(columns),
+            str(tmp_path),
+            stand_in(TEMPLATE),
+            kind=getattr(script, kind),
+            peft_config=None,
+            **given,
+        )
+    assert isinstance(trainer, SFTTrainer)
+    assert_same_steps(losses_of(trainer), expected, trainer.model, stock, start, tolerance)
+    assert ("loss_reasoning" in trainer.state.log_history[0]) == (kind == "RowSFTTrainer")
+    if kind == "RowSFTTrainer":
+        found = trainer.evaluate(datasets.Dataset.from_list(columns[:5]))
+        assert found["eval_targets"] == sum(len(layout.target_ids) for layout in layouts[:5])
+
+    [turns] = [weighted(layout, "turn") for layout in layouts[:1]]
+    with pytest.raises(ValueError, match="use weights of 1, or the model's own forward"):
+        trainer.model(**fr.collate([turns]))
+
+
+RANKS = """
+import sys, torch
+from accelerate import Accelerator
+import flexreason as fr
+from flexreason.proof.testing import true_float64
+from models import tiny
+from test_examples import example, some_rows
+from training import LEARNING_RATE, some_layouts
+
+weighting, path = sys.argv[1:]
+model = tiny("Qwen3").double()
+accelerator = Accelerator(cpu=True)
+assert accelerator.num_processes == 2
+rows = some_rows(some_layouts(), weighting, 4)
+with true_float64():
+    optimizer = torch.optim.SGD(model.parameters(), LEARNING_RATE)
+    losses = example("accelerate_loop").train(accelerator, model, rows, optimizer)
+if accelerator.is_main_process:
+    torch.save({"losses": losses, "model": model.state_dict()}, path)
+accelerator.end_training()
+"""
+
+
+def run_command(*arguments, processes=1):
+    """A command in a process of its own, or in several by torchrun, on the CPU."""
+    launch = []
+    if processes > 1:
+        launch = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--master-port", str(free_port())]
+    path = os.pathsep.join([str(ROOT / "tests"), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "DS_ACCELERATOR": "cpu"}
+    done = subprocess.run(
+        [sys.executable, *launch, *map(str, arguments)],
+        env={**os.environ, **environment, "CUDA_VISIBLE_DEVICES": ""},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=500,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done.stdout
+
+
+@pytest.mark.parametrize(("weighting", "tolerance"), [("token", 1e-8), ("turn", 1e-6)])
+def test_two_processes_under_accelerate_take_the_steps_of_the_loop(weighting, tolerance, tmp_path):
+    """Two real gloo processes, two rows each a step, some of them empty."""
+    (tmp_path / "ranks.py").write_text(RANKS)
+    run_command(tmp_path / "ranks.py", weighting, tmp_path / "found.pt", processes=2)
+    found = torch.load(tmp_path / "found.pt")
+    layouts = some_layouts()
+    rows = some_rows(layouts, weighting, 4)
+    assert [] in [rows.documents(row) for row in range(len(rows))]
+    stock, model = tiny("Qwen3").double(), tiny("Qwen3").double()
+    start = start_of(stock)
+    model.load_state_dict(found["model"])
+    with true_float64():
+        expected = fit_by_hand(stock, steps_of(rows, layouts), weighting)
+    assert_same_steps(found["losses"], expected, model, stock, start, tolerance)
+
+
+@pytest.fixture(scope="module")
+def material(tmp_path_factory):
+    """A small model with weights, its tokenizer, and data."""
+    folder = tmp_path_factory.mktemp("material")
+    model, data = write_model(folder / "model"), write_data(folder / "data.jsonl", n=160)
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model)).save_pretrained(model)
+    return model, data
+
+
+def loss_of(model, data, adapters=None):
+    tokenizer, loaded = AutoTokenizer.from_pretrained(model), AutoModelForCausalLM.from_pretrained(model)
+    if adapters:
+        loaded = peft.PeftModel.from_pretrained(loaded, adapters)
+    layouts = [fr.encode(json.loads(line)["messages"], tokenizer) for line in data.read_text().splitlines()]
+    with torch.no_grad():
+        return float(fr.patch(loaded)(**fr.collate(layouts)).loss)
+
+
+@old_names
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_examples_run_as_commands_and_leave_a_model(name, material, tmp_path):
+    model, data = material
+    run_command(EXAMPLES / f"{name}.py", model, data, tmp_path / "out")
+    files = {path.name for path in (tmp_path / "out").iterdir()}
+    assert {"tokenizer.json", "chat_template.jinja"} <= files
+    before = loss_of(model, data)
+    if name == "sft":
+        assert "adapter_model.safetensors" in files
+        assert loss_of(model, data, tmp_path / "out") < before
+    else:
+        assert "model.safetensors" in files
+        assert loss_of(tmp_path / "out", data) < before
+
+
+def test_the_accelerate_example_in_two_processes_ends_as_in_one(material, tmp_path):
+    model, data = material
+    said = {}
+    for n in (1, 2):
+        said[n] = run_command(EXAMPLES / "accelerate_loop.py", model, data, tmp_path / str(n), processes=n)
+    found = {n: [re.findall(r"[\d.]+", line) for line in said[n].splitlines() if "loss" in line] for n in (1, 2)}
+    assert len(found[1]) == 2
+    assert [line[3] for line in found[1]] == [line[3] for line in found[2]]  # targets
+    for one, two in zip(found[1], found[2], strict=True):
+        assert float(one[2]) == pytest.approx(float(two[2]), abs=2e-6)
+    start, one, two = (load_file(path / "model.safetensors") for path in (model, tmp_path / "1", tmp_path / "2"))
+    assert way_gone(two, one, start) < 1e-2  # in fp32, where AdamW makes as much of small gradients as of large
+
+
+# --- DeepSpeed
+
+CONFIGURATIONS = {f"deepspeed_zero{stage}": EXAMPLES / f"deepspeed_zero{stage}.json" for stage in (2, 3)}
+
+needs_deepspeed = pytest.mark.skipif(
+    importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed, and not among requirements"
+)
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_deepspeed_configurations_leave_to_the_trainer_what_settings_say(stage):
+    config = json.loads(CONFIGURATIONS[f"deepspeed_zero{stage}"].read_text())
+    assert config["zero_optimization"]["stage"] == stage
+    for name in ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"):
+        assert config[name] == "auto"
+    assert config["gradient_clipping"] == config["bf16"]["enabled"] == config["fp16"]["enabled"] == "auto"
+    assert not {"optimizer", "scheduler"} & config.keys()
+    assert (stage == 3) == config["zero_optimization"].get("stage3_gather_16bit_weights_on_model_save", False)
+
+
+@needs_deepspeed
+@pytest.mark.parametrize("stage", [2, 3])
+def test_deepspeed_trains_and_evaluates_as_plain_processes_do(stage, material, tmp_path):
+    """Two gloo processes on the CPU, a kernel of DeepSpeed's own compiled on the way; takes minutes the first time."""
+    model, data = material
+    found = {}
+    for name, more in (("plain", ""), ("zero", f", deepspeed: {CONFIGURATIONS[f'deepspeed_zero{stage}']}")):
+        given = ["--model", model, "--data", data, "--output", tmp_path / name, "--evaluation", "0.2"]
+        given += ["--length", 1024, "--rows-per-step", 4, "--steps", 6, "--learning-rate", "1e-2", "--log-every", 1]
+        given += ["--precision", "fp32", "--trainer", f"{{use_cpu: true{more}}}"]
+        run_command("-m", "flexreason", "train", *given, processes=2)
+        record = json.loads((tmp_path / name / "run.json").read_text())
+        losses = [entry["loss"] for entry in record["logs"] if "loss" in entry]
+        assert len(losses) == 6
+        found[name] = losses, record["metrics"]["eval_loss"], load_file(tmp_path / name / "model" / "model.safetensors")
+    assert found["zero"][0] == pytest.approx(found["plain"][0], rel=1e-5)
+    assert found["zero"][1] == pytest.approx(found["plain"][1], rel=1e-5)
+    assert way_gone(found["zero"][2], found["plain"][2], load_file(model / "model.safetensors")) < 1e-4
+
+
+# --- docs/train.md
+
+
+def blocks(kind):
+    """The blocks of the guide that are fenced as this kind; "" is those of no kind."""
+    found = re.findall(r"^```(\w*)\n(.*?)^```$", GUIDE, re.MULTILINE | re.DOTALL)
+    return [block for name, block in found if name == kind]
+
+
+def settings_table():
+    """The table of docs/train.md, made from the settings."""
+    lines = ["| setting | if not given | what it is |", "|---|---|---|"]
+    for name, each in NAMES.items():
+        default = each.default if each.default is not dataclasses.MISSING else None
+        if each.default is dataclasses.MISSING and each.default_factory is dataclasses.MISSING:
+            said = "*needed*"
+        elif default is None:
+            said = ""
+        else:
+            said = f"`{str(default).lower() if isinstance(default, bool) else default}`"
+        lines.append(f"| `{name}` | {said} | {each.metadata['help']} |")
+    return "\n".join(lines) + "\n"
+
+
+def test_the_settings_of_the_guide_are_those_there_are():
+    assert settings_table() in GUIDE, settings_table()
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_the_lines_that_the_guide_shows_are_those_of_the_examples(name):
+    source = (EXAMPLES / f"{name}.py").read_text()
+    lines = [line.strip() for line in source.splitlines() if re.search(r"  # [123](:|$)", line)]
+    assert [re.search(r"# (\d)", line)[1] for line in lines] == ["1", "2", "3"]
+    assert sum(all(line in block for line in lines) for block in blocks("python")) == 1
+
+
+def without_figures(line):
+    return re.sub(r" *\d[\d.,e-]*", " N", line)
+
+
+def test_the_configuration_of_the_guide_trains(material, tmp_path, capsys):
+    """With another model, data and output, and rows that such a model has use for."""
+    model, data = material
+    [block] = blocks("yaml")
+    (tmp_path / "config.yaml").write_text(block)
+    out = tmp_path / "out"
+    given = ["--model", str(model), "--data", str(data), "--output", str(out), "--length", "1024"]
+    given = [*given, "--evaluation", "0.2", "--rows-per-step", "2", "--precision", "fp32", "--log-every", "2"]
+    command = ["train", str(tmp_path / "config.yaml"), *given]
+    assert main(command) == 0
+    said = capsys.readouterr().err
+    [shown] = [block for block in blocks("") if block.startswith("step ")]
+    assert {without_figures(line) for line in shown.splitlines()} <= {
+        without_figures(line) for line in said.splitlines()
+    }
+    [tree] = [block for block in blocks("") if "run.json" in block]
+    names = [line.split()[0].rstrip("/") for line in tree.splitlines()[1:]]
+    assert sorted(names) == sorted(path.name for path in out.iterdir())
+    assert main([*command, "--save-every", "7"]) == 0
+    assert "this run is finished" in capsys.readouterr().err
+    assert main([*command, "--learning-rate", "2e-5"]) == 2
+    [refused] = [block for block in blocks("") if "another run" in block]
+    assert capsys.readouterr().err.replace(str(out), "runs/first").endswith(refused)
+
+
+def test_the_commands_of_the_guide_are_such_as_are_taken():
+    """Every one of them is read by the command's own parser, and what it names is there."""
+    commands = []
+    for line in (line for block in blocks("sh") for line in block.splitlines()):
+        if commands and commands[-1].count('"') % 2:
+            commands[-1] += line
+        else:
+            commands.append(line)
+    assert len(commands) >= 8
+    config = yaml.safe_load(blocks("yaml")[0])
+    for command in commands:
+        words = shlex.split(command, comments=True)
+        scripts = [word for word in words if word.startswith("examples/")]
+        assert all((ROOT / word).is_file() for word in scripts), command
+        if "train" in words:
+            parser = argparse.ArgumentParser()
+            train_command.add_arguments(parser)
+            options = parser.parse_args(words[words.index("train") + 1 :])
+            given = {name: value for name, value in vars(options).items() if name in NAMES and value is not None}
+            options.config = None
+            for name, value in config.items():
+                if name not in given:
+                    setattr(options, name, value)
+            made = from_options(options)
+            if path := made.trainer.get("deepspeed"):
+                assert (ROOT / path).is_file()
+            if "fsdp" in made.trainer:
+                TrainingArguments(output_dir="unused", **{**made.trainer, "bf16": False, "use_cpu": True})
+        else:
+            assert scripts or words[:2] == ["pip", "install"], command
