@@ -124,7 +124,7 @@ MUTATIONS = {  # name: (file, what stands there, what to write instead)
         "attention/flex.py", "None if softcap is None else _capped(softcap)", "None",
     ),
     "patch: the hidden states gathered are one off": (
-        "patching.py", "output.last_hidden_state[:, source]", "output.last_hidden_state[:, source - 1]",
+        "patching.py", "with_states(output, output[0][:, source])", "with_states(output, output[0][:, source - 1])",
     ),
     "patch: no mask function is registered": (
         "attention/registry.py", "        AttentionMaskInterface.register(name, _mask(ALL_MASK_ATTENTION_FUNCTIONS[previous]))\n", "",
@@ -172,13 +172,13 @@ MUTATIONS = {  # name: (file, what stands there, what to write instead)
         "attention/registry.py", "    if q.dtype != v.dtype:", "    if q.dtype is None:",
     ),
     "patch: unpatch leaves the loss": (
-        "patching.py", "        self.root.loss_function.undo(self.root)\n", "",
+        "patching.py", "        self.root.loss_function.undo()\n", "",
     ),
     "loss: the mean is over targets, not over weights": (
-        "loss.py", "            total = weight.sum()\n", "            total = (weight > 0).sum()\n",
+        "loss.py", "total = w.sum() if n_items is None", "total = (w > 0).sum() if n_items is None",
     ),
     "loss: ignored labels count in the mean": (
-        "loss.py", " * (labels[0] != IGNORED).to(nll)", "",
+        "loss.py", " * (labels[0] != IGNORED)\n", "\n",
     ),
     "segments: a second backward is silently wrong": (
         "attention/segments.py", "        if torch.is_grad_enabled():  #", "        if False:  #",
@@ -187,7 +187,7 @@ MUTATIONS = {  # name: (file, what stands there, what to write instead)
         "attention/segments.py", "torch.autocast(q.device.type, enabled=False)", "torch.autocast(q.device.type, enabled=torch.is_autocast_enabled(q.device.type))",
     ),
     "loss: an empty row divides by nothing": (
-        "loss.py", "            total = torch.where(total > 0, total, 1)\n", "",
+        "loss.py", "return w, torch.where(total > 0, total, 1)", "return w, total",
     ),
     "refuse: samples may straddle a RoPE threshold": (
         "refuse.py", "        if not short and (", "        if False and (",
@@ -196,10 +196,10 @@ MUTATIONS = {  # name: (file, what stands there, what to write instead)
         "refuse.py", "    if differ.any():", "    if differ.all():",
     ),
     "refuse: whatever has a verdict is taken": (
-        "refuse.py", "    if found.verdict == \"exact\":", "    if found.verdict:",
+        "proof/gate.py", "    if found.verdict == \"exact\":", "    if found.verdict:",
     ),
     "refuse: nothing is asked for proof": (
-        "refuse.py", "None if _untested.get() else reason_to_doubt(root)", "None",
+        "proof/gate.py", "if doubt := _doubt(root, found):", "if doubt := None:",
     ),
     "self-test: gradients are not looked at": (
         "proof/selftest.py", "\"gradients\": worst_gradient(pairs)[0]", "\"gradients\": 0.0",
@@ -211,10 +211,10 @@ MUTATIONS = {  # name: (file, what stands there, what to write instead)
         "proof/selftest.py", "        _must_refuse(model, straddling)\n", "",
     ),
     "list: any version's is believed": (
-        "proof/models.py", " or listed()[\"transformers\"] != transformers.__version__", "",
+        "proof/verdicts.py", " or listed()[\"transformers\"] != transformers.__version__", "",
     ),
     "list: any structure's is believed": (
-        "proof/models.py", "known and known[\"structure\"] == structure", "known",
+        "proof/verdicts.py", "known and known[\"structure\"] == structure", "known",
     ),
     "shrink: windows stay": (
         "proof/shrink.py", "(sliding_window|window_size|", "(window_size|",
@@ -265,22 +265,22 @@ MUTATIONS = {  # name: (file, what stands there, what to write instead)
         "patching.py", "return with_states(output, output[0][:, :0])", "return output",
     ),
     "verify: groups of gradients are not compared": (
-        "proof/verification.py", 'allowed += [("gradients", error', '[("gradients", error',
+        "proof/report.py", 'allowed += [("gradients", error', '[("gradients", error',
     ),
     "verify: NaN counts as equal": (
-        "proof/verification.py", "if not error <= limit", "if error > limit",
+        "proof/report.py", "if not error <= limit", "if error > limit",
     ),
     "verify: a parameter without a gradient is passed over": (
-        "proof/verification.py", "if name in missing:", "if False:",
+        "proof/gradients.py", "if name in missing:", "if False:",
     ),
     "verify: layouts are not looked at": (
-        "proof/verification.py", "                if faults:", "                if False:",
+        "proof/comparison.py", "                if faults:", "                if False:",
     ),
     "verify: dropout stays on": (
-        "proof/verification.py", "        module.p = 0.0\n", "        pass\n",
+        "proof/conditions.py", "        module.p = 0.0\n", "        pass\n",
     ),
     "verify: the limit of a dtype is far above the samples' own error": (
-        "proof/verification.py", "FACTOR = 2.0", "FACTOR = 2e6",
+        "proof/comparison.py", "FACTOR = 2.0", "FACTOR = 2e6",
     ),
     "diagnose: the target index is not looked at": (
         "proof/diagnose.py", "            if not right:\n", "            if False:\n",
@@ -289,10 +289,307 @@ MUTATIONS = {  # name: (file, what stands there, what to write instead)
         "proof/diagnose.py", "if bool(leaks.any()):", "if False:",
     ),
     "verify: a class that patch refuses is compared all the same": (
-        "proof/verification.py", 'if against is not None and against[0] == "refused":', "if False:",
+        "proof/comparison.py", 'if against is not None and against[0] == "refused":', "if False:",
     ),
     "patch: attention that goes past us is not noticed": (
         "patching.py", "if not kwargs[TREE].tables and not torch.compiler.is_compiling():", "if False:",
+    ),
+    "render: the clock goes on": (
+        "chat/render.py", "token = _NOW.set(_NOW.get() or at or datetime.now())", "token = _NOW.set(None)",
+    ),
+    "render: the clock cannot be set from outside": (
+        "chat/render.py", "_NOW.set(_NOW.get() or at or", "_NOW.set(at or",
+    ),
+    "render: the template keeps its own clock": (
+        "chat/render.py", "    compiled.globals[\"strftime_now\"] = _strftime_now\n", "",
+    ),
+    "render: the sandbox is left": (
+        "chat/render.py", "    compiled.globals[\"strftime_now\"] = _strftime_now\n",
+        "    compiled.globals[\"strftime_now\"] = _strftime_now\n    compiled.environment.is_safe_attribute = lambda *_: True\n",
+    ),
+    "render: prompts without the generation prompt": (
+        "chat/render.py", "add_generation_prompt=prompt,", "add_generation_prompt=False,",
+    ),
+    "render: tools are not shown": (
+        "chat/render.py", "messages, tools=self.tools,", "messages, tools=None,",
+    ),
+    "render: options do not reach the template": (
+        "chat/render.py", "tokenize=False, **self.options", "tokenize=False",
+    ),
+    "render: options that change what a sample is are taken": (
+        "chat/render.py", "if taken := sorted(OURS & set(options)):", "if taken := sorted(OURS & set()):",
+    ),
+    "render: memory is not watched": (
+        "chat/render.py", "used - entry[1] > MEMORY", "used < 0",
+    ),
+    "render: text of any size": (
+        "chat/render.py", "if len(text) > LONGEST:", "if len(text) < 0:",
+    ),
+    "render: the last message is blamed": (
+        "chat/render.py", "                if str(error) == words:", "                if False:",
+    ),
+    "messages: train: false is ignored": (
+        "chat/messages.py", "return bool(message[key])", "return True",
+    ),
+    "messages: half a weight is a whole one": (
+        "chat/messages.py", "if message[key] not in (0, 1):", "if False:",
+    ),
+    "messages: None fields stay": (
+        "chat/messages.py", "{key: value for key, value in message.items() if value is not None}", "dict(message)",
+    ),
+    "messages: a think block may stand anywhere": (
+        "chat/messages.py", "if not text.lstrip().startswith(OPEN):", "if OPEN not in text:",
+    ),
+    "messages: a think block need not be closed": (
+        "chat/messages.py", "(head.strip(\"\\n\"), rest.lstrip(\"\\n\")) if found else None", "(head.strip(\"\\n\"), rest.lstrip(\"\\n\"))",
+    ),
+    "messages: inline reasoning is not taken out": (
+        "chat/messages.py", "return {**bare, \"content\": inline[1]} if inline else bare", "return bare",
+    ),
+    "messages: one reasoning field is taken out": (
+        "chat/messages.py", "if key not in REASONING_FIELDS}", "if key != REASONING_FIELDS[0]}",
+    ),
+    "messages: parts stand on one line": (
+        "chat/messages.py", "\"\\n\".join(part[\"text\"]", "\" \".join(part[\"text\"]",
+    ),
+    "messages: arguments lose their letters": (
+        "chat/messages.py", "json.dumps(arguments, ensure_ascii=False)\n", "json.dumps(arguments)\n",
+    ),
+    "messages: arguments given as text stay text": (
+        "chat/messages.py", "if form == \"object\" and isinstance(arguments, str):", "if False:",
+    ),
+    "messages: arguments given as objects stay objects": (
+        "chat/messages.py", "elif form == \"string\" and isinstance(arguments, dict):", "elif False:",
+    ),
+    "templates: think= is not taken": (
+        "chat/templates.py", "if self.think is not None:", "if False:",
+    ),
+    "templates: one token of several stops": (
+        "chat/templates.py", "while (more := self.special.match(text, end)) and more.group() != self.bos:", "while False:",
+    ),
+    "templates: the next role's token does not stop": (
+        "chat/templates.py", "if (next_role := self.special.match(after_tail.lstrip())) and next_role.group() != self.bos:",
+        "if (next_role := None) is not None:",
+    ),
+    "templates: what begins a text stops one": (
+        "chat/templates.py", "if (next_role := self.special.match(after_tail.lstrip())) and next_role.group() != self.bos:",
+        "if next_role := self.special.match(after_tail.lstrip()):",
+    ),
+    "templates: the stop token is left out": (
+        "chat/templates.py", "                return at + len(stop.text), stop\n", "                return at, stop\n",
+    ),
+    "templates: text behind the stop token is kept": (
+        "chat/templates.py", "                return at + len(stop.text), stop\n", "                return len(tail), stop\n",
+    ),
+    "templates: calls stop as answers do": (
+        "chat/templates.py", "((self.call_stop if calls else None), self.stop) if stop]", "(self.stop,) if stop]",
+    ),
+    "templates: a prompt that nobody asked for is part of the answer": (
+        "chat/templates.py", "            tail = self._without_prompt(tail)\n", "            pass\n",
+    ),
+    "templates: a prompt that nobody asked for comes before the stop": (
+        "chat/templates.py", "            kept = self._without_prompt(tail)\n", "            pass\n",
+    ),
+    "templates: any arguments will do": (
+        "chat/templates.py", "return \"any\" if len(takes) == 2 else takes[0] if takes else \"none\"", "return \"any\"",
+    ),
+    "templates: any content will do": (
+        "chat/templates.py", "return \"any\" if listed == plain else \"string\"", "return \"any\"",
+    ),
+    "templates: inline reasoning is shown in history": (
+        "chat/templates.py", "if not named and parts.split_inline(content) and not self.splits_inline:", "if False:",
+    ),
+    "templates: reasoning keeps a name that the template does not read": (
+        "chat/templates.py", "if named and self.fields and not any(name in message for name in self.fields):", "if False:",
+    ),
+    "templates: what two texts share may cut a token": (
+        "chat/templates.py", "            if found.start() < len(prefix) < found.end():\n                return text", "            if False:\n                return text",
+    ),
+    "turns: an empty block is not closed": (
+        "chat/turns.py", "if not self.reasoning and (turn := self._close_block(known)):", "if False:",
+    ),
+    "turns: the block is opened twice": (
+        "chat/turns.py", "opening = markers.rest_of_open(ahead) if opened else markers.open", "opening = markers.open",
+    ),
+    "turns: spliced reasoning is not closed": (
+        "chat/turns.py", "f\"{opening}{reasoning}{markers.close}\"", "f\"{opening}{reasoning}\"",
+    ),
+    "turns: an empty block is not filled": (
+        "chat/turns.py", "if markers.closing in lead and markers.closing:", "if False:",
+    ),
+    "turns: reasoning that does not come out is not missed": (
+        "chat/turns.py", "if self.reasoning and \"r\" in missing:", "if False:",
+    ),
+    "turns: reasoning where thinking is off": (
+        "chat/turns.py", "if off and self.reasoning and found.get(\"r\", -1) >= 0:", "if False:",
+    ),
+    "turns: what comes out twice is believed": (
+        "chat/turns.py", "if slot in \"rc\" and shown.count(marked.marks[slot]) > 1:", "if False:",
+    ),
+    "turns: a call that does not come out is not missed": (
+        "chat/turns.py", "if lost := [slot for slot in missing if slot != \"r\"]:", "if lost := []:",
+    ),
+    "turns: a stop token that has to be appended is not": (
+        "chat/turns.py", "return body + stop.text if stop.appended else body, kept, stop", "return body, kept, stop",
+    ),
+    "turns: a pattern appends no stop token": (
+        "chat/turns.py", "        if self.stop.appended:\n", "        if False:\n",
+    ),
+    "turns: a pattern keeps text behind the stop token": (
+        "chat/turns.py", "tail[begin:], kept - begin, stop", "tail[begin:], kept, stop",
+    ),
+    "turns: a block that the prompt has closed is closed again": (
+        "chat/turns.py", "if off and markers.around(lead):", "if False:",
+    ),
+    "turns: the response begins with the closing marker": (
+        "chat/turns.py", "max(0, body.find(text)) + len(text) + between)", "max(0, body.find(text)) + len(text))",
+    ),
+    "encode: the prompt has one message too few": (
+        "chat/encoding.py", "        before = past[:number]\n", "        before = past[: number - 1]\n",
+    ),
+    "encode: history=content takes nothing out": (
+        "chat/encoding.py", "[parts.without_reasoning(message) for message in made] if self.history == \"content\" else made", "made",
+    ),
+    "encode: history=content takes the answer's own reasoning": (
+        "chat/encoding.py", "self._turn(render, finder, past, made, number)", "self._turn(render, finder, past, past, number)",
+    ),
+    "encode: the last turn is the first": (
+        "chat/encoding.py", "wanted = {assistants[-1]}", "wanted = {assistants[0]}",
+    ),
+    "encode: messages are trained on against their word": (
+        "chat/encoding.py", "if parts.is_trained(number, messages[number]) and number in wanted]", "if number in wanted]",
+    ),
+    "encode: the template sees what is for training": (
+        "chat/encoding.py", "template.in_form(parts.without_training_keys(message))", "template.in_form(message)",
+    ),
+    "encode: an encoder is kept though its tokenizer has grown": (
+        "chat/encoding.py", "len(tokenizer), tokenizer.eos_token)", "tokenizer.eos_token)",
+    ),
+    "encode: an encoder is kept though answers end otherwise": (
+        "chat/encoding.py", "len(tokenizer), tokenizer.eos_token)", "len(tokenizer))",
+    ),
+    "encode: one token more is reasoning": (
+        "chat/encoding.py", "turn.target[: turn.response]) - n_prompt\n", "turn.target[: turn.response]) - n_prompt + 1\n",
+    ),
+    "encode: history is of the turn after": (
+        "chat/encoding.py", "_repeated(turn_of[number], high - low)", "_repeated(turn_of[number] + 1, high - low)",
+    ),
+    "tokens: a target by itself": (
+        "chat/tokens.py", "return before, all_[len(rest) :]", "return before, array(\"q\", self.tokens.whole(target))",
+    ),
+    "tokens: the first of the target is lost": (
+        "chat/tokens.py", "return before, all_[len(rest) :]", "return before, all_[len(rest) + 1 :]",
+    ),
+    "tokens: the rest, though the prompt's tokens are others": (
+        "chat/tokens.py", "if all_[: len(rest)] == rest and len(all_) > len(rest):", "if len(all_) > len(rest):",
+    ),
+    "tokens: whatever it decodes to": (
+        "chat/tokens.py", "if found and _decode(decode, ids + found) in wanted:", "if found:",
+    ),
+    "tokens: pieces are used again where that is not safe": (
+        "chat/tokens.py", "if self._cuts_are_safe(sorted(clean)) else (None, 0)", "if clean else (None, 0)",
+    ),
+    "tokens: the last piece is taken over whatever follows": (
+        "chat/tokens.py", "while count and reach - at < self.tokens.longest + 1:", "while False:",
+    ),
+    "tokens: texts begin as the tokenizer likes": (
+        "chat/tokens.py", "self.tokenizer(texts, add_special_tokens=False,", "self.tokenizer(texts, add_special_tokens=True,",
+    ),
+    "splitting: what just fits is too long": (
+        "data/splitting.py", "strict=True) if size > length)", "strict=True) if size >= length)",
+    ),
+    "splitting: what is left out is not told": (
+        "data/splitting.py", "sum(map(len, parts)) - whole, dropped)", "sum(map(len, parts)) - whole, [])",
+    ),
+    "splitting: what is computed twice is not told": (
+        "data/splitting.py", "sum(map(len, parts)) - whole, dropped)", "0, dropped)",
+    ),
+    "splitting: a part's first turn loses its targets": (
+        "data/splitting.py", "targets = number[layout.target_turn] >= 0", "targets = number[layout.target_turn] > 0",
+    ),
+    "splitting: targets are predicted from where the whole has them": (
+        "data/splitting.py", "tensors[\"target_source\"] = before[tensors[\"target_source\"]]", "tensors[\"target_source\"] = tensors[\"target_source\"].clamp(max=int(before[-1]) - 1)",
+    ),
+    "splitting: targets keep the whole's turns": (
+        "data/splitting.py", "tensors[\"target_turn\"] = number[tensors[\"target_turn\"]]", "pass",
+    ),
+    "splitting: subtrees end where the whole has it": (
+        "data/splitting.py", "before[tensors[\"until\"].long()].to", "tensors[\"until\"].clamp(max=int(before[-1])).to",
+    ),
+    "splitting: history is the subtree before too": (
+        "data/splitting.py", "needed[: index + 1] |= layout.until[: index + 1] > index", "needed[: index + 1] |= layout.until[: index + 1] >= index",
+    ),
+    "splitting: far neighbours share as much as near ones": (
+        "data/splitting.py", "return min(shared[a:b])", "return max(shared[a:b])",
+    ),
+    "splitting: groups are as first found": (
+        "data/splitting.py", "return _joined(together, groups[::-1], length)", "return groups[::-1]",
+    ),
+    "splitting: groups that fit to the token do not": (
+        "data/splitting.py", "            if tokens[group] <= length:", "            if tokens[group] < length:",
+    ),
+    "pack: one more waits": (
+        "data/pack.py", "if len(self.waiting) >= self.pool:", "if len(self.waiting) > self.pool:",
+    ),
+    "pack: the last one stays": (
+        "data/pack.py", "        while self.waiting:", "        while len(self.waiting) > 1:",
+    ),
+    "pack: rows a token too long": (
+        "data/pack.py", "((2 << room) - 1)", "((4 << room) - 1)",
+    ),
+    "pack: what fits to the token does not": (
+        "data/pack.py", "((2 << room) - 1)", "((1 << room) - 1)",
+    ),
+    "pack: the shortest that fits": (
+        "data/pack.py", "self.of_size[fitting.bit_length() - 1][-1]", "self.of_size[(fitting & -fitting).bit_length() - 1][-1]",
+    ),
+    "pack: a document as long as a row is refused": (
+        "data/pack.py", "if not 1 <= size <= self.length:", "if not 1 <= size < self.length:",
+    ),
+    "pack: the state has no pool": (
+        "data/pack.py", "[[number, self.size_of[number]] for number in self.waiting]", "[]",
+    ),
+    "pack: the state forgets who came first": (
+        "data/pack.py", "[number for numbers in self.of_size.values() for number in numbers]", "sorted(self.waiting)",
+    ),
+    "pack: the state draws anew": (
+        "data/pack.py", "        self.draw.setstate((version, tuple(numbers), gauss))\n", "",
+    ),
+    "pack: who moves up is not found again": (
+        "data/pack.py", "self.waiting[at], self.at[last] = last, at", "self.waiting[at] = last",
+    ),
+    "collator: one layout of a list": (
+        "data/collator.py", "for part in item for layout", "for part in item[:1] for layout",
+    ),
+    "collator: rows of any length": (
+        "data/collator.py", "for layout in self._layouts(item)], self.length)", "for layout in self._layouts(item)])",
+    ),
+    "conversations: answers in a prompt are trained on": (
+        "data/conversations.py", "{**m, \"train\": False} if m.get(\"role\") == \"assistant\" else m", "m",
+    ),
+    "conversations: ShareGPT's system prompt is lost": (
+        "data/conversations.py", "made = [{\"role\": \"system\", \"content\": about[\"system\"]}, *made]", "pass",
+    ),
+    "conversations: all samples are of one": (
+        "data/conversations.py", "isinstance(found, Sample) and group is not None and group == waiting[0]:", "isinstance(found, Sample):",
+    ),
+    "conversations: the last group is lost": (
+        "data/conversations.py", "    if waiting:\n        yield Conv", "    if False:\n        yield Conv",
+    ),
+    "conversations: lines are counted from 0": (
+        "data/conversations.py", "enumerate(file, start=1)", "enumerate(file, start=0)",
+    ),
+    "conversations: one conversation is many entries": (
+        "data/conversations.py", "(\"role\" in whole[0] or \"from\" in whole[0])", "False",
+    ),
+    "conversations: a table's None stay": (
+        "data/conversations.py", "without_none(entry) if table else entry", "entry",
+    ),
+    "conversations: tools stored as text are no tools": (
+        "data/conversations.py", "tools, options = _loaded(about.get(\"tools\")),", "tools, options = about.get(\"tools\"),",
+    ),
+    "conversations: the entry's template options are lost": (
+        "data/conversations.py", "_loaded(about.get(\"chat_template_kwargs\")) or {}", "{}",
     ),
 }  # fmt: skip
 
@@ -306,12 +603,20 @@ TESTS = {  # where to look for the test that notices, so that all of this takes 
     "loss.py": ["tests/test_patching.py"],
     "refuse.py": ["tests/test_patching.py", "tests/test_families.py"],
     "head.py": ["tests/test_head.py"],
-    "proof/verification.py": ["tests/test_verification.py"],
-    "proof/diagnose.py": ["tests/test_verification.py"],
+    "proof/gate.py": ["tests/test_patching.py", "tests/test_families.py"],
     "proof/selftest.py": ["tests/test_families.py"],
-    "proof/models.py": ["tests/test_families.py"],
     "proof/shrink.py": ["tests/test_families.py"],
     "proof/testing.py": ["flexreason"],
+    "proof/verdicts.py": ["tests/test_families.py"],
+    "proof/": ["tests/test_verification.py"],
+    "chat/tokens.py": ["tests/test_tokens.py", "tests/test_encode.py"],
+    "chat/messages.py": ["tests/test_encode.py", "tests/test_templates.py"],
+    "chat/encoding.py": ["tests/test_encode.py", "tests/test_templates.py"],
+    "chat/": ["tests/test_templates.py", "tests/test_encode.py"],
+    "data/splitting.py": ["tests/test_splitting.py", "tests/test_packing_exact.py"],
+    "data/pack.py": ["tests/test_pack.py"],
+    "data/collator.py": ["tests/test_pack.py"],
+    "data/conversations.py": ["tests/test_conversations.py", "tests/test_encode.py"],
     "": [*CORE, "tests/test_single_pass.py"],
 }
 

@@ -1,10 +1,12 @@
 """fr.encode: options, roles, bad input, templates out of bounds, and a fuzz."""
 
+import json
 import pickle
 import random
 import time
 
 import pytest
+from tokenizers import AddedToken
 
 import flexreason as fr
 from flexreason import Role
@@ -20,6 +22,7 @@ from flexreason.chat.render import (
     TemplateRaised,
     TemplateRunsAway,
 )
+from flexreason.data.conversations import read_conversations
 from fuzzing import conversation, fault
 from templating import (
     SHAPES,
@@ -64,6 +67,16 @@ def test_roles_say_what_is_reasoning_response_and_context():
     assert text[Role.RESPONSE].replace("\n", "") == "pebble<|im_end|>meadow<|im_end|>granite<|im_end|>"
 
 
+def test_roles_change_where_the_response_begins():
+    template = (
+        "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% else %}<a>{{ m.reasoning_content }}</a>"
+    )
+    tokenizer = small(template + "{{ m.content }}{% endif %}{% endfor %}")
+    (sample,) = encode_samples([user("x"), answer("yy", "zz")], tokenizer)
+    assert words(sample, tokenizer)[1] == "<a>zz</a>yy</s>"
+    assert sample.target_roles == [Role.REASONING] * 4 + [Role.RESPONSE] * 3
+
+
 def test_history_as_content_has_no_reasoning_even_in_a_tool_loop():
     messages = SHAPES["tool loop"]
     kept, gone = encode_samples(messages, QWEN, TOOLS), encode_samples(messages, QWEN, TOOLS, history="content")
@@ -105,6 +118,11 @@ def test_reasoning_in_any_field_and_inline_is_the_same():
     for field in ("reasoning", "thinking"):
         renamed = [{field if k == "reasoning_content" else k: v for k, v in m.items()} for m in CHAT]
         assert encode_samples(renamed, QWEN) == expected
+        loop = [{field if k == "reasoning_content" else k: v for k, v in m.items()} for m in SHAPES["tool loop"]]
+        for history in ("template", "content"):
+            assert encode_samples(loop, QWEN, TOOLS, history=history) == encode_samples(
+                SHAPES["tool loop"], QWEN, TOOLS, history=history
+            )
     inline = [
         answer(f"<think>\n{m['reasoning_content']}\n</think>\n\n{m['content']}") if "reasoning_content" in m else m
         for m in CHAT
@@ -114,6 +132,40 @@ def test_reasoning_in_any_field_and_inline_is_the_same():
 
 def test_contents_in_parts_are_their_text():
     assert encode_samples(in_parts(CHAT), QWEN) == encode_samples(CHAT, QWEN)
+
+
+def test_parts_stand_one_a_line():
+    parts = [{"type": "text", "text": text} for text in ("harbour", "lantern")]
+    assert encode_samples([{"role": "user", "content": parts}, answer("granite")], QWEN) == encode_samples(
+        [user("harbour\nlantern"), answer("granite")], QWEN
+    )
+
+
+def test_none_is_as_if_it_were_not_there():
+    """As the clients' own libraries write messages out."""
+    made = [{"name": None, "reasoning_content": None, "tool_calls": None, **m} for m in SHAPES["tool loop"]]
+    made[1] = {**made[1], "content": None}
+    assert encode_samples(made, QWEN, TOOLS) == encode_samples(SHAPES["tool loop"], QWEN, TOOLS)
+
+
+def test_a_think_tag_that_begins_no_block_is_text():
+    for text in ("so <think>\nquartz\n</think> it is", "<think> is where it begins"):
+        (sample,) = encode_samples([user("harbour"), answer(text)], trl_tokenizer("llama3"))
+        assert words(sample, trl_tokenizer("llama3"))[1] == f"{text}<|eot_id|>"
+
+
+def test_what_is_said_for_training_is_not_seen_by_the_template():
+    template = "{% for m in messages %}{{ m.keys() | join(' ') }} {{ m.content }}</a>{% endfor %}"
+    (sample,) = encode_samples([user("x"), {**answer("y"), "train": True, "weight": 1}], small(template))
+    assert words(sample, small(template)) == ("role content x</a>", "role content y</a>")
+
+
+def test_context_is_of_the_turn_that_said_it():
+    layout = encode(CHAT, QWEN)
+    context = layout.role == Role.CONTEXT
+    for turn, word in enumerate(("granite", "meadow")):
+        assert QWEN.decode(layout.input_ids[context & (layout.turn == turn)]) == word
+    assert QWEN.decode(layout.input_ids[context & (layout.turn == 2)]) == ""
 
 
 def test_parallel_calls():
@@ -142,6 +194,38 @@ def test_a_changed_template_is_noticed():
     before = encode_samples(CHAT[:2], tokenizer)
     tokenizer.chat_template = source("llama3_1")
     assert encode_samples(CHAT[:2], tokenizer) != before
+
+
+def test_a_tokenizer_that_has_changed_is_noticed():
+    template = "{% for m in messages %}{{ '<a>' if m.role == 'assistant' }}{{ m.content }}<end>{% endfor %}"
+    tokenizer = small(template + "{{ '<a>' if add_generation_prompt }}")
+
+    def target():
+        return words(encode_samples([user("x"), answer("y")], tokenizer)[0], tokenizer)[1]
+
+    assert target() == "y<end></s>"
+    tokenizer.eos_token = "</a>"
+    assert target() == "y<end></a>"
+    tokenizer.add_tokens([AddedToken("<end>", special=True, normalized=False)], special_tokens=True)
+    assert target() == "y<end>"
+
+
+def test_what_an_entry_says_of_tools_and_options_reaches_the_template():
+    """Tables keep both as text."""
+    entry = {
+        "messages": SHAPES["tool loop"],
+        "tools": json.dumps(TOOLS),
+        "chat_template_kwargs": '{"enable_thinking": false}',
+    }
+    (found,) = read_conversations([entry])
+    asked = {"tools": TOOLS, "enable_thinking": False}
+    assert encode_samples(found.messages, QWEN, found.tools, **found.options) == encode_samples(
+        SHAPES["tool loop"], QWEN, **asked
+    )
+    prompt = QWEN.apply_chat_template(SHAPES["tool loop"][:1], tokenize=False, add_generation_prompt=True, **asked)
+    assert "Looks something up" in prompt
+    assert prompt.endswith("</think>\n\n")
+    assert words(encode_samples(found.messages, QWEN, found.tools, **found.options)[0])[0] == prompt
 
 
 BAD = {
@@ -210,7 +294,7 @@ def test_the_words_of_a_template_and_the_message_it_fails_at():
     template = "{% for m in messages %}{% if m.role == 'tool' %}{{ raise_exception('no tools here') }}{% endif %}"
     template += "{{ m.content }}</a>{% endfor %}"
     with pytest.raises(TemplateRaised, match=r"message 2: the chat template raises \(tool\): no tools here"):
-        encode([user("a"), answer("b"), result(1, "c"), answer("d")], small(template))
+        encode([user("a"), answer("b"), result(1, "c"), user("d"), answer("e")], small(template))
 
 
 def test_a_call_that_is_not_shown():
@@ -300,5 +384,5 @@ def test_conversations_made_to_mislead():
 def test_very_many_conversations_made_to_mislead():
     n_ok, refused, wrong = fuzz(range(100_000))
     assert not wrong
-    assert n_ok > 70_000
+    assert n_ok > 80_000
     assert set(refused) <= {NotRendered, TemplateRaised}

@@ -56,7 +56,8 @@ def test_the_pool_is_bounded_and_drained():
 
 @pytest.mark.parametrize("stop", [0, 1, 500, 1500, 2000])
 def test_from_a_state_it_goes_on_as_if_nothing_had_been(stop):
-    documents = list(enumerate(sizes_of(2000, 4096)))
+    numbers = random.Random(1).sample(range(10**6), 2000)  # in no order
+    documents = [(number, -(-size // 256) * 256) for number, size in zip(numbers, sizes_of(2000, 4096), strict=True)]
     expected = list(Packer(4096, pool=100, seed=3).pack(documents))
     packer = Packer(4096, pool=100, seed=3)
     rows = [row for document in documents[:stop] for row in packer.add(*document)]
@@ -64,6 +65,11 @@ def test_from_a_state_it_goes_on_as_if_nothing_had_been(stop):
     other.load_state_dict(json.loads(json.dumps(packer.state_dict())))
     assert rows + list(other.pack(documents[stop:])) == expected
     assert list(Packer(4096, pool=100, seed=4).pack(documents)) != expected
+
+
+def test_what_fits_to_the_token_goes_in():
+    packer = Packer(10, pool=2)
+    assert list(packer.pack([(1, 7), (2, 3), (3, 10)])) in ([[1, 2], [3]], [[2, 1], [3]])
 
 
 def test_what_does_not_fit_is_refused():

@@ -98,6 +98,17 @@ def test_what_is_computed_twice_is_least(seed, monkeypatch):
             assert sum(map(len, splitting.split(layout, length).parts)) <= 1.1 * best
 
 
+@pytest.mark.parametrize("exactly", [0, splitting.EXACTLY])
+def test_parts_that_fit_into_one_row_are_one(exactly, monkeypatch):
+    """The longest and the shortest go together, though others are stored between them."""
+    monkeypatch.setattr(splitting, "EXACTLY", exactly)
+    layout = fr.lay_out([fr.Sample([1], [10 + k] * n) for k, n in enumerate((30, 22, 17, 9))])
+    found = splitting.split(layout, 40)
+    assert sorted(map(sorted, found.turns)) == [[0, 3], [1, 2]]
+    assert sorted(map(len, found.parts)) == [38, 38]
+    assert found.recomputed == 1
+
+
 def test_log_probabilities_do_not_change():
     model, layout = tiny("Qwen3").double(), fr.lay_out(random_tree())
     found = splitting.split(layout, longest(layout))

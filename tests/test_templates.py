@@ -83,8 +83,8 @@ def own(template, eos="</a>", tags=TAGS):
     return with_template(byte_level(), template, special=tags, plain=("<think>", "</think>"), eos=eos)
 
 
-def targets(template, messages, tools=None, eos="</a>", **options):
-    return [turn.target for turn in Encoder(own(template, eos), **options).encoded(messages, tools).texts]
+def targets(template, messages, tools=None, eos="</a>", tags=TAGS, **options):
+    return [turn.target for turn in Encoder(own(template, eos, tags), **options).encoded(messages, tools).texts]
 
 
 def prompts(template, messages, eos="</a>", **options):
@@ -151,6 +151,20 @@ def test_inline_reasoning_is_in_the_target_only_where_the_template_would_show_it
     assert "why" in own(NEVER).apply_chat_template(inline[:3], tokenize=False)  # the shortcut
 
 
+@pytest.mark.parametrize("name", ["reasoning_content", "reasoning", "thinking"])
+def test_reasoning_under_another_name_than_the_template_reads(name):
+    reads = DROPS_LATER.replace("m.reasoning_content", "m.reasoning")
+    named = [{name if key == "reasoning_content" else key: value for key, value in m.items()} for m in LOOP]
+    assert targets(reads, named) == ["<think>why</think>[search{'key': 'k'}]</a>", "<think>how</think>four</a>"]
+    assert "<think>why</think>" in prompts(reads, named)[1]
+
+
+def test_an_empty_block_that_every_answer_has_is_filled():
+    block = NEVER.replace("<a>{{ m.content }}", "<a><think></think>{{ m.content }}")
+    assert targets(block, THREE) == ["<think>\nwhy\n</think>two</a>", "<think>\nhow\n</think>four</a>"]
+    assert prompts(block, THREE)[1] == "<u>one</u><a><think></think>two</a><u>three</u><a>"
+
+
 def test_own_reasoning_dropped_even_from_the_last_message():
     distill = NEVER.replace("<a>{% endif %}", "<a><think>\n{% endif %}")
     assert targets(distill, THREE) == ["why\n</think>\n\ntwo</a>", "how\n</think>\n\nfour</a>"]
@@ -186,6 +200,21 @@ def test_nothing_stops_the_last_message():
     assert not difference(ends, THREE).endswith("<u>")  # the shortcut never learns to stop
     without = "{% for m in messages %}{{ m.content }}\n{% endfor %}{% if add_generation_prompt %}{% endif %}"
     assert targets(without, [user("one"), answer("two")], eos="<ret>") == ["two<ret>"]
+
+
+def test_a_token_that_begins_texts_does_not_stop_one():
+    """Each question begins with bos; nothing stops an answer but eos."""
+    begins = "{% for m in messages %}{% if m.role == 'user' %}<s>[{{ m.content }}]{% else %}{{ m.content }}{% endif %}"
+    tokenizer = with_template(byte_level(), begins + "{% endfor %}", special=["<s>", "<ret>"], eos="<ret>")
+    assert [turn.target for turn in Encoder(tokenizer).encoded([*THREE[:3], answer("four")]).texts][1] == "four<ret>"
+
+
+def test_a_prompt_and_a_message_that_begin_alike_share_no_piece_of_a_token():
+    """The prompt ends with a token that no message has, and both begin with the same letters."""
+    begins = NEVER.replace("<a>{{ m.content }}", "<|an|>{{ m.content }}").replace(
+        "<a>{% endif %}", "<|ans|>{% endif %}"
+    )
+    assert targets(begins, [user("one"), answer("two")], tags=(*TAGS, "<|an|>", "<|ans|>")) == ["<|an|>two</a>"]
 
 
 def test_text_after_the_stop_token():
@@ -279,6 +308,13 @@ def test_tool_arguments_in_the_form_that_the_template_takes(given, wanted):
     assert 'search[{"key": "k"}]</a><u>r</u>' in prompts(template, messages)[1]
 
 
+def test_letters_in_tool_arguments_stay_letters():
+    template = (
+        HEAD + "<a>{% for c in m.tool_calls or [] %}{{ c.function.name + c.function.arguments }}{% endfor %}</a>" + TAIL
+    )
+    assert targets(template, [user("one"), call(1, "é漢")])[0] == 'search{"key": "é漢"}</a>'
+
+
 def test_content_and_reasoning_on_a_call_that_raise():
     template = DROPS_LATER.replace(
         "<a>{% if",
@@ -297,6 +333,10 @@ def test_a_generation_prompt_that_nobody_asked_for():
     assert tokenizer.apply_chat_template([user("one")], tokenize=False).endswith("<a>")
     assert targets(always, THREE) == ["<think>why</think>two</a>", "<think>how</think>four</a>"]
     assert difference(always, THREE).endswith("</a><a>")  # the shortcut
+    assert targets(always.replace("</a>", ""), THREE, eos="<ret>") == [
+        "<think>why</think>two<u>",
+        "<think>how</think>four<u>",
+    ]
 
 
 def test_a_prefill_that_the_rendering_lacks():
@@ -320,6 +360,17 @@ def test_a_prompt_that_closes_the_block_has_no_reasoning_in_its_targets(caplog):
     with caplog.at_level("WARNING", logger="flexreason"):
         assert targets(closed, THREE) == ["two</a>", "four</a>"]
     assert "thinking is off" in caplog.text
+
+
+def test_an_empty_block_in_prompt_and_message_is_closed_once():
+    """Whatever white space each has in it and behind it."""
+    prompt = "<a>{% endif %}"
+    for ends in ("<think></think>", "<think>\n\n</think>\n\n", "<think>\n</think>\n"):
+        for begins in ("<think></think>", "<think>\n</think>\n", "<think>\n\n</think>\n\n"):
+            closed = NEVER.replace(prompt, f"<a>{ends}{{% endif %}}").replace("<a>{{ m", f"<a>{begins}{{{{ m")
+            for messages in (THREE, [user("one"), answer("two"), user("three"), answer("four")]):
+                found = [target.lstrip("\n") for target in targets(closed, messages)]
+                assert found == ["two</a>", "four</a>"], (ends, begins)
 
 
 def test_a_content_that_is_rendered_twice_is_refused():

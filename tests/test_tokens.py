@@ -2,11 +2,13 @@
 
 import importlib.util
 import time
+import typing
 from pathlib import Path
 from random import Random
 
 import pytest
-from tokenizers import AddedToken, Tokenizer
+from tokenizers import AddedToken, Tokenizer, processors
+from transformers import PreTrainedTokenizer, PreTrainedTokenizerFast
 
 from flexreason.chat.encoding import Encoder
 from flexreason.chat.render import ConversationError
@@ -35,6 +37,51 @@ def strips():
     return tokenizer
 
 
+def begins():
+    """A tokenizer that puts a token before every text, unless told not to, as Llama's does."""
+    tokenizer = KINDS["byte level"]()
+    tokenizer.add_tokens([AddedToken("<s>", special=True)], special_tokens=True)
+    first = ("<s>", tokenizer.convert_tokens_to_ids("<s>"))
+    tokenizer._tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[first])
+    assert tokenizer("a")["input_ids"][0] == first[1]
+    return tokenizer
+
+
+class Letters(PreTrainedTokenizer):
+    """A tokenizer in Python: one token a letter."""
+
+    model_input_names: typing.ClassVar = ["input_ids", "attention_mask"]
+
+    def __init__(self, **more):
+        self.letters = [chr(n) for n in range(0x110000) if n < 400]
+        super().__init__(unk_token="?", **more)
+
+    vocab_size = property(lambda self: len(self.letters))
+
+    def get_vocab(self):
+        return {letter: n for n, letter in enumerate(self.letters)} | self.added_tokens_encoder
+
+    def _tokenize(self, text, **more):
+        return list(text)
+
+    def _convert_token_to_id(self, token):
+        return ord(token) if ord(token) < len(self.letters) else ord("?")
+
+    def _convert_id_to_token(self, index):
+        return self.letters[index]
+
+    def convert_tokens_to_string(self, tokens):
+        return "".join(tokens)
+
+
+def in_python():
+    tokenizer = Letters(eos_token="<|im_end|>")
+    tokenizer.add_tokens([AddedToken(text, special=True, normalized=False) for text in TAGS], special_tokens=True)
+    tokenizer.add_tokens([AddedToken(text, special=False, normalized=False) for text in THINK])
+    tokenizer.chat_template = source("qwen3")
+    return tokenizer
+
+
 KINDS = {
     "byte level": lambda: with_template(byte_level(), source("qwen3"), special=TAGS, plain=THINK, eos="<|im_end|>"),
     "deepseek": lambda: with_template(deepseek(), source("qwen3"), special=TAGS, plain=THINK, eos="<|im_end|>"),
@@ -44,17 +91,30 @@ KINDS = {
     ),
     "word piece": lambda: with_template(word_piece(), source("qwen3"), special=TAGS, plain=THINK, eos="<|im_end|>"),
     "lstrip and rstrip": strips,
+    "begins every text": begins,
+    "in Python": in_python,
 }
 
 
+PLAIN = (
+    "{% for m in messages %}{{ '<|im_start|>' if m.role == 'assistant' }}{{ m.content }}<|im_end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>{% endif %}"
+)
+"""The target begins with the answer's own text, and not, as Qwen's, with a tag."""
+
+
+@pytest.mark.parametrize("template", [source("qwen3"), PLAIN], ids=["qwen3", "plain"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_prompts_are_those_of_inference_and_targets_the_rest_in_context(kind):
+def test_prompts_are_those_of_inference_and_targets_the_rest_in_context(kind, template):
     tokenizer = KINDS[kind]()
+    tokenizer.chat_template = template
     encoder, draw = Encoder(tokenizer), Random(0)
     n_rest = 0
     for messages in [CHAT, *(conversation(draw) for _ in range(25))]:
         found = encoder.encoded(messages)
         for turn, sample, number in zip(found.texts, found.samples, found.messages, strict=True):
+            if template == PLAIN and any(m["content"].lstrip().startswith("<think>") for m in messages[:number]):
+                continue  # inline reasoning that the template would show is taken out of history
             ids = tokenizer.apply_chat_template(messages[:number], add_generation_prompt=True, return_dict=False)
             assert list(sample.prompt_ids) == ids
             both = tokenizer(turn.prompt + turn.target, add_special_tokens=False)["input_ids"]
@@ -73,6 +133,22 @@ def test_pieces_are_used_again_only_where_that_is_safe():
     safe = {kind: Tokens(KINDS[kind]()).splitter is not None for kind in KINDS if kind != "deepseek"}
     assert safe["byte level"]
     assert not safe["metaspace always"] or safe["metaspace first"]
+
+
+class Trims(PreTrainedTokenizerFast):
+    """White space at the ends of whatever it is given is lost, as in some tokenizers that bring their own code."""
+
+    def __call__(self, text, *more, **options):
+        return super().__call__(text.strip() if isinstance(text, str) else [t.strip() for t in text], *more, **options)
+
+
+def test_pieces_of_a_tokenizer_that_trims_are_not_used_again():
+    tokenizer = Trims(tokenizer_object=byte_level(), eos_token="</s>")
+    tokenizer.add_tokens([AddedToken("<a>", special=True, normalized=False)], special_tokens=True)
+    tokens = Tokens(tokenizer)
+    made = [token for piece in Running(tokens).pieces("one \n<a> two") for token in piece.ids]
+    assert made == tokens.whole("one \n<a> two")
+    assert tokenizer.decode(made) == "one \n<a> two"
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -7,7 +7,8 @@ import json
 import shutil
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from textwrap import indent
@@ -53,15 +54,29 @@ def run(options: argparse.Namespace) -> int:
         print(text, file=sys.stderr if options.json else sys.stdout, flush=True)
 
     goals: list[Goal] = []
-    if options.compare:
-        from flexreason.demo.compare import compare
+    with one_thread():
+        if options.compare:
+            from flexreason.demo.compare import compare
 
-        found = compare(options.out, options.steps, options.held_out, options.seed, say)
-    else:
-        found, goals = demo(options.out, options.steps, options.held_out, options.seed, say)
+            found = compare(options.out, options.steps, options.held_out, options.seed, say)
+        else:
+            found, goals = demo(options.out, options.steps, options.held_out, options.seed, say)
     if options.json:
         print(json.dumps(found))
     return 0 if all(goal.met for goal in goals) else 1
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """So small a model gains little from more, and loses much wherever a core has something else to do."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @dataclass(frozen=True)
