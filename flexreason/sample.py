@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from enum import IntFlag
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -67,14 +68,15 @@ def as_ids(ids: Any, owner: str, *, lowest: int = 0) -> Tensor:
         tensor = tensor.cpu()
     else:
         tensor = _from_python(ids, owner)
-    if len(tensor):
-        low, high = (int(bound) for bound in tensor.aminmax())
+    values = tensor.numpy()  # and not torch, which shares long lines out among threads; see tree.py
+    if len(values):
+        low, high = int(values.min()), int(values.max())
         if low < lowest or high > LARGEST_ID:
-            at = int(((tensor < lowest) | (tensor > LARGEST_ID)).nonzero()[0])
+            at = int(((values < lowest) | (values > LARGEST_ID)).argmax())
             raise ValueError(
-                f"{owner}[{at}]: expected an integer from {lowest} to {LARGEST_ID}, found {int(tensor[at])}"
+                f"{owner}[{at}]: expected an integer from {lowest} to {LARGEST_ID}, found {int(values[at])}"
             )
-    return tensor.to(torch.int32)
+    return torch.from_numpy(values.astype(np.int32))
 
 
 def _from_python(ids: Any, owner: str) -> Tensor:
