@@ -591,6 +591,117 @@ MUTATIONS = {  # name: (file, what stands there, what to write instead)
     "conversations: the entry's template options are lost": (
         "data/conversations.py", "_loaded(about.get(\"chat_template_kwargs\")) or {}", "{}",
     ),
+    "gate: replaced parts are not looked for": (
+        "proof/gate.py", "        changed = replaced_parts(root)\n        doubt =", "        changed = \"\"\n        doubt =",
+    ),
+    "gate: what is not exact in chunks gives log-probabilities": (
+        "patching.py", "Patch(root, backend, mask, loss, unchunked)", "Patch(root, backend, mask, loss)",
+    ),
+    "verify: what is not exact in chunks is compared in chunks": (
+        "proof/verification.py", ", ask=reason_against_chunks)", ")",
+    ),
+    "verify: conversations of one turn are compared too": (
+        "proof/choice.py", "[one for one in given if one.layout.n_samples > 1]", "list(given)",
+    ),
+    "verify: conversations that are refused are passed over": (
+        "proof/verification.py", "if refusals.total and not (options.skip_invalid and conversations):", "if False:",
+    ),
+    "verify: ids that the model does not have are taken": (
+        "proof/verification.py", "if not 0 <= min(ids) <= max(ids) < vocabulary:", "if False:",
+    ),
+    "verify: history is the template's whatever is asked for": (
+        "proof/verification.py", "history=options.history or HISTORIES[0]", "history=HISTORIES[0]",
+    ),
+    "verify: options of the template are dropped": (
+        "proof/verification.py", "HISTORIES[0], **template)", "HISTORIES[0])",
+    ),
+    "verify: the last of much data are looked at": (
+        "proof/verification.py", "            step *= 2\n", "",
+    ),
+    "trainer: a step divides by its targets and not by their weight": (
+        "train/sums.py", "(row[\"target_weight\"] * (row[\"labels\"] != IGNORED))", "(row[\"labels\"] != IGNORED)",
+    ),
+    "trainer: ranks do not sum": (
+        "train/trainer.py", "me.accelerator.reduce(values, \"sum\") if me.args.world_size > 1 else values", "values",
+    ),
+    "trainer: the Trainer shuffles rows": (
+        "train/trainer.py", "return SequentialSampler(data) if hasattr(data, \"__len__\") else None", "return super()._get_train_sampler(train_dataset)",
+    ),
+    "trainer: rows that accelerate repeats count again": (
+        "train/trainer.py", "if self._rows_to_evaluate is None or number < self._rows_to_evaluate:", "if True:",
+    ),
+    "trainer: evaluation is what the Trainer says": (
+        "train/trainer.py", "output.metrics.update({f\"{prefix}_{name}\": value for name, value in self._evaluated.losses().items()})", "pass",
+    ),
+    "trainer: weights that are no numbers are saved": (
+        "train/trainer.py", "not bool(torch.isfinite(_local(p)).all())), None)", "False), None)",
+    ),
+    "trainer: a loss that is no number goes on": (
+        "train/trainer.py", "return value == value and abs(value) != float(\"inf\")", "return True",
+    ),
+    "trainer: accelerate reads streams for all ranks": (
+        "train/trainer.py", "accelerator_config.dispatch_batches = False", "accelerator_config.dispatch_batches = None",
+    ),
+    "trainer: checkpoints are not sealed": (
+        "train/trainer.py", "                checkpoints.seal(folder)\n", "",
+    ),
+    "checkpoints: a file that was cut is whole": (
+        "train/checkpoints.py", "(folder / name).stat().st_size == size for", "(folder / name).exists() for",
+    ),
+    "checkpoints: any checkpoint is whole": (
+        "train/checkpoints.py", "    except (OSError, ValueError):\n        return False", "    except (OSError, ValueError):\n        return True",
+    ),
+    "checkpoints: by name, 9 comes after 10": (
+        "train/checkpoints.py", "return sorted(found, key=step_of)", "return sorted(found)",
+    ),
+    "sums: the last target of a turn has the next turn's role": (
+        "train/sums.py", "return torch.cat([same & reasoning, same.new_zeros(1)])", "return torch.cat([reasoning, same.new_zeros(1)])",
+    ),
+    "sums: a target has the role of what predicts it": (
+        "train/sums.py", "(row[\"role\"][0][source[1:]] & Role.REASONING)", "(row[\"role\"][0][source[:-1]] & Role.REASONING)",
+    ),
+    "sums: samples end at what predicts": (
+        "train/sums.py", "+ 2) * last", "+ 1) * last",
+    ),
+    "along: the log keeps steps after the checkpoint": (
+        "train/along.py", "[\"step\"] <= step:", "[\"step\"] >= 0:",
+    ),
+    "along: nothing is saved at the end": (
+        "train/along.py", "else step % every == 0 or step == self.last\n        every = self.settings.evaluate_every", "else False\n        every = self.settings.evaluate_every",
+    ),
+    "run: another data goes on": (
+        "train/run.py", "if before[name] != now[name]:", "if name == \"model\" and before[name] != now[name]:",
+    ),
+    "run: another model goes on": (
+        "train/run.py", "if before[name] != now[name]:", "if name == \"data\" and before[name] != now[name]:",
+    ),
+    "run: other settings go on": (
+        "train/run.py", "if name not in MAY_CHANGE and", "if False and",
+    ),
+    "prepare: the template does not matter": (
+        "train/prepare.py", "        str(tokenizer.chat_template),\n", "",
+    ),
+    "prepare: samples longer than a row are dropped": (
+        "train/prepare.py", "if long and too_long == \"refuse\":", "if False:",
+    ),
+    "documents: one too far in a batch": (
+        "data/documents.py", "number // TOGETHER), number % TOGETHER\n        dtypes", "number // TOGETHER), max(0, number % TOGETHER - 1)\n        dtypes",
+    ),
+    "documents: a turn weighs by all targets": (
+        "data/documents.py", "1 / n[layout.target_turn]", "1 / n.sum()[None][layout.target_turn * 0]",
+    ),
+    "rows: epochs are alike": (
+        "data/rows.py", "seed = self.seed * 1_000_003 + epoch", "seed = self.seed * 1_000_003",
+    ),
+    "rows: steps span epochs": (
+        "data/rows.py", "for _ in range(-len(made) % self.multiple):", "for _ in range(0):",
+    ),
+    "stream: ranks come out uneven": (
+        "data/stream.py", "for _ in range(-n % self.multiple):", "for _ in range(0):",
+    ),
+    "collator: no documents are no row": (
+        "data/collator.py", "if isinstance(item, list) and all(map(_is_document, item)):", "if isinstance(item, list) and item and all(map(_is_document, item)):",
+    ),
 }  # fmt: skip
 
 
@@ -617,6 +728,14 @@ TESTS = {  # where to look for the test that notices, so that all of this takes 
     "data/pack.py": ["tests/test_pack.py"],
     "data/collator.py": ["tests/test_pack.py"],
     "data/conversations.py": ["tests/test_conversations.py", "tests/test_encode.py"],
+    "data/documents.py": ["tests/test_train.py"],
+    "data/rows.py": ["tests/test_train.py"],
+    "data/stream.py": ["tests/test_row_trainer.py"],
+    "train/checkpoints.py": ["tests/test_resume.py"],
+    "train/along.py": ["tests/test_resume.py", "tests/test_train.py"],
+    "train/trainer.py": ["tests/test_row_trainer.py", "tests/test_resume.py"],
+    "train/sums.py": ["tests/test_row_trainer.py"],
+    "train/": ["tests/test_train.py"],
     "": [*CORE, "tests/test_single_pass.py"],
 }
 

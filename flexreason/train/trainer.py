@@ -112,7 +112,7 @@ class RowTraining:
         me: Any = self
         self._evaluated, self._n_evaluated = Sums(me.args.device), 0
         self._rows_to_evaluate = len(dataloader.dataset) if hasattr(dataloader.dataset, "__len__") else None
-        prefix = kwargs.get("metric_key_prefix", "eval")
+        prefix, start = kwargs.get("metric_key_prefix", "eval"), time.perf_counter()
         try:
             output = super().evaluation_loop(dataloader, *args, **kwargs)  # type: ignore[misc]
             self._evaluated.put(self._over_ranks(self._evaluated.all()))
@@ -120,7 +120,7 @@ class RowTraining:
             output.metrics[f"{prefix}_targets"] = self._evaluated.n_targets
         finally:
             self._evaluated = None
-        self._since = time.perf_counter()
+        self._since += time.perf_counter() - start  # which training does not have to answer for
         return output
 
     def prediction_step(
@@ -151,7 +151,7 @@ class RowTraining:
         bad = next((name for name, p in me.model.named_parameters() if not bool(torch.isfinite(_local(p)).all())), None)
         if bool(self._over_ranks(torch.tensor(float(bad is not None), device=me.args.device))):
             raise Broken(f"step {me.state.global_step}: {bad or 'a weight'} holds no numbers; it is not saved")
-        folder = Path(me.args.output_dir) / f"checkpoint-{me.state.global_step}"
+        folder, start = Path(me.args.output_dir) / f"checkpoint-{me.state.global_step}", time.perf_counter()
         try:
             super()._save_checkpoint(model, *args, **kwargs)  # type: ignore[misc]
             me.accelerator.wait_for_everyone()
@@ -166,7 +166,7 @@ class RowTraining:
                 f"step {me.state.global_step}: the checkpoint cannot be written: {error}; "
                 + (f"the last whole one is {last}" if last else "there is no other yet")
             ) from error
-        self._since = time.perf_counter()
+        self._since += time.perf_counter() - start
 
 
 def _finite(value: float) -> bool:
