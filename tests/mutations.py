@@ -670,13 +670,13 @@ MUTATIONS = {  # name: (file, what stands there, what to write instead)
         "train/along.py", "else step % every == 0 or step == self.last\n        every = self.settings.evaluate_every", "else False\n        every = self.settings.evaluate_every",
     ),
     "run: another data goes on": (
-        "train/run.py", "if before[name] != now[name]:", "if name == \"model\" and before[name] != now[name]:",
+        "train/record.py", "if before[name] != now[name]:", "if name == \"model\" and before[name] != now[name]:",
     ),
     "run: another model goes on": (
-        "train/run.py", "if before[name] != now[name]:", "if name == \"data\" and before[name] != now[name]:",
+        "train/record.py", "if before[name] != now[name]:", "if name == \"data\" and before[name] != now[name]:",
     ),
     "run: other settings go on": (
-        "train/run.py", "if name not in MAY_CHANGE and", "if False and",
+        "train/record.py", "if name not in MAY_CHANGE and", "if False and",
     ),
     "prepare: the template does not matter": (
         "train/prepare.py", "        str(tokenizer.chat_template),\n", "",

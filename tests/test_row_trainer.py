@@ -14,11 +14,13 @@ from transformers import Trainer, TrainingArguments
 import flexreason as fr
 from exact import EXACT
 from flexreason.data.documents import weighted
+from flexreason.memory import peak_bytes
 from flexreason.proof import oracle
 from flexreason.proof.testing import relative_l2, true_float64
 from flexreason.train.sums import target_roles, tokens_of
 from flexreason.train.trainer import Broken, RowTraining
 from models import tiny
+from strategies import random_turns
 from training import LEARNING_RATE, LENGTH, fit_by_hand, free_port, some_layouts, some_turns, steps_of, way_gone
 
 HERE = Path(__file__).parent
@@ -288,3 +290,24 @@ def test_the_oracle_agrees_with_training_by_hand():
     for name, p in stock.named_parameters():
         moved = (start[name] - p.detach()) / LEARNING_RATE * reference.n_targets
         assert torch.allclose(moved, reference.gradients[name], rtol=1e-7, atol=1e-9), name
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="asks Linux for the peak")
+def test_no_logits_of_all_targets_are_ever_held(tmp_path):
+    """With the loss in chunks a step stays well below targets x vocabulary, which the model's own loss holds."""
+    vocabulary, layouts = 120_000, [fr.lay_out_turns(random_turns([(5, 600, 20)] * 4, seed=seed)) for seed in range(2)]
+    n_targets = sum(len(layout.target_ids) for layout in layouts)
+    all_logits = 4 * n_targets * vocabulary
+    peaks = {}
+    for loss in ("chunked", "model"):
+        model = fr.patch(tiny("Qwen3", vocab_size=vocabulary, num_hidden_layers=1), loss=loss)
+        trainer = fr.RowTrainer(
+            model=model, args=arguments(tmp_path), train_dataset=[layouts], data_collator=fr.Collator()
+        )
+        trainer.args.per_device_train_batch_size = trainer._train_batch_size = 1
+        with peak_bytes(torch.device("cpu")) as peak:
+            before = peak()
+            trainer.train()
+            peaks[loss] = peak() - before
+    assert peaks["model"] > all_logits
+    assert peaks["chunked"] < 0.5 * all_logits

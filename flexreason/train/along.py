@@ -74,6 +74,9 @@ class Along(TrainerCallback):
             return
         self._note({"step": state.global_step, **logs})
         words = _words(logs)
+        if self.bar is not None and "tree_tokens_per_second" in logs:
+            tree, samples = logs["tree_tokens_per_second"], logs["sample_tokens_per_second"]
+            self.bar.set_postfix_str(f"{tree:,.0f} tokens/s, {samples:,.0f} of samples", refresh=False)
         if self.bar is not None and not self.bar.disable:
             self.bar.clear()
         self.say(f"step {state.global_step:>6}/{self.last}  epoch {state.epoch or 0:.2f}  {words}")

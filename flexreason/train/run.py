@@ -7,8 +7,6 @@ output/run.json          the record: settings, versions, data, what was refused,
        model/            the model, its tokenizer and config, when the run is over
 """
 
-import dataclasses
-import hashlib
 import json
 import os
 import shutil
@@ -16,7 +14,6 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -37,16 +34,9 @@ from flexreason.patching import find_root
 from flexreason.train import checkpoints
 from flexreason.train.along import Along
 from flexreason.train.prepare import Prepared, choose_for_evaluation, prepare
+from flexreason.train.record import FINISHED, begin, go_on_from, now, write
 from flexreason.train.settings import Settings
 from flexreason.train.trainer import RowTrainer
-
-MAY_CHANGE = {
-    *("output", "workers", "log_every", "evaluate_every", "save_every", "keep", "resume", "report_to", "data", "model"),
-    *("tokenizer", "evaluation", "trainer"),
-}
-"""Settings that a run which goes on may change: they do not change what is trained, or are compared by content."""
-
-PACKAGES = ("flexreason", "torch", "transformers", "accelerate", "peft", "tokenizers")
 
 CHECKPOINTING = next(
     name
@@ -122,18 +112,20 @@ class _Run:
         data, evaluation = self.prepare(encoder)
         rows, rows_to_evaluate = self.deal(data, evaluation)
         self.check_vocabulary(model, [prepared for prepared in (data, evaluation) if prepared])
-        record = self.record(model, data, evaluation, rows)
+        record = begin(settings, self.rows_per_step, self.world, self.precision, model, data, evaluation, rows)
         self.report(data, rows)
-        checkpoint = self.checkpoint_to_go_on_from(record)
-        if checkpoint == "finished":
+        checkpoint = go_on_from(self.folder, record, settings.resume)
+        if checkpoint == FINISHED:
             self.say(f"{self.folder}: this run is finished; its model is in {self.folder / 'model'}")
             return self.outcome(json.loads((self.folder / "run.json").read_text()))
+        if checkpoint:
+            self.say(f"going on from {checkpoint}")
         along = Along(self.folder / "log.jsonl", rows, self.rows_per_step, settings, self.say, self.rank == 0)
         trainer = self.trainer(model, tokenizer, rows, rows_to_evaluate, along)
         if self.rank == 0:
             checkpoints.remove_unfinished(self.folder / "checkpoints")
             along.forget_after(checkpoints.step_of(Path(checkpoint)) if checkpoint else 0)
-            _write(self.folder / "run.json", record)
+            write(self.folder / "run.json", record)
         trainer.train(resume_from_checkpoint=checkpoint)
         self.save_model(trainer)
         if not grouped and torch.distributed.is_initialized():
@@ -142,9 +134,9 @@ class _Run:
             logs = [entry for entry in trainer.state.log_history if "loss" in entry or "eval_loss" in entry]
             metrics = next((entry for entry in reversed(logs) if "eval_loss" in entry), {})
             seconds = time.monotonic() - start
-            record |= {"finished": _now(), "steps": trainer.state.global_step, "seconds": round(seconds, 1)}
+            record |= {"finished": now(), "steps": trainer.state.global_step, "seconds": round(seconds, 1)}
             record |= {"logs": logs, "metrics": metrics}
-            _write(self.folder / "run.json", record)
+            write(self.folder / "run.json", record)
             self.say(f"{trainer.state.global_step} steps in {seconds:.0f} s; the model is in {self.folder / 'model'}")
             return self.outcome(record)
         return Outcome(self.folder, trainer.state.global_step, [], {}, time.monotonic() - start)
@@ -235,59 +227,6 @@ class _Run:
             raise ValueError(
                 f"data: token {largest} is in it, and the model's vocabulary has {vocabulary}: made for another model?"
             )
-
-    # --- the record, and going on
-
-    def record(self, model: nn.Module, data: Prepared, evaluation: Prepared | None, rows: Rows) -> dict[str, Any]:
-        root = find_root(model)
-        shapes = [(name, list(p.shape)) for name, p in root.named_parameters()]
-        config = {
-            k: v for k, v in root.config.to_dict().items() if not k.startswith("_") and k != "transformers_version"
-        }
-        return {
-            "settings": self.settings.as_dict(),
-            "rows_per_step": self.rows_per_step,
-            "processes": self.world,
-            "precision": self.precision,
-            "versions": {name: _version(name) for name in PACKAGES},
-            "model": hashlib.sha256(json.dumps([config, shapes], sort_keys=True, default=str).encode()).hexdigest()[
-                :16
-            ],
-            "data": data.key,
-            "evaluation": evaluation.key if evaluation else None,
-            "sources": data.sources | (evaluation.sources if evaluation else {}),
-            "formats": data.formats,
-            "conversations": data.conversations,
-            "refused": dataclasses.asdict(data.refusals),
-            "documents": len(rows.items),
-            "rows": len(rows),
-            "started": _now(),
-        }
-
-    def checkpoint_to_go_on_from(self, record: dict[str, Any]) -> str | None:
-        """The last whole checkpoint of this same run; an error where there is one of another."""
-        folder, path = self.folder / "checkpoints", self.folder / "run.json"
-        found = checkpoints.whole_ones(folder)
-        if not path.exists():
-            if found:
-                raise ValueError(f"output: there are checkpoints in {folder}, and no run.json says of what")
-            return None
-        before = json.loads(path.read_text())
-        if not found and "finished" not in before:
-            return None
-        if self.settings.resume == "never":
-            raise ValueError(f"output: {self.folder} holds a run already; resume: auto goes on with it")
-        differences = _differences(before, record)
-        if differences:
-            raise ValueError(
-                f"output: {self.folder} holds another run:\n  "
-                + "\n  ".join(differences)
-                + "\nGive the same again to go on with it, or another output"
-            )
-        if "finished" in before:
-            return "finished"
-        self.say(f"going on from {found[-1]}")
-        return str(found[-1])
 
     def shape(self) -> Shape | None:
         try:
@@ -411,38 +350,3 @@ def _share(evaluation: str | float | None) -> float | None:
 
 def _steps_of(share: float, rows: Rows, rows_per_step: int) -> int:
     return round(share * len(rows) / rows_per_step)
-
-
-def _differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """What makes two runs different ones."""
-    found = [
-        f"{name}: {before['settings'].get(name)!r} then, {value!r} now"
-        for name, value in now["settings"].items()
-        if name not in MAY_CHANGE and before["settings"].get(name) != value
-    ]
-    for name, words in (("model", "the model's config"), ("data", "the data, the tokenizer or the template")):
-        if before[name] != now[name]:
-            changed = [s for s, h in now["sources"].items() if before["sources"].get(s) != h] if name == "data" else []
-            found.append(f"{words} changed since" + (f": {', '.join(changed)}" if changed else ""))
-    if before["evaluation"] != now["evaluation"]:
-        found.append("the data to evaluate on changed since")
-    if before["rows_per_step"] != now["rows_per_step"]:
-        found.append(f"rows_per_step: {before['rows_per_step']} then, {now['rows_per_step']} now")
-    return found
-
-
-def _write(path: Path, record: dict[str, Any]) -> None:
-    unfinished = path.with_name(path.name + ".unfinished")
-    unfinished.write_text(json.dumps(record, indent=1))
-    unfinished.replace(path)
-
-
-def _version(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
-
-
-def _now() -> str:
-    return time.strftime("%Y-%m-%dT%H:%M:%S%z")
