@@ -171,7 +171,7 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        material.save(folder, material.make(10, 0))
+        material.save(folder, material.make(200, 10, 0))
         looped = loop(folder, options.repeats)
         print_table("The loop around the steps, demo's model, rows of 1024", looped)
         fed = data(folder, looped[1]["ms"] / 1e3)

@@ -31,6 +31,8 @@ def train(accelerator, model, rows, optimizer):
     """
     model = fr.patch(model, loss="chunked").train()  # 1
     one_row, n = fr.Collator(rows.length), accelerator.num_processes
+    if rows.multiple % n:
+        raise ValueError(f"a step's {rows.multiple} rows cannot be shared out evenly among {n} processes")
     steps = DataLoader(
         rows, batch_size=rows.multiple // n, collate_fn=lambda items: [one_row([item]) for item in items]
     )
@@ -56,7 +58,8 @@ def main(name, data, output):
     tokenizer = AutoTokenizer.from_pretrained(name)
     model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
     with open(data, encoding="utf-8") as lines:
-        layouts = [fr.encode(json.loads(line)["messages"], tokenizer) for line in lines]
+        encode = fr.EntryEncoder(tokenizer)
+        layouts = [encode(json.loads(line)) for line in lines if line.strip()]
     documents = [part for layout in layouts for part in fr.split(layout, LENGTH).parts]  # nothing is cut
     rows = fr.Rows(documents, LENGTH, epochs=EPOCHS, multiple=ROWS_PER_STEP)
     train(accelerator, model, rows, torch.optim.AdamW(model.parameters(), LEARNING_RATE, weight_decay=0.0))

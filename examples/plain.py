@@ -47,7 +47,8 @@ def main(name, data, output):
     model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
     model.to(torch.accelerator.current_accelerator() or "cpu")
     with open(data, encoding="utf-8") as lines:
-        layouts = [fr.encode(json.loads(line)["messages"], tokenizer) for line in lines]
+        encode = fr.EntryEncoder(tokenizer)
+        layouts = [encode(json.loads(line)) for line in lines if line.strip()]
     documents = [part for layout in layouts for part in fr.split(layout, LENGTH).parts]  # nothing is cut
     rows = fr.Rows(documents, LENGTH, epochs=EPOCHS, multiple=ROWS_PER_STEP)
     train(model, rows, torch.optim.AdamW(model.parameters(), LEARNING_RATE, weight_decay=0.0))

@@ -47,7 +47,8 @@ def main(name, data, output):
     tokenizer = AutoTokenizer.from_pretrained(name)
     model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
     with open(data, encoding="utf-8") as lines:
-        layouts = [fr.encode(json.loads(line)["messages"], tokenizer) for line in lines]
+        encode = fr.EntryEncoder(tokenizer)
+        layouts = [encode(json.loads(line)) for line in lines if line.strip()]
     documents = [part for layout in layouts for part in fr.split(layout, LENGTH).parts]  # nothing is cut
     train(model, documents, output, tokenizer).save_model()
 

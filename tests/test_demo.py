@@ -11,7 +11,7 @@ from flexreason.chat.encoding import Encoder
 from flexreason.chat.template import describe
 from flexreason.cli import main
 from flexreason.demo import answers, material, task, telling, tokenizer, ways
-from flexreason.demo.command import judge
+from flexreason.demo.command import claim, judge
 from flexreason.demo.fit import fit, start
 from flexreason.proof import oracle
 from flexreason.proof.testing import relative_l2
@@ -311,6 +311,16 @@ def test_four_ways_can_be_compared(tmp_path, capsys):
     assert single["targets"] == samples["targets"] == found["reasoning kept"]["targets"]
     assert found["last turn only"]["targets"] < single["targets"] / 3
     assert "held-out answers right" in capsys.readouterr().out
+
+
+def test_a_folder_of_others_files_is_left_alone(tmp_path, capsys):
+    (tmp_path / "train.jsonl").write_text("mine")
+    assert main(["demo", "--out", str(tmp_path)]) == 2
+    assert "holds files that are not the demo's" in capsys.readouterr().err
+    assert (tmp_path / "train.jsonl").read_text() == "mine"
+    claim(tmp_path / "new")
+    (tmp_path / "new" / "train.jsonl").write_text("the demo's")
+    claim(tmp_path / "new")
 
 
 @pytest.mark.parametrize(("given", "words"), [(["--steps", "0"], "--steps"), (["--out", "{file}"], "--out")])

@@ -77,8 +77,9 @@ def test_a_checkpoint_is_whole_or_is_none(tmp_path):
     assert checkpoints.is_whole(folder)
     (folder / "deep" / "more").unlink()
     assert checkpoints.whole_ones(tmp_path) == []
+    (tmp_path / "checkpoint-mine").mkdir()
     checkpoints.remove_unfinished(tmp_path)
-    assert not folder.exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-mine"]
 
 
 def test_the_latest_are_kept_by_number_and_not_by_name(tmp_path):

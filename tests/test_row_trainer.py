@@ -17,6 +17,7 @@ from flexreason.data.documents import weighted
 from flexreason.memory import peak_bytes
 from flexreason.proof import oracle
 from flexreason.proof.testing import relative_l2, true_float64
+from flexreason.train import checkpoints
 from flexreason.train.sums import target_roles, tokens_of
 from flexreason.train.trainer import Broken, RowTraining
 from models import tiny
@@ -311,3 +312,78 @@ def test_no_logits_of_all_targets_are_ever_held(tmp_path):
             peaks[loss] = peak() - before
     assert peaks["model"] > all_logits
     assert peaks["chunked"] < 0.5 * all_logits
+
+
+def test_what_the_trainer_would_do_to_rows_is_refused_or_set_right(tmp_path):
+    layouts = some_layouts(9)
+
+    def made(rows=None, **more):
+        given = {key: more.pop(key) for key in ("compute_metrics", "compute_loss_func") if key in more}
+        return fr.RowTrainer(
+            model=fr.patch(tiny("Qwen3")),
+            args=arguments(tmp_path, **more),
+            train_dataset=fr.Rows(layouts, LENGTH) if rows is None else rows,
+            data_collator=fr.Collator(LENGTH),
+            **given,
+        )
+
+    with pytest.raises(ValueError, match="label_smoothing_factor and compute_loss_func would shift"):
+        made(label_smoothing_factor=0.1)
+    with pytest.raises(ValueError, match="label_smoothing_factor and compute_loss_func would shift"):
+        made(compute_loss_func=lambda *given, **more: 0)
+    with pytest.raises(ValueError, match="evaluation keeps no logits, so compute_metrics is never called"):
+        made(compute_metrics=lambda found: {})
+    with pytest.raises(ValueError, match=r"Rows: multiple: expected a multiple of a step's 4 rows .* found 2"):
+        made(fr.Rows(layouts, LENGTH, multiple=2), gradient_accumulation_steps=4)
+    with pytest.raises(ValueError, match=r"RowStream: multiple: expected a multiple of a step's 4 rows .* found 1"):
+        made(fr.RowStream(layouts, LENGTH), gradient_accumulation_steps=4, max_steps=1)
+    trainer = made(average_tokens_across_devices=False)
+    assert trainer.args.average_tokens_across_devices
+    order = list(made(layouts)._get_train_sampler())
+    assert sorted(order) == list(range(9))
+    assert order != list(range(9))  # what is not `Rows` is shuffled as ever
+    assert list(trainer._get_train_sampler()) == list(range(len(trainer.train_dataset)))
+
+
+def test_rows_to_evaluate_may_be_given_late_or_under_names(tmp_path):
+    layouts = some_layouts(9)
+    held = fr.Rows(layouts, LENGTH)
+    expected = fr.RowTrainer(
+        model=fr.patch(tiny("Qwen3")), args=arguments(tmp_path), eval_dataset=held, data_collator=fr.Collator(LENGTH)
+    ).evaluate()
+    trainer = fr.RowTrainer(
+        model=fr.patch(tiny("Qwen3")),
+        args=arguments(tmp_path),
+        eval_dataset={"held": held},
+        data_collator=fr.Collator(LENGTH),
+    )
+    assert trainer.args.per_device_eval_batch_size == 8  # the Trainer's default, which a row is not
+    assert trainer.evaluate()["eval_held_loss"] == pytest.approx(expected["eval_loss"])
+    assert trainer.evaluate(held)["eval_loss"] == pytest.approx(expected["eval_loss"])
+
+
+def test_going_on_and_the_best_one_mind_what_is_whole(tmp_path):
+    layouts = some_layouts()
+
+    def trainer(**more):
+        return fr.RowTrainer(
+            model=fr.patch(tiny("Qwen3")),
+            args=arguments(tmp_path, save_strategy="steps", save_steps=1, **more),
+            train_dataset=fr.Rows(layouts, LENGTH, steps=6),
+            eval_dataset=fr.Rows(layouts[:4], LENGTH),
+            data_collator=fr.Collator(LENGTH),
+        )
+
+    with pytest.raises(ValueError, match="no whole checkpoint"):
+        trainer().train(resume_from_checkpoint=True)
+    highest = {"metric_for_best_model": "eval_loss", "greater_is_better": True, "load_best_model_at_end": True}
+    found = trainer(save_total_limit=2, eval_strategy="steps", eval_steps=1, **highest)
+    found.train()
+    best = max((e for e in found.state.log_history if "eval_loss" in e), key=lambda e: e["eval_loss"])
+    assert best["step"] < 5
+    assert {path.name for path in checkpoints.whole_ones(tmp_path)} == {f"checkpoint-{n}" for n in (best["step"], 5, 6)}
+    assert found.evaluate()["eval_loss"] == pytest.approx(best["eval_loss"], rel=1e-5)
+    (tmp_path / "checkpoint-6" / checkpoints.SEAL).unlink()
+    again = trainer()
+    again.train(resume_from_checkpoint=True)
+    assert again._initial_global_step == 5

@@ -205,6 +205,7 @@ class Encoder:
     def _tokenize(self, found: list[Turn], trained: list[int], spans: list[tuple[int, int, int, Role]]) -> list[Sample]:
         turn_of = {number: n for n, number in enumerate(trained)}
         running, samples = Running(self.tokens), []
+        running.foresee(turn.prompt + turn.target for turn in found)
         history = _History(spans, found[-1].prompt, running, turn_of)
         for number, turn in zip(trained, found, strict=True):
             try:

@@ -11,7 +11,7 @@ every time.
 
 import re
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -59,6 +59,9 @@ class Piece:
 
     text: str
     ids: array  # of "q"
+
+
+NO_IDS = array("q")
 
 
 class Tokens:
@@ -128,13 +131,28 @@ class Running:
         self.last: list[Piece] = []
         self.known: dict[str, Piece] = {}
 
+    def foresee(self, texts: Iterable[str]) -> None:
+        """Tokenize what is new in all of these texts at once, which the tokenizer shares out among its threads."""
+        before: list[Piece] = self.last
+        new: dict[str, None] = {}
+        for text in texts:
+            shared, at = self._shared(text)
+            fresh = self.tokens.cut(text[at:])
+            new.update(dict.fromkeys(fresh))
+            self.last = shared + [Piece(part, NO_IDS) for part in fresh]
+        self.last = before
+        self._learn(new)
+
+    def _learn(self, parts: Iterable[str]) -> None:
+        missing = [part for part in dict.fromkeys(parts) if part not in self.known]
+        for part, ids in zip(missing, self.tokens.many(missing), strict=True):
+            self.known[part] = Piece(part, array("q", ids))
+
     def pieces(self, text: str) -> list[Piece]:
         """The text in pieces with their tokens."""
         shared, at = self._shared(text)
         fresh = self.tokens.cut(text[at:])
-        missing = [part for part in dict.fromkeys(fresh) if part not in self.known]
-        for part, ids in zip(missing, self.tokens.many(missing), strict=True):
-            self.known[part] = Piece(part, array("q", ids))
+        self._learn(fresh)
         self.last = shared + [self.known[part] for part in fresh]
         return self.last
 

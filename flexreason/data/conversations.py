@@ -24,6 +24,8 @@ FORMATS = ("messages", "sharegpt", "pairs", "samples")
 
 FILES = (".jsonl", ".json", ".parquet")
 
+PACKED = (".gz", ".zst", ".bz2", ".xz", ".zip")
+
 MESSAGE_KEYS = ("messages", "conversation", "conversations")
 
 SPEAKERS = {
@@ -135,20 +137,20 @@ def read_entries(source: str | Path | Iterable[Any], split: str = "train") -> It
         yield from _from_file(path)
     elif path.is_dir():
         yield from _from_folder(path, split)
-    elif path.suffix in FILES or str(source).startswith((".", "/", "~")) or str(source).count("/") > 1:
+    elif path.suffix.lower() in FILES or str(source).startswith((".", "/", "~")) or str(source).count("/") > 1:
         raise BadInput(f"{source}: no such file or folder")
     else:
         yield from _rows(_loaded_set(source, str(source), split=split, streaming=True), str(source))
 
 
 def _from_file(path: Path) -> Iterator[tuple[str, Any]]:
-    if path.suffix == ".parquet":
+    if path.suffix.lower() == ".parquet":
         data = _loaded_set(path, "parquet", data_files=str(path), split="train", streaming=True)
         yield from _rows(data, str(path))
         return
     try:
         with path.open(encoding="utf-8-sig") as file:
-            if path.suffix == ".json" and (whole := _json_document(path)) is not None:
+            if path.suffix.lower() == ".json" and (whole := _json_document(path)) is not None:
                 for number, entry in enumerate(whole):
                     yield f"{path}, entry {number}", entry
                 return
@@ -192,7 +194,9 @@ def _from_folder(path: Path, split: str) -> Iterator[tuple[str, Any]]:
             data = data[split]
         yield from _rows(data, str(path))
         return
-    files = sorted(file for file in path.rglob("*") if file.suffix in FILES)
+    files = sorted(file for file in path.rglob("*") if file.suffix.lower() in FILES)
+    if packed := sorted(file for file in path.rglob("*") if file.suffix.lower() in PACKED):
+        raise BadInput(f"{packed[0]}: compressed files are not read; unpack it, or move it out of {path}")
     if not files:
         raise BadInput(f"{path}: no .jsonl, .json or .parquet file in it, and no data set saved by datasets")
     for file in files:

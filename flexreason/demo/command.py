@@ -14,7 +14,10 @@ from pathlib import Path
 from textwrap import indent
 from typing import Any
 
-STEPS = 1000
+STEPS, TO_COMPARE = 1400, 1000
+
+MARK = ".flexreason-demo"
+"""An empty file in a folder that the demo has made."""
 
 HELD_OUT = 100
 """Conversations that are asked, each of some five questions."""
@@ -35,7 +38,7 @@ WANTED_SAME = 1e-3
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, default=Path("flexreason-demo"), help="folder for all files (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the data, their order and the first weights")
-    parser.add_argument("--steps", type=int, default=STEPS, help="of training (%(default)s)")
+    parser.add_argument("--steps", type=int, help=f"of training ({STEPS}, or {TO_COMPARE} a way to compare)")
     parser.add_argument(
         "--held-out", type=int, default=HELD_OUT, metavar="N", help="conversations to ask (%(default)s)"
     )
@@ -44,11 +47,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    for name in ("steps", "held_out"):
-        if getattr(options, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')}: expected at least 1, found {getattr(options, name)}")
-    if options.out.exists() and not options.out.is_dir():
-        raise ValueError(f"--out: expected a folder, found a file: {options.out}")
+    steps = options.steps
+    if steps is None:
+        steps = TO_COMPARE if options.compare else STEPS
+    for name, given in (("steps", steps), ("held_out", options.held_out)):
+        if given < 1:
+            raise ValueError(f"--{name.replace('_', '-')}: expected at least 1, found {given}")
+    claim(options.out)
 
     def say(text: str) -> None:
         print(text, file=sys.stderr if options.json else sys.stdout, flush=True)
@@ -58,12 +63,22 @@ def run(options: argparse.Namespace) -> int:
         if options.compare:
             from flexreason.demo.compare import compare
 
-            found = compare(options.out, options.steps, options.held_out, options.seed, say)
+            found = compare(options.out, steps, options.held_out, options.seed, say)
         else:
-            found, goals = demo(options.out, options.steps, options.held_out, options.seed, say)
+            found, goals = demo(options.out, steps, options.held_out, options.seed, say)
     if options.json:
         print(json.dumps(found))
     return 0 if all(goal.met for goal in goals) else 1
+
+
+def claim(out: Path) -> None:
+    """Make the folder the demo's own, since what an earlier demo has left there is written over."""
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out: expected a folder, found a file: {out}")
+    if out.is_dir() and any(out.iterdir()) and not (out / MARK).exists():
+        raise ValueError(f"--out: {out} holds files that are not the demo's; give another folder")
+    out.mkdir(parents=True, exist_ok=True)
+    (out / MARK).touch()
 
 
 @contextmanager

@@ -51,13 +51,15 @@ def whole_ones(folder: Path) -> list[Path]:
 def remove_unfinished(folder: Path) -> None:
     """What runs that were killed have left."""
     for path in folder.glob("checkpoint-*"):
-        if not is_whole(path):
+        if step_of(path) >= 0 and not is_whole(path):
             shutil.rmtree(path, ignore_errors=True)
 
 
-def keep_latest(folder: Path, n: int | None) -> None:
-    """Remove all whole checkpoints but the latest n; with None, none."""
+def keep_latest(folder: Path, n: int | None, best: str | None = None) -> None:
+    """Remove all whole checkpoints but the latest n, and the best one where that is known; with None, none."""
     for path in whole_ones(folder)[:-n] if n else []:
+        if best is not None and path.resolve() == Path(best).resolve():
+            continue
         (path / SEAL).unlink()
         shutil.rmtree(path)
 

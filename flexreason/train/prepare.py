@@ -31,6 +31,9 @@ from flexreason.layout import Layout
 WAIT = 0.2
 """Seconds between looks for what another process prepares."""
 
+AT_MOST = 900.0
+"""Seconds until it must have begun."""
+
 
 @dataclass(frozen=True)
 class Prepared:
@@ -43,6 +46,7 @@ class Prepared:
     documents: int
     formats: list[str]
     largest_id: int
+    left_out: int  # samples longer than a row
     refusals: Refusals
 
     @property
@@ -74,10 +78,12 @@ def prepare(
     """
     hashes = {source: content_hash(source) for source in sources}
     key = key_of(hashes, encoder, length, split, too_long, skip_invalid)
-    path = folder / key
+    path, start = folder / key, time.monotonic()
     while not (path / "prepared.json").exists():
         if rank == 0:
             _encode(path, hashes, key, encoder, length, split, too_long, skip_invalid, workers)
+        elif not path.exists() and time.monotonic() > start + AT_MOST:
+            raise ValueError(f"output: no sign of the first process in {path}; all processes must share this folder")
         else:
             time.sleep(WAIT)
     found = json.loads((path / "prepared.json").read_text())
@@ -134,7 +140,7 @@ def _encode(
     for source, before in hashes.items():
         if content_hash(source) != before:
             raise ValueError(f"{source}: has changed while it was read")
-    found = Prepared(path, key, hashes, read, n, sorted(set(map(str, formats))), largest, refusals)
+    found = Prepared(path, key, hashes, read, n, sorted(set(map(str, formats))), largest, len(long), refusals)
     unfinished = path / "prepared.json.unfinished"
     unfinished.write_text(json.dumps({**asdict(found), "folder": None}, indent=1))
     unfinished.replace(path / "prepared.json")

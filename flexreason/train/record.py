@@ -44,7 +44,7 @@ def begin(
     shapes = [(name, list(p.shape)) for name, p in root.named_parameters()]
     config = {k: v for k, v in root.config.to_dict().items() if not k.startswith("_") and k != "transformers_version"}
     return {
-        "settings": settings.as_dict(),
+        "settings": _settings(settings),
         "rows_per_step": rows_per_step,
         "processes": processes,
         "precision": precision,
@@ -56,6 +56,7 @@ def begin(
         "formats": data.formats,
         "conversations": data.conversations,
         "refused": dataclasses.asdict(data.refusals),
+        "refused_in_evaluation": dataclasses.asdict(evaluation.refusals) if evaluation else {},
         "documents": len(rows.items),
         "rows": len(rows),
         "started": now(),
@@ -71,38 +72,66 @@ def go_on_from(output: Path, record: dict[str, Any], resume: str) -> str | None:
             raise ValueError(f"output: there are checkpoints in {folder}, and no run.json says of what")
         return None
     before = json.loads(path.read_text())
-    if not found and "finished" not in before:
+    if not found and FINISHED not in before:
         return None
     if resume == "never":
         raise ValueError(f"output: {output} holds a run already; resume: auto goes on with it")
-    differences = _differences(before, record)
+    _refuse(output, _differences(before, record))
+    if FINISHED in before:
+        return FINISHED
+    return str(found[-1])
+
+
+def refuse_other_settings(output: Path, settings: Settings) -> None:
+    """Raise where the output holds a run with other settings: before data are encoded for one that will not be."""
+    try:
+        before = json.loads((output / "run.json").read_text())
+    except (OSError, ValueError):
+        return
+    if checkpoints.whole_ones(output / "checkpoints") or FINISHED in before:
+        _refuse(output, _other_settings(before["settings"], _settings(settings)))
+
+
+def _refuse(output: Path, differences: list[str]) -> None:
     if differences:
         raise ValueError(
             f"output: {output} holds another run:\n  "
             + "\n  ".join(differences)
             + "\nGive the same again to go on with it, or another output"
         )
-    if "finished" in before:
-        return FINISHED
-    return str(found[-1])
 
 
 def _differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """What makes two runs different ones."""
-    found = [
-        f"{name}: {before['settings'].get(name)!r} then, {value!r} now"
-        for name, value in now["settings"].items()
-        if name not in MAY_CHANGE and before["settings"].get(name) != value
-    ]
-    for name, words in (("model", "the model's config"), ("data", "the data, the tokenizer or the template")):
+    found = _other_settings(before["settings"], now["settings"])
+    for name, words in (
+        ("model", "the model's config"),
+        ("data", "the data, the tokenizer, the template or the versions"),
+    ):
         if before[name] != now[name]:
             changed = [s for s, h in now["sources"].items() if before["sources"].get(s) != h] if name == "data" else []
             found.append(f"{words} changed since" + (f": {', '.join(changed)}" if changed else ""))
     if before["evaluation"] != now["evaluation"]:
         found.append("the data to evaluate on changed since")
-    if before["rows_per_step"] != now["rows_per_step"]:
-        found.append(f"rows_per_step: {before['rows_per_step']} then, {now['rows_per_step']} now")
+    for name in ("rows_per_step", "precision"):
+        if before[name] != now[name]:
+            found.append(f"{name}: {before[name]} then, {now[name]} now")
     return found
+
+
+def _other_settings(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    return [
+        f"{name}: {before.get(name)!r} then, {value!r} now"
+        for name, value in now.items()
+        if name not in MAY_CHANGE and before.get(name) != value
+    ]
+
+
+def _settings(settings: Settings) -> dict[str, Any]:
+    """As they are written down: without what is secret."""
+    said = settings.as_dict()
+    said["trainer"] = {k: "***" if k.endswith("_token") else value for k, value in said["trainer"].items()}
+    return said
 
 
 def write(path: Path, record: dict[str, Any]) -> None:

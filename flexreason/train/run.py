@@ -34,9 +34,15 @@ from flexreason.patching import find_root
 from flexreason.train import checkpoints
 from flexreason.train.along import Along
 from flexreason.train.prepare import Prepared, choose_for_evaluation, prepare
-from flexreason.train.record import FINISHED, begin, go_on_from, now, write
+from flexreason.train.record import FINISHED, begin, go_on_from, now, refuse_other_settings, write
 from flexreason.train.settings import Settings
 from flexreason.train.trainer import RowTrainer
+
+NOT_FOR_ROWS = {
+    *("auto_find_batch_size", "average_tokens_across_devices", "ignore_data_skip", "label_smoothing_factor"),
+    *("load_best_model_at_end", "max_steps", "resume_from_checkpoint", "save_only_model", "save_total_limit"),
+}
+"""Arguments of the Trainer that would contradict settings, or make a run that goes on another one."""
 
 CHECKPOINTING = next(
     name
@@ -90,9 +96,19 @@ class _Run:
                 f"rows_per_step: expected a multiple of the {self.world} processes, found {self.rows_per_step}"
             )
         self.precision = _precision(settings.precision)
+        if self.world == 1 and torch.cuda.device_count() > 1:
+            raise ValueError(
+                f"one process sees {torch.cuda.device_count()} GPUs: start one each with torchrun --nproc-per-node "
+                f"{torch.cuda.device_count()} -m flexreason train ..., or let it see one with CUDA_VISIBLE_DEVICES"
+            )
         self.check_output()
 
     def check_output(self) -> None:
+        for source in self.settings.data:
+            if Path(source).is_dir() and self.folder.resolve().is_relative_to(Path(source).resolve()):
+                raise ValueError(
+                    f"output: {self.folder} is inside the data, {source}, and would be read as data next time"
+                )
         probe = self.folder / f".writable-{self.rank}"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -109,6 +125,8 @@ class _Run:
             tokenizer, format=settings.format, turns=settings.turns, history=settings.history, **settings.template
         )
         model = self.load_model()
+        self.arguments(0)  # what is wrong with these is told before data are encoded
+        refuse_other_settings(self.folder, settings)
         data, evaluation = self.prepare(encoder)
         rows, rows_to_evaluate = self.deal(data, evaluation)
         self.check_vocabulary(model, [prepared for prepared in (data, evaluation) if prepared])
@@ -134,7 +152,9 @@ class _Run:
             logs = [entry for entry in trainer.state.log_history if "loss" in entry or "eval_loss" in entry]
             metrics = next((entry for entry in reversed(logs) if "eval_loss" in entry), {})
             seconds = time.monotonic() - start
-            record |= {"finished": now(), "steps": trainer.state.global_step, "seconds": round(seconds, 1)}
+            done = trainer.state.global_step == along.last  # and not stopped early by a callback
+            record |= {FINISHED if done else "stopped": now(), "steps": trainer.state.global_step}
+            record |= {"seconds": round(seconds, 1)}
             record |= {"logs": logs, "metrics": metrics}
             write(self.folder / "run.json", record)
             self.say(f"{trainer.state.global_step} steps in {seconds:.0f} s; the model is in {self.folder / 'model'}")
@@ -147,6 +167,8 @@ class _Run:
     # --- what goes in
 
     def load_tokenizer(self) -> Any:
+        if self.settings.format == "samples" and self.settings.tokenizer is None:
+            return None
         name = self.settings.tokenizer or self.settings.model
         path = Path(name)
         try:
@@ -154,8 +176,6 @@ class _Run:
                 str(path.parent) if path.is_file() else name, trust_remote_code=self.settings.trust_remote_code
             )
         except Exception as error:  # whatever a tokenizer's files may raise
-            if self.settings.format == "samples":
-                return None
             raise ValueError(f"tokenizer: {name} cannot be loaded: {error}") from error
 
     def load_model(self) -> nn.Module:
@@ -165,6 +185,8 @@ class _Run:
         for note in notes:
             self.say(f"note: {note}")
         if settings.lora is not None:
+            if any("random" in note for note in notes):
+                raise ValueError(f"lora: the weights beneath would be random, and saved nowhere: {notes[0]}")
             torch.manual_seed(settings.seed)
             model = _with_lora(model, settings.lora)
         if settings.loss != "auto":
@@ -194,10 +216,15 @@ class _Run:
             )
 
         data = prepared(settings.data)
-        if data.refusals.total:
-            self.say("\n".join([f"{data.refusals.total} conversations are left out:", *data.refusals.lines()]))
         own = settings.evaluation is not None and _share(settings.evaluation) is None
-        return data, prepared([str(settings.evaluation)]) if own else None
+        evaluation = prepared([str(settings.evaluation)]) if own else None
+        for name, found in (("", data), (" of those to evaluate on", evaluation)):
+            if found and found.refusals.total:
+                lines = found.refusals.lines()
+                self.say("\n".join([f"{found.refusals.total} conversations{name} are left out:", *lines]))
+            if found and found.left_out:
+                self.say(f"{found.left_out} samples{name} are longer than a row, and left out")
+        return data, evaluation
 
     def deal(self, data: Prepared, evaluation: Prepared | None) -> tuple[Rows, Rows | None]:
         settings = self.settings
@@ -249,9 +276,7 @@ class _Run:
 
     # --- the Trainer
 
-    def trainer(
-        self, model: nn.Module, tokenizer: Any, rows: Rows, evaluation: Rows | None, along: Along
-    ) -> RowTrainer:
+    def arguments(self, n_steps: int) -> TrainingArguments:
         settings = self.settings
         arguments: dict[str, Any] = {
             "output_dir": str(self.folder / "checkpoints"),
@@ -261,9 +286,7 @@ class _Run:
             "gradient_accumulation_steps": self.rows_per_step // self.world,
             "learning_rate": settings.learning_rate or LEARNING_RATES[settings.lora is not None],
             "lr_scheduler_type": settings.schedule,
-            "warmup_steps": settings.warmup
-            if settings.warmup >= 1
-            else _steps_of(settings.warmup, rows, self.rows_per_step),
+            "warmup_steps": settings.warmup if settings.warmup >= 1 else round(settings.warmup * n_steps),
             "weight_decay": settings.weight_decay,
             "max_grad_norm": settings.clip,
             "optim": settings.optimizer,
@@ -284,7 +307,9 @@ class _Run:
             "dataloader_pin_memory": torch.cuda.is_available(),
             "use_cpu": not torch.accelerator.is_available(),
         }
-        reserved = sorted(arguments.keys() & settings.trainer.keys() - {"use_cpu", "dataloader_pin_memory"})
+        reserved = sorted(
+            (arguments.keys() | NOT_FOR_ROWS) & settings.trainer.keys() - {"use_cpu", "dataloader_pin_memory"}
+        )
         if reserved:
             raise ValueError(f"trainer: {', '.join(reserved)} is decided by settings of flexreason; use those")
         try:
@@ -292,12 +317,17 @@ class _Run:
         except (TypeError, ValueError, ImportError) as error:
             raise ValueError(f"trainer: {error}") from error
         args.save_total_limit = settings.keep
+        return args
+
+    def trainer(
+        self, model: nn.Module, tokenizer: Any, rows: Rows, evaluation: Rows | None, along: Along
+    ) -> RowTrainer:
         trainer = RowTrainer(
             model=model,
-            args=args,
+            args=self.arguments(len(rows) // self.rows_per_step),
             train_dataset=rows,
             eval_dataset=evaluation,
-            data_collator=fr.Collator(settings.length),
+            data_collator=fr.Collator(self.settings.length),
             processing_class=tokenizer,
             callbacks=[along, *self.callbacks],
         )
@@ -346,7 +376,3 @@ def _share(evaluation: str | float | None) -> float | None:
     if share is not None and not 0 < share < 1:
         raise ValueError(f"evaluation: expected a share between 0 and 1, or data, found {evaluation}")
     return share
-
-
-def _steps_of(share: float, rows: Rows, rows_per_step: int) -> int:
-    return round(share * len(rows) / rows_per_step)

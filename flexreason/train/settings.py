@@ -110,7 +110,7 @@ class Settings:
         for name in ("length", "epochs", "steps", "rows_per_step", "log_every", "evaluate_every", "save_every", "keep"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, found {getattr(self, name)}")
-        for name in ("warmup", "weight_decay", "clip", "workers"):
+        for name in ("warmup", "weight_decay", "clip", "workers", "seed"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name}: expected 0 or more, found {getattr(self, name)}")
         if self.learning_rate is not None and not 0 < self.learning_rate < float("inf"):
@@ -119,6 +119,8 @@ class Settings:
             raise ValueError(
                 f"length: expected a multiple of 128, found {self.length}; try {-(-self.length // 128) * 128}"
             )
+        if twice := sorted({source for source in self.data if self.data.count(source) > 1}):
+            raise ValueError(f"data: {twice[0]} is named twice, and would be used once; use epochs, or a copy")
         if not self.data:
             raise ValueError("data: expected at least one file")
         if self.steps is not None and self.epochs != 1:
@@ -183,11 +185,17 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path}: no YAML: {error}") from error
     if not isinstance(found, dict):
         raise ValueError(f"{path}: expected names with values, found {type(found).__name__}")
-    return {name: _number(value) if name in NAMES else value for name, value in found.items()}
+    return {name: value if _is_text(name) else _numbers(value) for name, value in found.items()}
 
 
-def _number(value: Any) -> Any:
+def _is_text(name: str) -> bool:
+    return name not in NAMES or NAMES[name].type in (str, str | None)
+
+
+def _numbers(value: Any) -> Any:
     """1e-4 is text to YAML, and a number to everybody else."""
+    if isinstance(value, dict):
+        return {name: _numbers(item) for name, item in value.items()}
     try:
         return float(value) if isinstance(value, str) and "e" in value.lower() else value
     except ValueError:
@@ -214,11 +222,11 @@ def from_options(options: argparse.Namespace) -> Settings:
     import yaml
 
     given = read_yaml(Path(options.config)) if options.config else {}
-    for name, each in NAMES.items():
+    for name in NAMES:
         value = getattr(options, name, None)
-        if isinstance(value, str) and each.type not in (str, str | None):
+        if isinstance(value, str) and not _is_text(name):
             try:
-                value = _number(yaml.safe_load(value))
+                value = _numbers(yaml.safe_load(value))
             except yaml.YAMLError as error:
                 raise ValueError(f"{name}: {value!r} is no value: {error}") from error
         if value is not None:

@@ -6,11 +6,14 @@
 What differs from the Trainer: a step's loss is the mean over all its targets by weight; the evaluation loss too, with
 reasoning, responses and turns apart (the Trainer's is the mean of the rows' means); logs tell these of training, and
 tokens a second, of trees and of the samples they stand for; a checkpoint is whole or is none; a loss that is no
-number stops the run before anything is saved. Rows come in the order of the data set, since `Rows` has shuffled, and
-one of its items is a batch.
+number stops the run before anything is saved. What `Rows` gives comes in its order, since it has shuffled, and one of
+its items is a batch.
 """
 
+import inspect
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +28,11 @@ from flexreason.patching import find_patch
 from flexreason.train import checkpoints
 from flexreason.train.sums import Sums, total_weight
 
+DATASETS = ("train_dataset", "eval_dataset")
+
+ROWS = (Rows, RowStream)
+"""Data sets one of whose items is a row."""
+
 
 class Broken(RuntimeError):
     """A run that cannot go on: the loss is no number, or a checkpoint cannot be written."""
@@ -34,33 +42,63 @@ class RowTraining:
     """To stand before a trainer class: `class MyTrainer(RowTraining, SFTTrainer)`."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        if isinstance(kwargs.get("train_dataset"), IterableDataset) and kwargs.get("args") is not None:
+        given = inspect.signature(super().__init__).bind_partial(*args, **kwargs).arguments
+        if given.get("args") is not None and any(isinstance(given.get(name), IterableDataset) for name in DATASETS):
             # else accelerate has one rank read, and cuts up what it has read: rows of different shapes
-            kwargs["args"].accelerator_config.dispatch_batches = False
+            given["args"].accelerator_config.dispatch_batches = False
         super().__init__(*args, **kwargs)
         me: Any = self
-        for data, size in (
-            ("train_dataset", "per_device_train_batch_size"),
-            ("eval_dataset", "per_device_eval_batch_size"),
-        ):
-            if isinstance(getattr(me, data), Rows | RowStream):
-                setattr(me.args, size, 1)
-        me._train_batch_size = me.args.train_batch_size
-        if find_patch(me.model) is None:
-            raise ValueError("RowTrainer: the model is not patched; call fr.patch(model) first")
+        self._refuse()
+        if isinstance(me.train_dataset, ROWS):
+            me.args.per_device_train_batch_size = me._train_batch_size = 1
         self.keep, me.args.save_total_limit = me.args.save_total_limit, None  # only whole checkpoints count
         me.args.logging_nan_inf_filter = False
         me.args.remove_unused_columns = False
+        me.args.average_tokens_across_devices = True  # the weight of a step is summed over ranks
         self._sums = Sums(me.args.device)
         self._since = time.perf_counter()
         self._evaluated: Sums | None = None
 
+    def _refuse(self) -> None:
+        """What would train on something else, or not do what it was asked for."""
+        me: Any = self
+        if find_patch(me.model) is None:
+            raise ValueError("RowTrainer: the model is not patched; call fr.patch(model) first")
+        if me.args.n_gpu > 1:
+            raise ValueError(
+                f"RowTrainer: one process sees {me.args.n_gpu} GPUs, and a row cannot be cut up among them; start one "
+                "process each (torchrun --nproc-per-node), or let it see one (CUDA_VISIBLE_DEVICES)"
+            )
+        if me.label_smoother is not None or me.compute_loss_func is not None:
+            raise ValueError(
+                "RowTrainer: label_smoothing_factor and compute_loss_func would shift a row's targets, which are in "
+                "their places; leave them out"
+            )
+        if me.compute_metrics is not None:
+            raise ValueError("RowTrainer: evaluation keeps no logits, so compute_metrics is never called; leave it out")
+        rows_per_step = me.args.gradient_accumulation_steps * me.args.world_size
+        if isinstance(me.train_dataset, ROWS) and me.train_dataset.multiple % rows_per_step:
+            raise ValueError(
+                f"{type(me.train_dataset).__name__}: multiple: expected a multiple of a step's {rows_per_step} rows "
+                f"(gradient_accumulation_steps x processes), found {me.train_dataset.multiple}"
+            )
+
     # --- training
+
+    def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """As the Trainer's; with `resume_from_checkpoint=True` from the last checkpoint that is whole."""
+        me: Any = self
+        if resume_from_checkpoint is True:
+            whole = checkpoints.whole_ones(Path(me.args.output_dir))
+            if not whole:
+                raise ValueError(f"RowTrainer: no whole checkpoint in {me.args.output_dir}")
+            resume_from_checkpoint = str(whole[-1])
+        return super().train(resume_from_checkpoint, *args, **kwargs)  # type: ignore[misc]
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         me: Any = self
         data = me.train_dataset if train_dataset is None else train_dataset
-        return SequentialSampler(data) if hasattr(data, "__len__") else None
+        return SequentialSampler(data) if isinstance(data, Rows) else super()._get_train_sampler(train_dataset)  # type: ignore[misc]
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> Any:
         """The rows of one optimizer step, and the weight of all targets in them, on all ranks."""
@@ -76,7 +114,10 @@ class RowTraining:
         me: Any = self
         if "loss" in logs:
             logs.update(self._of_training())
-            bad = [name for name in ("loss", "grad_norm") if name in logs and not _finite(logs[name])]
+            # in fp16 a gradient too large for it makes the step be skipped, and the next one scaled down
+            skipped = me.accelerator.optimizer_step_was_skipped
+            looked_at = ("loss",) if skipped else ("loss", "grad_norm")
+            bad = [name for name in looked_at if name in logs and not _finite(logs[name])]
             if bad:
                 raise Broken(
                     f"step {me.state.global_step}: {bad[0]} is {logs[bad[0]]}; nothing was saved since, and the last "
@@ -107,6 +148,28 @@ class RowTraining:
         return me.accelerator.reduce(values, "sum") if me.args.world_size > 1 else values
 
     # --- evaluation
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        me: Any = self
+        data = me.eval_dataset if eval_dataset is None else eval_dataset
+        with self._one_at_a_time(me.eval_dataset[data] if isinstance(data, str) else data):
+            return super().get_eval_dataloader(eval_dataset)  # type: ignore[misc]
+
+    def get_test_dataloader(self, test_dataset: Any) -> Any:
+        with self._one_at_a_time(test_dataset):
+            return super().get_test_dataloader(test_dataset)  # type: ignore[misc]
+
+    @contextmanager
+    def _one_at_a_time(self, data: Any) -> Iterator[None]:
+        """An item is a batch where it is a row, and where ranks must tell which items are repeated."""
+        me: Any = self
+        before = me.args.per_device_eval_batch_size
+        if isinstance(data, ROWS) or me.args.world_size > 1:
+            me.args.per_device_eval_batch_size = 1
+        try:
+            yield
+        finally:
+            me.args.per_device_eval_batch_size = before
 
     def evaluation_loop(self, dataloader: Any, *args: Any, **kwargs: Any) -> Any:
         me: Any = self
@@ -148,20 +211,25 @@ class RowTraining:
 
     def _save_checkpoint(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
         me: Any = self
-        bad = next((name for name, p in me.model.named_parameters() if not bool(torch.isfinite(_local(p)).all())), None)
+        trained = ((name, p) for name, p in me.model.named_parameters() if p.requires_grad and p.is_floating_point())
+        bad = next((name for name, p in trained if not bool(torch.isfinite(_local(p)).all())), None)
         if bool(self._over_ranks(torch.tensor(float(bad is not None), device=me.args.device))):
             raise Broken(f"step {me.state.global_step}: {bad or 'a weight'} holds no numbers; it is not saved")
-        folder, start = Path(me.args.output_dir) / f"checkpoint-{me.state.global_step}", time.perf_counter()
+        start = time.perf_counter()
+        run = Path(me._get_output_dir(trial=args[0] if args else kwargs.get("trial")))
+        folder = run / f"checkpoint-{me.state.global_step}"
         try:
+            if me.args.should_save:
+                (folder / checkpoints.SEAL).unlink(missing_ok=True)
             super()._save_checkpoint(model, *args, **kwargs)  # type: ignore[misc]
             me.accelerator.wait_for_everyone()
             if me.args.should_save:
                 checkpoints.seal(folder)
-                checkpoints.keep_latest(folder.parent, self.keep)
+                checkpoints.keep_latest(run, self.keep, me.state.best_model_checkpoint)
         except (
             Exception
         ) as error:  # a full disk comes as OSError, and from safetensors and torch as errors of their own
-            last = next(reversed(checkpoints.whole_ones(folder.parent)), None)
+            last = next(reversed(checkpoints.whole_ones(run)), None)
             raise Broken(
                 f"step {me.state.global_step}: the checkpoint cannot be written: {error}; "
                 + (f"the last whole one is {last}" if last else "there is no other yet")
