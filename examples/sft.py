@@ -63,7 +63,7 @@ def main(name, data, output):
     dataset = datasets.load_dataset("json", data_files=data, split="train")
     encode = fr.EntryEncoder(tokenizer).columns
     dataset = dataset.map(encode, remove_columns=dataset.column_names)  # 3
-    train(model, dataset.shuffle(seed=0), output, tokenizer).save_model()
+    train(model, dataset, output, tokenizer).save_model()
 
 
 if __name__ == "__main__":

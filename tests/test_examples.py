@@ -26,6 +26,7 @@ import flexreason as fr
 from flexreason.chat.template import stand_in
 from flexreason.cli import main
 from flexreason.data.documents import weighted
+from flexreason.demo import command as demo_command
 from flexreason.proof.testing import true_float64
 from flexreason.train import command as train_command
 from flexreason.train.run import CHECKPOINTING
@@ -158,9 +159,7 @@ def test_the_sft_trainer_takes_the_steps_of_the_loop(kind, tolerance, monkeypatc
     columns = [{name: t.numpy() for name, t in vars(layout).items()} for layout in layouts]
     stock, model = with_adapters(tiny("Qwen3").double()), with_adapters(tiny("Qwen3").double())
     start = start_of(stock)
-    given = {**BY_HAND, "num_train_epochs": 2, CHECKPOINTING: False}
-    if kind == "SFTTrainer":
-        given["train_sampling_strategy"] = "sequential"
+    given = {**BY_HAND, "num_train_epochs": 2, "train_sampling_strategy": "sequential", CHECKPOINTING: False}
     with true_float64():
         expected = fit_by_hand(stock, [layouts[:16], layouts[16:32], layouts[32:]] * 2)
         trainer = script.train(
@@ -425,5 +424,9 @@ def test_the_commands_of_the_guide_are_such_as_are_taken():
                 assert (ROOT / path).is_file()
             if "fsdp" in made.trainer:
                 TrainingArguments(output_dir="unused", **{**made.trainer, "bf16": False, "use_cpu": True})
+        elif words[:2] == ["flexreason", "demo"]:
+            parser = argparse.ArgumentParser()
+            demo_command.add_arguments(parser)
+            assert parser.parse_args(words[2:]).compare
         else:
             assert scripts or words[:2] == ["pip", "install"], command
