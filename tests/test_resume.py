@@ -1,7 +1,6 @@
 """A run that is killed goes on as if nothing had been: the same parameters to the bit, and every conversation once."""
 
 import json
-import os
 import subprocess
 import sys
 from collections import Counter
@@ -12,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from flexreason.train import checkpoints
+from training import environment
 
 HERE = Path(__file__).parent
 
@@ -19,7 +19,7 @@ HERE = Path(__file__).parent
 def kill_and_resume(folder, kills, seed):
     done = subprocess.run(
         [sys.executable, str(HERE / "killing.py"), str(folder), str(kills), str(seed)],
-        env={**os.environ, "PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"},
+        env=environment(),
         capture_output=True,
         text=True,
         timeout=900,

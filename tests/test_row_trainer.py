@@ -1,7 +1,6 @@
 """RowTrainer takes the steps of a loop over the samples, whatever the rows, accumulation, ranks and weights."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -22,7 +21,17 @@ from flexreason.train.sums import target_roles, tokens_of
 from flexreason.train.trainer import Broken, RowTraining
 from models import tiny
 from strategies import random_turns
-from training import LEARNING_RATE, LENGTH, fit_by_hand, free_port, some_layouts, some_turns, steps_of, way_gone
+from training import (
+    LEARNING_RATE,
+    LENGTH,
+    environment,
+    fit_by_hand,
+    free_port,
+    some_layouts,
+    some_turns,
+    steps_of,
+    way_gone,
+)
 
 HERE = Path(__file__).parent
 
@@ -124,7 +133,7 @@ def test_two_processes_take_the_steps_of_the_loop(how, weighting, accumulate, tm
     command = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(free_port())]
     done = subprocess.run(
         [sys.executable, *command, str(HERE / "ranks.py"), json.dumps(told)],
-        env={**os.environ, "PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"},
+        env=environment(),
         capture_output=True,
         text=True,
         timeout=300,

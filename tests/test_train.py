@@ -23,7 +23,7 @@ from flexreason.train.run import train
 from flexreason.train.settings import NAMES, Settings, add_options, from_mapping, from_options, read_yaml
 from flexreason.train.trainer import Broken
 from strategies import random_turns
-from training import free_port, some_layouts, write_data, write_model
+from training import environment, free_port, some_layouts, write_data, write_model
 
 GIVEN = {"length": 256, "steps": 4, "rows_per_step": 2, "learning_rate": 1e-2, "log_every": 1}
 
@@ -379,7 +379,7 @@ def test_two_processes_train_as_one(material, tmp_path):
     torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(free_port())]
     done = subprocess.run(
         [sys.executable, *torchrun, "-m", "flexreason", "train", *map(str, options), "--json"],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env=environment(),
         capture_output=True,
         text=True,
         timeout=300,
@@ -428,7 +428,7 @@ def test_memory_does_not_grow_with_the_data(material, tmp_path):
     files = [write_data(tmp_path / f"{n}.jsonl", n=n) for n in (299, 300, 2400)]
     done = subprocess.run(
         [sys.executable, "-c", MEMORY, str(model), str(tmp_path / "data"), *map(str, files)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env=environment(),
         capture_output=True,
         text=True,
         timeout=300,

@@ -1,8 +1,10 @@
 """Training by hand: the definition that every trainer is held against. Also what runs of the command start from."""
 
 import json
+import os
 import random
 import socket
+from pathlib import Path
 
 import torch
 from transformers import Qwen3Config
@@ -105,3 +107,9 @@ def free_port():
     with socket.socket() as opened:
         opened.bind(("localhost", 0))
         return opened.getsockname()[1]
+
+
+def environment():
+    """For processes of their own: the same package as here, the tests' modules beside it, one thread."""
+    here = [str(Path(fr.__file__).parents[1]), str(Path(__file__).parent)]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(here), "OMP_NUM_THREADS": "1"}
