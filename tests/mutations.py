@@ -670,10 +670,10 @@ MUTATIONS = {  # name: (file, what stands there, what to write instead)
         "train/along.py", "else step % every == 0 or step == self.last\n        every = self.settings.evaluate_every", "else False\n        every = self.settings.evaluate_every",
     ),
     "run: another data goes on": (
-        "train/record.py", "if before[name] != now[name]:", "if name == \"model\" and before[name] != now[name]:",
+        "train/record.py", "        if before[name] != now[name]:\n            changed", "        if name == \"model\" and before[name] != now[name]:\n            changed",
     ),
     "run: another model goes on": (
-        "train/record.py", "if before[name] != now[name]:", "if name == \"data\" and before[name] != now[name]:",
+        "train/record.py", "        if before[name] != now[name]:\n            changed", "        if name == \"data\" and before[name] != now[name]:\n            changed",
     ),
     "run: other settings go on": (
         "train/record.py", "if name not in MAY_CHANGE and", "if False and",

@@ -100,6 +100,15 @@ def test_a_loader_gives_rows_at_any_batch_size(workers):
             assert all(torch.equal(row[key], right[key]) for key in row)
 
 
+def test_no_documents_are_an_empty_row():
+    empty = fr.collate([], 256)
+    for row in (Collator(256)([[]]), Collator(256)([[], []])):
+        assert all(torch.equal(row[key], empty[key]) for key in empty)
+    [layout] = layouts(1)
+    row, expected = Collator(256)([[], [layout]]), fr.collate([layout], 256)
+    assert all(torch.equal(row[key], expected[key]) for key in expected)
+
+
 def test_columns_of_a_table_and_things_to_encode():
     [layout] = layouts(1)
     columns = {name: tensor.tolist() for name, tensor in vars(layout).items()}

@@ -217,6 +217,8 @@ def test_targets_know_their_roles_and_rows_their_tokens():
     found = target_roles(row)
     assert found[: len(expected)].tolist() == expected
     assert not found[len(expected) :].any()
+    thinking = fr.Sample([5, 6], [7], prompt_roles=[fr.Role.PROMPT, fr.Role.REASONING])
+    assert not target_roles(fr.collate([fr.lay_out([fr.Sample([1, 2], [3]), thinking])])).any()  # each its turn's last
     in_trees, in_samples = tokens_of(row)
     assert int(in_trees) == sum(map(len, layouts))
     assert int(in_samples) == sum(layout.sample_tokens for layout in layouts)
