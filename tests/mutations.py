@@ -625,7 +625,7 @@ MUTATIONS = {  # name: (file, what stands there, what to write instead)
         "train/trainer.py", "me.accelerator.reduce(values, \"sum\") if me.args.world_size > 1 else values", "values",
     ),
     "trainer: the Trainer shuffles rows": (
-        "train/trainer.py", "return SequentialSampler(data) if hasattr(data, \"__len__\") else None", "return super()._get_train_sampler(train_dataset)",
+        "train/trainer.py", "return SequentialSampler(data) if isinstance(data, Rows) else super()", "return super()",
     ),
     "trainer: rows that accelerate repeats count again": (
         "train/trainer.py", "if self._rows_to_evaluate is None or number < self._rows_to_evaluate:", "if True:",
