@@ -158,9 +158,10 @@ def test_two_processes_take_the_steps_of_the_loop(how, weighting, accumulate, tm
     start = start_of(stock)
     with true_float64():
         expected = fit_by_hand(stock, steps, weighting)
-        by_hand = evaluated_by_hand(stock, some_turns()[:7], weighting)
+        by_hand = evaluated_by_hand(stock, some_turns()[:9], weighting)
+    assert len(fr.Rows(layouts[:9], LENGTH, seed=1)) % 2  # so that one row of the evaluation is repeated
     assert_same_training(weighting, found["losses"], expected, found["parameters"], start_of(stock), start)
-    assert said["metrics"]["eval_targets"] == sum(len(layout.target_ids) for layout in layouts[:7])
+    assert said["metrics"]["eval_targets"] == sum(len(layout.target_ids) for layout in layouts[:9])
     for name, value in by_hand.items():
         assert said["metrics"][f"eval_{name}"] == pytest.approx(value, rel=1e-6), name
 
