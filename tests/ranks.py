@@ -10,13 +10,12 @@ from pathlib import Path
 
 import torch
 from torch.distributed.tensor import DTensor
-from transformers import TrainingArguments
 
 import flexreason as fr
 from flexreason.data.documents import weighted
 from flexreason.proof.testing import true_float64
 from models import tiny
-from training import LEARNING_RATE, LENGTH, some_layouts
+from training import LENGTH, some_layouts, trainer_arguments
 
 
 def let_accelerate_shard_on_cpu():
@@ -43,23 +42,7 @@ def main(how, folder, weighting, accumulate, epochs=3):
         wrap = {"auto_wrap_policy": "TRANSFORMER_BASED_WRAP", "transformer_layer_cls_to_wrap": ["Qwen3DecoderLayer"]}
         more = {"fsdp": True, "fsdp_config": {"version": 2, **wrap}}
     model = fr.patch(tiny("Qwen3").double())
-    args = TrainingArguments(
-        output_dir=f"{folder}/checkpoints",
-        optim="sgd",
-        learning_rate=LEARNING_RATE,
-        lr_scheduler_type="constant",
-        weight_decay=0.0,
-        max_grad_norm=0.0,
-        num_train_epochs=1,
-        gradient_accumulation_steps=accumulate,
-        report_to="none",
-        save_strategy="no",
-        logging_steps=1,
-        disable_tqdm=True,
-        use_cpu=True,
-        dataloader_pin_memory=False,
-        **more,
-    )
+    args = trainer_arguments(f"{folder}/checkpoints", gradient_accumulation_steps=accumulate, **more)
     rows = fr.Rows(layouts, LENGTH, epochs=epochs, multiple=world * accumulate, seed=3)
     if how == "stream":
         rows = fr.RowStream(layouts, LENGTH, multiple=world * accumulate, seed=3, pool=8)

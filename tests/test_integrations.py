@@ -29,6 +29,7 @@ from flexreason.proof import oracle
 from flexreason.proof.testing import relative_l2, true_float64
 from models import TINY, checkpoint, tiny
 from strategies import random_tree, random_turns
+from training import fit_by_hand, trainer_arguments
 
 # transformers 5.23 renames what it calls gradient checkpointing; Trainer, peft 0.21 and trl 1.16 use the old names.
 old_names = pytest.mark.filterwarnings("ignore:`(is_)?gradient_checkpointing\\w*` is deprecated:FutureWarning")
@@ -37,7 +38,6 @@ old_names = pytest.mark.filterwarnings("ignore:`(is_)?gradient_checkpointing\\w*
 compiles = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 
 LENGTH = 128
-LEARNING_RATE = 0.1
 FLOAT32_HEAD = 1e-6  # the backward of trl's fused head adds up in float32 whatever it is given
 
 CONVERSATION = fr.lay_out_turns(random_turns([(6, 9, 4), (3, 0, 5), (5, 8, 3)]))
@@ -92,26 +92,6 @@ def wrong(found):
     return {name: error for name, error in found.items() if not error <= EXACT}
 
 
-def fit_by_hand(model, steps):
-    """The definition of training: a step of SGD a list of layouts, on their samples one by one; the losses."""
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], LEARNING_RATE)
-    losses = []
-    for layouts in steps:
-        samples = samples_of(layouts)
-        n_targets = sum(len(sample.target_ids) for sample in samples)
-        losses.append(0.0)
-        for sample in samples:
-            n = len(sample.prompt_ids)
-            ids = torch.tensor([[*sample.prompt_ids, *sample.target_ids]])
-            logits = model(input_ids=ids, use_cache=False).logits[0, n - 1 : -1]
-            loss = torch.nn.functional.cross_entropy(logits, ids[0, n:], reduction="sum") / n_targets
-            loss.backward()
-            losses[-1] += float(loss.detach())
-        optimizer.step()
-        optimizer.zero_grad()
-    return losses
-
-
 def assert_trains_as_by_hand(trainer, stock, steps):
     """Losses and the way that every parameter went are those of the loop; SGD, which no scale of the loss escapes."""
     tolerance = FLOAT32_HEAD if type(trainer) is SFTTrainer else EXACT
@@ -128,26 +108,8 @@ def assert_trains_as_by_hand(trainer, stock, steps):
 
 
 def arguments(kind, directory, **more):
-    return kind(
-        output_dir=str(directory),
-        optim="sgd",
-        learning_rate=LEARNING_RATE,
-        lr_scheduler_type="constant",
-        weight_decay=0.0,
-        max_grad_norm=0.0,
-        num_train_epochs=1,
-        per_device_train_batch_size=1,
-        train_sampling_strategy="sequential",
-        remove_unused_columns=False,
-        report_to="none",
-        save_strategy="no",
-        logging_steps=1,
-        disable_tqdm=True,
-        dataloader_pin_memory=False,
-        use_cpu=True,
-        bf16=False,
-        **more,
-    )
+    own = {"per_device_train_batch_size": 1, "train_sampling_strategy": "sequential", "remove_unused_columns": False}
+    return trainer_arguments(directory, kind, **own, **more)
 
 
 def a_trainer(model, directory, rows=ROWS, **more):

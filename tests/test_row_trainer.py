@@ -8,7 +8,7 @@ from pathlib import Path
 import peft
 import pytest
 import torch
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer
 
 import flexreason as fr
 from exact import EXACT
@@ -32,30 +32,13 @@ from training import (
     steps_of,
     way_gone,
 )
+from training import (
+    trainer_arguments as arguments,
+)
 
 HERE = Path(__file__).parent
 
 STEPS = 20
-
-
-def arguments(folder, **more):
-    given = {
-        "output_dir": str(folder),
-        "optim": "sgd",
-        "learning_rate": LEARNING_RATE,
-        "lr_scheduler_type": "constant",
-        "weight_decay": 0.0,
-        "max_grad_norm": 0.0,
-        "num_train_epochs": 1,
-        "report_to": "none",
-        "save_strategy": "no",
-        "logging_steps": 1,
-        "disable_tqdm": True,
-        "use_cpu": True,
-        "bf16": False,
-        "dataloader_pin_memory": False,
-    }
-    return TrainingArguments(**{**given, **more})
 
 
 def start_of(model):

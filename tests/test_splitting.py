@@ -57,7 +57,7 @@ def test_every_sample_is_in_one_part_as_it_was(seed):
             depth = [int((part.until[: i + 1] > i).sum()) - 1 for i in range(len(part))]
             assert part.position_ids.tolist() == depth
         assert not found.dropped
-        once = len(splitting._part(layout, list(range(layout.n_samples)), splitting._in_storage(layout)[0]))
+        once = len(splitting._part(layout, list(range(layout.n_samples)), splitting.in_storage(layout)[0]))
         untouched = len(layout) <= length
         assert found.recomputed == (0 if untouched else sum(map(len, found.parts)) - once)
 
@@ -75,11 +75,11 @@ def partitions(items):
 
 def brute_force(layout, length):
     """The fewest tokens of all ways, each part counted by building it."""
-    last = splitting._in_storage(layout)[0]
+    last = splitting.in_storage(layout)[0]
     size = {}
     for n in range(1, layout.n_samples + 1):
         for group in itertools.combinations(range(layout.n_samples), n):
-            size[group] = int(splitting._needed(layout, [last[turn] for turn in group]).sum())
+            size[group] = int(splitting.seen_from(layout, [last[turn] for turn in group]).sum())
     ways = ([tuple(sorted(g)) for g in way] for way in partitions(list(range(layout.n_samples))))
     return min(sum(size[g] for g in way) for way in ways if all(size[g] <= length for g in way))
 

@@ -7,7 +7,7 @@ import socket
 from pathlib import Path
 
 import torch
-from transformers import Qwen3Config
+from transformers import Qwen3Config, TrainingArguments
 
 import flexreason as fr
 from flexreason.chat.template import stand_in
@@ -69,6 +69,27 @@ def fit_by_hand(model, steps, weighting="token"):
         optimizer.step()
         optimizer.zero_grad()
     return losses
+
+
+def trainer_arguments(folder, kind=TrainingArguments, **more):
+    """Of a Trainer that does as the loop does: plain SGD, nothing clipped, nothing saved, on the CPU."""
+    given = {
+        "output_dir": str(folder),
+        "optim": "sgd",
+        "learning_rate": LEARNING_RATE,
+        "lr_scheduler_type": "constant",
+        "weight_decay": 0.0,
+        "max_grad_norm": 0.0,
+        "num_train_epochs": 1,
+        "report_to": "none",
+        "save_strategy": "no",
+        "logging_steps": 1,
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "bf16": False,
+        "dataloader_pin_memory": False,
+    }
+    return kind(**{**given, **more})
 
 
 def way_gone(found, wanted, start):

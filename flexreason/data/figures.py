@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from flexreason.data.intake import Item
-from flexreason.data.splitting import Split, _in_storage, _needed, split
+from flexreason.data.splitting import Split, in_storage, seen_from, split
 from flexreason.data.work import Amount
 from flexreason.layout import Layout
 from flexreason.sample import Role, Sample
@@ -64,11 +64,11 @@ class Figures:
         return Amount(sum(self.parts), self.part_pairs, self.targets - self.left_out.targets)
 
 
-def figures_of(item: Item, length: int) -> Figures:
-    """The figures of a conversation in rows of `length`."""
+def figures_of(item: Item, length: int, found: Split | None = None) -> Figures:
+    """The figures of a conversation in rows of `length`; `found`, if it has been split for them already."""
     samples, layout, where = item.encoded.samples, item.layout, item.conversation
     sizes = [len(sample.prompt_ids) + len(sample.target_ids) for sample in samples]
-    found = split(layout, length, too_long="drop")
+    found = found or split(layout, length, too_long="drop")
     reasoning = sum(map(_reasoning, samples))
     how = item.encoded.how
     answers = sum(message["role"] == "assistant" for message in where.messages)
@@ -112,9 +112,9 @@ def _recomputed(layout: Layout, found: Split) -> list[int]:
     """By part, the tokens that an earlier part has too."""
     if len(found.parts) < 2:
         return [0] * len(found.parts)
-    last, seen, made = _in_storage(layout)[0], torch.zeros(len(layout), dtype=torch.bool), []
+    last, seen, made = in_storage(layout)[0], torch.zeros(len(layout), dtype=torch.bool), []
     for turns in found.turns:
-        needed = _needed(layout, [last[turn] for turn in turns])
+        needed = seen_from(layout, [last[turn] for turn in turns])
         made.append(int((needed & seen).sum()))
         seen |= needed
     return made

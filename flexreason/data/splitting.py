@@ -45,7 +45,7 @@ def split(layout: Layout, length: int, *, too_long: str = "refuse") -> Split:
         raise ValueError(f"split: too_long: expected one of {', '.join(map(repr, TOO_LONG))}, found {too_long!r}")
     if len(layout) <= length:
         return Split([layout], [list(range(layout.n_samples))], 0, [])
-    last, sizes, shared = _in_storage(layout)
+    last, sizes, shared = in_storage(layout)
     dropped = sorted(turn for turn, size in zip(last, sizes, strict=True) if size > length)
     if dropped and too_long == "refuse":
         longest = max(sizes)
@@ -59,11 +59,11 @@ def split(layout: Layout, length: int, *, too_long: str = "refuse") -> Split:
     groups = [[list(last)[kept[k]] for k in group] for group in _deal(together, length)]
     groups = [sorted(group) for group in groups]
     parts = [_part(layout, group, last) for group in groups]
-    whole = int(_needed(layout, [last[turn] for group in groups for turn in group]).sum()) if groups else 0
+    whole = int(seen_from(layout, [last[turn] for group in groups for turn in group]).sum()) if groups else 0
     return Split(parts, groups, sum(map(len, parts)) - whole, dropped)
 
 
-def _in_storage(layout: Layout) -> tuple[dict[int, int], list[int], list[int]]:
+def in_storage(layout: Layout) -> tuple[dict[int, int], list[int], list[int]]:
     """Samples in storage order: turn -> last token that predicts; tokens each needs; tokens neighbours share."""
     found: dict[int, int] = {}
     for source, turn in zip(layout.target_source.tolist(), layout.target_turn.tolist(), strict=True):
@@ -175,7 +175,7 @@ def _joined(together: _Together, groups: list[list[int]], length: int) -> list[l
         groups[a] = groups[a] + groups.pop(b)
 
 
-def _needed(layout: Layout, at: Sequence[int]) -> Tensor:
+def seen_from(layout: Layout, at: Sequence[int]) -> Tensor:
     """bool [S]: the tokens that these see."""
     needed = torch.zeros(len(layout), dtype=torch.bool, device=layout.device)
     for index in at:
@@ -185,7 +185,7 @@ def _needed(layout: Layout, at: Sequence[int]) -> Tensor:
 
 def _part(layout: Layout, turns: list[int], last: dict[int, int]) -> Layout:
     """The layout of some turns: the tokens they see, in the same order, which is a preorder still."""
-    kept = _needed(layout, [last[turn] for turn in turns])
+    kept = seen_from(layout, [last[turn] for turn in turns])
     before = torch.cat([kept.new_zeros(1, dtype=torch.int64), kept.cumsum(0)])  # kept tokens before each index
     number = torch.full((layout.n_samples,), -1, dtype=torch.int64, device=layout.device)
     number[turns] = torch.arange(len(turns), device=layout.device)

@@ -147,7 +147,8 @@ def _encode(
 
 
 def _parts(length: int, item: Item) -> tuple[Figures, list[Layout]]:
-    return figures_of(item, length), splitting.split(item.layout, length, too_long="drop").parts
+    found = splitting.split(item.layout, length, too_long="drop")
+    return figures_of(item, length, found), found.parts
 
 
 def key_of(
