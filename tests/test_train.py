@@ -336,6 +336,22 @@ def test_what_is_prepared_depends_on_all_that_matters(material, tmp_path):
     assert key(workers=2) == first
 
 
+def test_trees_longer_than_a_row_are_prepared_whole(material, tmp_path):
+    """In parts: every target is in some document, once, and belongs to its conversation."""
+    model, data = material[0], write_data(tmp_path / "long.jsonl", n=20, turns=8)
+    encoder = EntryEncoder(AutoTokenizer.from_pretrained(model))
+    made = prepare.prepare([str(data)], encoder, tmp_path, length=128)
+    documents = Documents(made.documents_path)
+    assert made.documents == len(documents) > made.conversations == 20
+    found = [[] for _ in range(20)]
+    for number, layout in enumerate(documents):
+        assert len(layout) <= 128
+        found[documents.conversation(number)] += [(s.prompt_ids, s.target_ids) for s in fr.unmerge(layout)]
+    for conversation, samples in zip(read_conversations(data), found, strict=True):
+        whole = fr.unmerge(encoder({"messages": conversation.messages}))
+        assert sorted(samples) == sorted((s.prompt_ids, s.target_ids) for s in whole)
+
+
 def test_rows_hold_every_document_once_an_epoch(tmp_path):
     layouts = some_layouts(50)
     rows = fr.Rows(layouts, 512, epochs=3, multiple=3, seed=1)
