@@ -91,16 +91,17 @@ def _lists(cells: Cells, rows: Tensor, columns: Tensor, reach: Callable[[int, in
     Rows `first` to `last` have listed columns in `reach(first, last)` only.
     """
     counts = torch.zeros_like(rows)
-    indices = torch.zeros(len(rows), len(columns), dtype=torch.int32, device=rows.device)
+    nowhere = len(columns)  # a column behind the last, for what is not listed: nothing waits for a GPU to count
+    indices = torch.zeros(len(rows), nowhere + 1, dtype=torch.int32, device=rows.device)
     at_once = max(1, AT_ONCE // len(columns))
     for first in range(0, len(rows), at_once):
         band = slice(first, min(first + at_once, len(rows)))
         reached = columns[reach(band.start, band.stop - 1)]
         listed = cells(rows[band, None], reached)
-        counts[band] = listed.view(torch.uint8).sum(1, dtype=torch.int32)
-        ahead = columns[: len(reached)] < counts[band, None]
-        indices[band, : len(reached)].masked_scatter_(ahead, reached.expand_as(listed)[listed])
-    return counts[None, None], indices[None, None]
+        counted = listed.cumsum(1, dtype=torch.int32)
+        counts[band] = counted[:, -1]
+        indices[band].scatter_(1, torch.where(listed, counted - 1, nowhere).long(), reached.expand_as(listed))
+    return counts[None, None], indices[None, None, :, :nowhere].contiguous()
 
 
 def _intervals(until: Tensor, q_size: int, kv_size: int) -> tuple[Cells, Cells]:

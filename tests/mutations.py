@@ -115,10 +115,37 @@ MUTATIONS = {  # name: (file, what stands there, what to write instead)
         "attention/pieces.py", "self.scale * (1 - (score / self.softcap).square())", "self.scale",
     ),
     "segments: a rectangle's gradients replace those before": (
-        "attention/segments.py", "                total += piece", "                total.copy_(piece)",
+        "attention/segments.py", "            total += piece", "            total.copy_(piece)",
     ),
     "segments: sinks have no gradient": (
         "attention/segments.py", "d_sinks = -(taken * delta)", "d_sinks = 0 * (taken * delta)",
+    ),
+    "flash: a round is not merged, but replaces": (
+        "attention/flash.py", "            pieces.merge(rows, rows_lse, more, more_lse.T)", "            rows.copy_(more)",
+    ),
+    "flash: what was merged is not written back": (
+        "attention/flash.py", "            x.index_copy_(0, self.index, rows)", "            pass",
+    ),
+    "flash: gradients of the rounds are left out": (
+        "attention/flash.py", "        for call in (work.first, *work.rounds):", "        for call in (work.first,):",
+    ),
+    "flash: the window is one longer": (
+        "attention/flash.py", "else self.window - 1", "else self.window",
+    ),
+    "flash: a group of heads reads the first group's log-sum-exp": (
+        "attention/flash.py", "_rows(out, queries), lse[0, queries].T", "_rows(out, queries), lse[0, : queries.stop - queries.start].T",
+    ),
+    "flash: rounds are not disjoint": (
+        "attention/flash.py", "        while around and around[-1] <= r.q_start:", "        while around:",
+    ),
+    "flash: kernels are believed": (
+        "attention/flash.py", "if not (a - b).norm() <= CLOSE * b.norm():", "if False:",
+    ),
+    "cover: a path ends too early": (
+        "attention/cover.py", "        stop = chain.fork\n", "        stop = chain.fork - 1\n",
+    ),
+    "cover: a path is cut at no chunk": (
+        "attention/cover.py", "            stops[1:1] = range", "            stops[1:1] = ()  # range",
     ),
     "flex: the softcap is dropped": (
         "attention/flex.py", "None if softcap is None else _capped(softcap)", "None",
@@ -709,7 +736,9 @@ CORE = ["tests/test_layout.py", "tests/test_mask.py", "tests/test_blocks.py", "t
 TESTS = {  # where to look for the test that notices, so that all of this takes minutes
     "attention/registry.py": ["tests/test_families.py", "tests/test_patching.py", "tests/test_integrations.py"],
     "attention/segments.py": ["tests/test_attention.py", "tests/test_patching.py", "tests/test_integrations.py"],
-    "attention/": ["tests/test_cover.py", "tests/test_attention.py"],
+    "attention/flash.py": ["tests/test_flash.py"],
+    "attention/cover.py": ["tests/test_cover.py", "tests/test_flash.py", "tests/test_attention.py"],
+    "attention/": ["tests/test_attention.py"],
     "patching.py": ["tests/test_head.py", "tests/test_patching.py", "tests/test_integrations.py"],
     "loss.py": ["tests/test_patching.py"],
     "refuse.py": ["tests/test_patching.py", "tests/test_families.py"],

@@ -40,7 +40,7 @@ LIMITS = [{}, {"window": 1}, {"window": 7}, {"window": 40}, {"chunk": 5}, {"chun
 def test_every_visible_pair_of_any_row_is_computed_exactly_once(documents, tile, limits):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cover_module, "TILE", tile)
-        patch.setattr(cover_module, "CALL_COST", 10)  # so that small trees share prefixes too
+        patch.setattr(cover_module, "CPU", cover_module.Cost(10, 40, 40))  # so that small trees share prefixes too
         row = fr.collate([fr.lay_out(document) for document in documents], block_size=32)
         times, dense = counted(row, limits)
     assert torch.equal(times, dense.int())

@@ -26,9 +26,24 @@ from typing import NamedTuple
 
 TILE = 128
 
-# What a rectangle costs beside its pairs, in pairs: a call, and reading and writing a row of queries or keys.
-# From timing the fused CPU kernels; a factor of two in any of them changes the time by about a percent.
-CALL_COST, ROW_COST, KEY_COST = 4000, 40, 40
+
+class Cost(NamedTuple):
+    """What a rectangle costs beside its pairs, in pairs: itself, and reading and writing a row of queries or keys."""
+
+    rectangle: int
+    row: int
+    key: int
+
+    def __call__(self, rows: int, keys: int) -> int:
+        return rows * keys + self.row * rows + self.key * keys + self.rectangle if rows and keys else 0
+
+
+CPU = Cost(4000, 40, 40)
+"""From timing the fused CPU kernels; a factor of two in any of them changes the time by about a percent."""
+
+
+Span = tuple[int, int]
+"""Where a stretch of storage begins, and where it ends."""
 
 
 class Rectangle(NamedTuple):
@@ -87,15 +102,47 @@ def cover(
         window = None
     if window is not None or chunk is not None:
         return [r for c in in_storage for r in _limited(in_storage, c, window, chunk)]
+    found = [r for chain in in_storage for r in _staircase(chain)]
+    return found + [part for r in prefixes(in_storage, CPU) for part in _outside_tiles(r)]
+
+
+def prefixes(in_storage: list[Chain], cost: Cost) -> list[Rectangle]:
+    """Rectangles that hold exactly once every pair of which query and key are not on one chain. Their queries are
+    nested or disjoint."""
     children: list[list[Chain]] = [[] for _ in in_storage]
     for chain in in_storage:
         if chain.parent >= 0:
             children[chain.parent].append(chain)
-    return [
-        r
-        for chain, hanging in zip(in_storage, children, strict=True)
-        for r in (*_staircase(chain), *_shared_prefixes(chain, hanging))
-    ]
+    return [r for chain, hanging in zip(in_storage, children, strict=True) for r in _shared(chain, hanging, cost)]
+
+
+def paths(
+    in_storage: list[Chain], window: int | None = None, chunk: int | None = None
+) -> list[tuple[Span, tuple[Span, ...]]]:
+    """Stretches of queries that stand one behind the other on a path, and the keys that the first of them sees and all
+    those behind, in the order of their positions: the last ones are the queries themselves."""
+    found = []
+    for chain in in_storage:
+        shift = chain.position - chain.start
+        stops = [chain.start, chain.stop]
+        if chunk is not None:
+            stops[1:1] = range((chain.position // chunk + 1) * chunk - shift, chain.stop, chunk)
+        for start, stop in pairwise(stops):
+            lowest = 0 if window is None else start + shift - window + 1
+            if chunk is not None:
+                lowest = max(lowest, (start + shift) // chunk * chunk)
+            found.append(((start, stop), tuple(reversed([*_upwards(in_storage, chain, stop, lowest)]))))
+    return found
+
+
+def _upwards(in_storage: list[Chain], chain: Chain, stop: int, lowest: int) -> Iterator[Span]:
+    """The path to the token before `stop`, from its end up to position `lowest`, in stretches of storage."""
+    while True:
+        yield max(chain.start, lowest + chain.start - chain.position), stop
+        if chain.position <= lowest or chain.parent < 0:
+            return
+        stop = chain.fork
+        chain = in_storage[chain.parent]
 
 
 def _staircase(chain: Chain) -> Iterator[Rectangle]:
@@ -113,11 +160,8 @@ def _staircase(chain: Chain) -> Iterator[Rectangle]:
     yield from halve(0, len(steps) - 1)
 
 
-def _shared_prefixes(chain: Chain, hanging: list[Chain]) -> Iterator[Rectangle]:
+def _shared(chain: Chain, hanging: list[Chain], cost: Cost) -> Iterator[Rectangle]:
     """What the subtrees hanging off a chain see of it. They stand in storage order, forks not increasing."""
-
-    def cost(rows: int, keys: int) -> int:
-        return rows * keys + ROW_COST * rows + KEY_COST * keys + CALL_COST if rows and keys else 0
 
     def rows(low: int, high: int) -> int:
         return hanging[high - 1].end - hanging[low].start
@@ -137,7 +181,8 @@ def _shared_prefixes(chain: Chain, hanging: list[Chain]) -> Iterator[Rectangle]:
     def emit(low: int, high: int, seen: int) -> Iterator[Rectangle]:
         common, middle = hanging[high - 1].fork, (low + high) // 2
         if best(low, high, seen)[1]:
-            yield from _outside_tiles(hanging[low].start, hanging[high - 1].end, seen, common)
+            if common > seen:
+                yield Rectangle(hanging[low].start, hanging[high - 1].end, seen, common)
             seen = common
         if hanging[low].fork > seen:
             yield from emit(low, middle, seen)
@@ -147,8 +192,9 @@ def _shared_prefixes(chain: Chain, hanging: list[Chain]) -> Iterator[Rectangle]:
         yield from emit(0, len(hanging), chain.start)
 
 
-def _outside_tiles(q_start: int, q_stop: int, k_start: int, k_stop: int) -> Iterator[Rectangle]:
+def _outside_tiles(r: Rectangle) -> Iterator[Rectangle]:
     """A rectangle without the corner that lies in the diagonal tile of its first queries."""
+    q_start, q_stop, k_start, k_stop, _ = r
     tile = q_start // TILE * TILE
     if k_stop > tile:
         corner = min(tile + TILE, q_stop)

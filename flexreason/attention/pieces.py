@@ -40,17 +40,13 @@ class Score:
         return self.scale if self.softcap is None else self.scale * (1 - (score / self.softcap).square())
 
 
-def route(q: Tensor, k: Tensor, v: Tensor, softcap: float | None) -> str:
-    """ "fused", or "tiled: why"."""
-    if softcap is not None:
-        return "tiled: softcap"
-    if v.shape[-1] != q.shape[-1]:
-        return "tiled: values and keys differ in head size"
+def unfit(q: Tensor, k: Tensor) -> str:
+    """Why the fused kernel does not take these tensors, or nothing."""
     if q.device.type != "cpu":
-        return f"tiled: no fused kernel for {q.device.type}"
+        return f"no fused kernel for {q.device.type}"
     if q.shape[1] != k.shape[1] and not _fused_kernel_groups_heads():
-        return "tiled: this torch's kernel does not group heads"
-    return "fused"
+        return "this torch's kernel does not group heads"
+    return ""
 
 
 def forward(how: str, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, score: Score) -> tuple[Tensor, Tensor]:

@@ -1,26 +1,28 @@
-"""Exact attention over a tree without a mask larger than a tile: the backend that trains on CPU.
+"""Exact attention over a tree without a mask larger than a tile: the backend that trains on CPU, and one for GPUs.
 
-The visible region is the diagonal tiles and the rectangles of `cover`. Each rectangle reads its queries and
-keys as views, and is merged into the output by log-sum-exp. Nothing is kept for backward but q, k, v, the
-merged output and its log-sum-exp.
+What is visible is cut into parts that kernels take as they are, views of queries and keys without copies, and their
+outputs are merged by log-sum-exp. Nothing is kept for backward but q, k, v, the merged output and its log-sum-exp.
+
+On a GPU the parts are those of `flash`. Elsewhere they are the diagonal tiles and the rectangles of `cover`, each
+computed as `pieces` says.
 
 Attention sinks (one logit a head, seen by every query, with no value) only scale the merged output:
-out * exp(lse - lse_with_sink). So they need no route of their own, and their gradient is
+out * exp(lse - lse_with_sink). So they need no kernel of their own, and their gradient is
 -sum(exp(sink - lse_with_sink) * delta), delta being the row sums of grad * out.
 
 Shapes: S tokens, H query heads, G key heads, D head size of queries and keys, E of values, n tiles of t tokens.
 """
 
 import logging
-from dataclasses import dataclass, field
-from functools import cache
+from dataclasses import dataclass
+from functools import cache, cached_property
 from typing import Any
 
 import torch
 from einops import rearrange
 from torch import Tensor
 
-from flexreason.attention import pieces
+from flexreason.attention import flash, pieces
 from flexreason.attention.cover import TILE, Rectangle, cover
 from flexreason.mask import Tree, mask_mod, per_token
 
@@ -29,18 +31,52 @@ MASKS = ("interval",)
 
 @dataclass(eq=False)
 class Segments:
-    """The work list of a row under one window and chunk size, for all layers that have them."""
+    """The parts of a row under one window and chunk size, for all layers that have them; made when first asked for."""
 
-    position: Tensor  # [S]
+    tree: Tree
     window: int | None
-    rectangles: list[Rectangle]
-    diagonal: list[
-        tuple[slice, Tensor]
-    ]  # bool [n, t, t]: who sees whom inside the tiles that a part of storage is cut into
-    additive: dict[torch.dtype, list[tuple[slice, Tensor]]] = field(default_factory=dict)
+    chunk: int | None
+
+    @cached_property
+    def until(self) -> list[int]:
+        """Of the tokens that are not padding, which all stand behind them."""
+        n_used = int((per_token(self.tree, "document") >= 0).sum())
+        return per_token(self.tree, "until")[:n_used].tolist()
+
+    @cached_property
+    def position(self) -> list[int]:
+        return per_token(self.tree, "position_ids")[: len(self.until)].tolist()
+
+    @cached_property
+    def calls(self) -> flash.Calls | None:
+        """What `flash` computes."""
+        device = per_token(self.tree, "until").device
+        return flash.calls(self.until, self.position, self.window, self.chunk, device)
+
+    @cached_property
+    def rectangles(self) -> list[Rectangle]:
+        return cover(self.until, self.position, self.window, self.chunk)
+
+    @cached_property
+    def diagonal(self) -> list[tuple[slice, Tensor]]:
+        """Parts of storage cut into tiles, and who sees whom inside them: bool [n, t, t]. Padding costs its tiles."""
+        rule = mask_mod(self.tree, window=self.window, chunk=self.chunk)
+        until = per_token(self.tree, "until")
+        index = torch.arange(len(until), dtype=torch.int32, device=until.device)
+        whole = len(index) // TILE * TILE
+        diagonal = []
+        for part in (slice(0, whole), slice(whole, len(index))):  # whole tiles, and what is behind the last
+            if tokens := part.stop - part.start:
+                tiles = index[part].view(-1, min(TILE, tokens))
+                diagonal.append((part, rule(index[0], index[0], tiles[:, :, None], tiles[:, None, :])))
+        return diagonal
+
+    @cached_property
+    def additive(self) -> dict[torch.dtype, list[tuple[slice, Tensor]]]:
+        return {}
 
     def masks(self, dtype: torch.dtype) -> list[tuple[slice, Tensor]]:
-        """The same as masks to be added to scores, [n, 1, t, t]; made once for all layers."""
+        """The diagonal as masks to be added to scores, [n, 1, t, t]; made once for all layers."""
         if dtype not in self.additive:
             self.additive[dtype] = [(part, _additive(seen, dtype).unsqueeze(1)) for part, seen in self.diagonal]
         return self.additive[dtype]
@@ -49,29 +85,14 @@ class Segments:
         """The mask of a rectangle on the edge of the window, [1, 1, R, K]."""
         if not r.edge or self.window is None:
             return None
-        apart = self.position[r.q, None] - self.position[None, r.k]
-        return _additive(apart < self.window, dtype)[None, None]
+        position = per_token(self.tree, "position_ids")
+        return _additive(position[r.q, None] - position[None, r.k] < self.window, dtype)[None, None]
 
 
 def prepare(tree: Tree, mask: str = "interval", window: int | None = None, chunk: int | None = None) -> Segments:
-    """The work list of a layout or row. Padding behind the last document costs nothing but its tiles."""
+    """The parts of a layout or row."""
     assert mask in MASKS
-    until, position = per_token(tree, "until"), per_token(tree, "position_ids")
-    n_used = int((per_token(tree, "document") >= 0).sum())
-    rule = mask_mod(tree, window=window, chunk=chunk)
-    index = torch.arange(len(until), dtype=torch.int32, device=until.device)
-    whole = len(index) // TILE * TILE
-    diagonal = []
-    for part in (slice(0, whole), slice(whole, len(index))):  # whole tiles, and what is behind the last
-        if tokens := part.stop - part.start:
-            tiles = index[part].view(-1, min(TILE, tokens))
-            diagonal.append((part, rule(index[0], index[0], tiles[:, :, None], tiles[:, None, :])))
-    return Segments(
-        position=position,
-        window=window,
-        rectangles=cover(until[:n_used].tolist(), position[:n_used].tolist(), window, chunk),
-        diagonal=diagonal,
-    )
+    return Segments(tree, window, chunk)
 
 
 @torch.compiler.disable  # it follows the row's work list, for which a compiler would compile anew every time
@@ -94,21 +115,14 @@ class _Attend(torch.autograd.Function):
     def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, work: Segments, score: pieces.Score
     ) -> Tensor:
-        how = pieces.route(q, k, v, score.softcap)
+        how = route(q, k, v, score.softcap)
         say_route(how)
-        high = torch.float64 if q.dtype == torch.float64 else torch.float32
-        found = []
-        for part, mask in work.masks(q.dtype):
-            q_, k_, v_ = (_tiled(x, part) for x in (q, k, v))
-            found.append(pieces.forward(how, q_, k_, v_, mask, score))
-        out = _untiled([out for out, _ in found]).to(high)  # [1, H, S, E]
-        lse = _untiled([lse.unsqueeze(-1) for _, lse in found]).squeeze(-1)  # [1, H, S]
-        for r in work.rectangles:
-            edge = work.edge(r, q.dtype)
-            more = pieces.forward(how, q[:, :, r.q], k[:, :, r.k], v[:, :, r.k], edge, score)
-            pieces.merge(out[:, :, r.q], lse[:, :, r.q], *more)
+        if how == "flash":
+            out, lse = flash.forward(q, k, v, work.calls, score.scale)
+        else:
+            out, lse = _forward_tiles(how, q, k, v, work, score)
         if sinks is not None:
-            with_sinks = torch.logaddexp(lse, sinks.to(high)[None, :, None])
+            with_sinks = torch.logaddexp(lse, sinks.to(lse.dtype)[None, :, None])
             out *= (lse - with_sinks).exp_().unsqueeze(-1)
             lse = with_sinks
         out = out.to(q.dtype)
@@ -121,20 +135,11 @@ class _Attend(torch.autograd.Function):
         if torch.is_grad_enabled():  # which it is under create_graph=True alone
             raise RuntimeError('backend "segments" has no second backward: use backend="dense"')
         q, k, v, sinks, out, lse = ctx.saved_tensors
-        work, score, how = ctx.work, ctx.score, ctx.how
         grad = rearrange(grads[0], "b s h e -> b h s e")
-        found = []
-        for part, mask in work.masks(q.dtype):
-            grad_, q_, k_, v_, out_ = (_tiled(x, part) for x in (grad, q, k, v, out))
-            lse_ = _tiled(lse.unsqueeze(-1), part).squeeze(-1)
-            found.append(pieces.backward(how, grad_, q_, k_, v_, out_, lse_, mask, score))
-        dq, dk, dv = (_untiled(list(parts)).to(lse.dtype) for parts in zip(*found, strict=True))
-        for r in work.rectangles:
-            q_, out_, lse_, grad_ = (x[:, :, r.q] for x in (q, out, lse, grad))
-            edge = work.edge(r, q.dtype)
-            more = pieces.backward(how, grad_, q_, k[:, :, r.k], v[:, :, r.k], out_, lse_, edge, score)
-            for total, piece in zip((dq[:, :, r.q], dk[:, :, r.k], dv[:, :, r.k]), more, strict=True):
-                total += piece
+        if ctx.how == "flash":
+            dq, dk, dv = flash.backward(grad, q, k, v, out, lse, ctx.work.calls, ctx.score.scale)
+        else:
+            dq, dk, dv = _backward_tiles(ctx.how, grad, q, k, v, out, lse, ctx.work, ctx.score)
         d_sinks = None
         if sinks is not None:
             delta = (grad.to(lse.dtype) * out.to(lse.dtype)).sum(-1)
@@ -143,10 +148,69 @@ class _Attend(torch.autograd.Function):
         return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), d_sinks, None, None
 
 
+def _forward_tiles(
+    how: str, q: Tensor, k: Tensor, v: Tensor, work: Segments, score: pieces.Score
+) -> tuple[Tensor, Tensor]:
+    """Output [1, H, S, E] and log-sum-exp [1, H, S], in high precision."""
+    high = torch.float64 if q.dtype == torch.float64 else torch.float32
+    found = []
+    for part, mask in work.masks(q.dtype):
+        q_, k_, v_ = (_tiled(x, part) for x in (q, k, v))
+        found.append(pieces.forward(how, q_, k_, v_, mask, score))
+    out = _untiled([out for out, _ in found]).to(high)
+    lse = _untiled([lse.unsqueeze(-1) for _, lse in found]).squeeze(-1)
+    for r in work.rectangles:
+        edge = work.edge(r, q.dtype)
+        more = pieces.forward(how, q[:, :, r.q], k[:, :, r.k], v[:, :, r.k], edge, score)
+        pieces.merge(out[:, :, r.q], lse[:, :, r.q], *more)
+    return out, lse
+
+
+def _backward_tiles(
+    how: str,
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    work: Segments,
+    score: pieces.Score,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients by q, k and v, in high precision; `out` and `lse` are those of all parts merged."""
+    found = []
+    for part, mask in work.masks(q.dtype):
+        grad_, q_, k_, v_, out_ = (_tiled(x, part) for x in (grad, q, k, v, out))
+        lse_ = _tiled(lse.unsqueeze(-1), part).squeeze(-1)
+        found.append(pieces.backward(how, grad_, q_, k_, v_, out_, lse_, mask, score))
+    dq, dk, dv = (_untiled(list(parts)).to(lse.dtype) for parts in zip(*found, strict=True))
+    for r in work.rectangles:
+        q_, out_, lse_, grad_ = (x[:, :, r.q] for x in (q, out, lse, grad))
+        edge = work.edge(r, q.dtype)
+        more = pieces.backward(how, grad_, q_, k[:, :, r.k], v[:, :, r.k], out_, lse_, edge, score)
+        for total, piece in zip((dq[:, :, r.q], dk[:, :, r.k], dv[:, :, r.k]), more, strict=True):
+            total += piece
+    return dq, dk, dv
+
+
+def route(q: Tensor, k: Tensor, v: Tensor, softcap: float | None) -> str:
+    """ "flash" or "fused", or "tiled: why"."""
+    if softcap is not None:
+        return "tiled: softcap"
+    if v.shape[-1] != q.shape[-1]:
+        return "tiled: values and keys differ in head size"
+    if q.device.type == "cuda":
+        why = flash.unfit(q, k)
+        return f"tiled: {why}" if why else "flash"
+    if why := pieces.unfit(q, k):
+        return f"tiled: {why}"
+    return "fused"
+
+
 @cache
 def say_route(how: str) -> None:
     """Once for every slower route that is taken."""
-    if how != "fused":
+    if how.startswith("tiled"):
         logging.getLogger("flexreason").warning("segments: attention takes the slower route, %s", how)
 
 

@@ -1,0 +1,211 @@
+"""What is asked of torch's variable-length flash attention is exactly the tree.
+
+The kernels run on GPUs alone, where `tests/gpu` holds them against attention written out. Here their place is taken by
+what they are documented to compute, in plain operations and any precision, so that every call and every merge is
+checked; and torch itself says whether it takes the calls, on tensors without storage.
+"""
+
+import math
+from itertools import pairwise
+
+import pytest
+import torch
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+import flexreason as fr
+from attention import inputs, rows, written_out
+from flexreason.attention import flash, segments
+from flexreason.attention.cover import chains, prefixes
+from strategies import random_tree, random_turns, samples
+
+
+def sequences(q, k, offsets_q, offsets_k, longest_q, longest_k, causal, left, right):
+    """(queries, keys, who sees whom) of every sequence; raises on what the kernels would take amiss."""
+    for x, offsets, longest in ((q, offsets_q, longest_q), (k, offsets_k, longest_k)):
+        assert x.dim() == 3
+        assert x.stride(-1) == 1
+        assert offsets.dtype == torch.int32
+        assert offsets[0] == 0
+        assert offsets[-1] == len(x)
+        assert offsets.diff().min() > 0
+        assert offsets.diff().max() == longest
+    assert len(offsets_q) == len(offsets_k)
+    for i in range(len(offsets_q) - 1):
+        of_q, of_k = (slice(int(offsets[i]), int(offsets[i + 1])) for offsets in (offsets_q, offsets_k))
+        n_q, n_k = of_q.stop - of_q.start, of_k.stop - of_k.start
+        behind = torch.arange(n_q)[:, None] + n_k - n_q - torch.arange(n_k)  # how far a key stands behind its query
+        seen = torch.ones(n_q, n_k, dtype=torch.bool)
+        if causal or right >= 0:
+            assert n_k >= n_q
+            seen &= behind >= 0
+        if left >= 0:
+            seen &= behind <= left
+        yield of_q, of_k, seen
+
+
+def scores(q, k, seen, scale):
+    raw = torch.einsum("qhd,khd->hqk", q, k.repeat_interleave(q.shape[1] // k.shape[1], 1)) * scale
+    return raw.masked_fill(~seen, -torch.inf)
+
+
+def forward(q, k, v, oq, ok, lq, lk, dropout, causal, debug, *, scale, window_size_left, window_size_right):
+    assert dropout == 0
+    assert not debug
+    out, lse = torch.empty_like(q), q.new_empty(q.shape[1], len(q))
+    for i, j, seen in sequences(q, k, oq, ok, lq, lk, causal, window_size_left, window_size_right):
+        s = scores(q[i], k[j], seen, scale)
+        lse[:, i] = s.logsumexp(-1)
+        out[i] = torch.einsum("hqk,khd->qhd", s.softmax(-1), v[j].repeat_interleave(q.shape[1] // v.shape[1], 1))
+    return out, lse, None, None, None
+
+
+def backward(
+    grad,
+    q,
+    k,
+    v,
+    out,
+    lse,
+    oq,
+    ok,
+    lq,
+    lk,
+    dropout,
+    causal,
+    random,
+    unused,
+    *,
+    scale,
+    window_size_left,
+    window_size_right,
+):
+    assert grad.shape == q.shape == out.shape
+    assert grad.stride(-1) == out.stride(-1) == 1
+    assert lse.shape == (q.shape[1], len(q))
+    assert lse.is_contiguous()
+    assert random.dtype == torch.uint64
+    n = q.shape[1] // k.shape[1]
+    dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+    for i, j, seen in sequences(q, k, oq, ok, lq, lk, causal, window_size_left, window_size_right):
+        weights = (scores(q[i], k[j], seen, scale) - lse[:, i, None]).exp()
+        by_weight = torch.einsum("qhd,khd->hqk", grad[i], v[j].repeat_interleave(n, 1))
+        by_score = weights * (by_weight - (grad[i] * out[i]).sum(-1).T[..., None]) * scale
+        dq[i] = torch.einsum("hqk,khd->qhd", by_score, k[j].repeat_interleave(n, 1))
+        dk[j] = torch.einsum("hqk,qhd->khd", by_score, q[i]).unflatten(1, (-1, n)).sum(2)
+        dv[j] = torch.einsum("hqk,qhd->khd", weights, grad[i]).unflatten(1, (-1, n)).sum(2)
+    return dq, dk, dv
+
+
+@pytest.fixture
+def as_documented(monkeypatch):
+    """The kernels' place is taken, and every row is computed through them, sums in fp64."""
+    monkeypatch.setattr(flash, "_forward", forward)
+    monkeypatch.setattr(flash, "_backward", backward)
+    monkeypatch.setattr(flash, "HIGH", torch.float64)
+    monkeypatch.setattr(segments, "route", lambda *args: "flash")
+
+
+def check(row, heads=4, groups=2, sinks=None, **limits):
+    """Output and gradients of what is not padding; padding gives and takes nothing."""
+    real = row["document"][0] >= 0
+    q, k, v = inputs(row["until"].shape[1], heads, groups)
+    learned = [q, k, v] + ([] if sinks is None else [sinks])
+    found = segments.attend(q, k, v, segments.prepare(row, **limits), 0.4, sinks=sinks)
+    expected = written_out(q, k, v, fr.dense_mask(row, **limits), 0.4, sinks=sinks)
+    assert not found[:, ~real].any()
+    torch.testing.assert_close(found[:, real], expected[:, real], rtol=0, atol=1e-12)
+    upstream = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1), dtype=expected.dtype)
+    upstream[:, ~real] = 0
+    for a, b in zip(*(torch.autograd.grad(out, learned, upstream) for out in (found, expected)), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+
+
+LIMITS = [{}, {"window": 1}, {"window": 7}, {"window": 60}, {"chunk": 50}, {"window": 20, "chunk": 32}]
+
+
+@pytest.mark.usefixtures("as_documented")
+@pytest.mark.parametrize("name", rows())
+@pytest.mark.parametrize("limits", LIMITS, ids=str)
+@pytest.mark.parametrize("sinks", [False, True])
+def test_output_and_gradients_are_those_of_attention_written_out(name, limits, sinks):
+    learned = torch.tensor([0.5, -1.0, 2.0, 0.0], dtype=torch.float64, requires_grad=True)
+    check(rows()[name], sinks=learned if sinks else None, **limits)
+
+
+@pytest.mark.usefixtures("as_documented")
+def test_heads_in_groups_are_the_same(monkeypatch):
+    row = fr.collate([fr.lay_out_turns(random_turns([(20, 30, 10)] * 6))])
+    monkeypatch.setattr(flash, "AT_ONCE", 3 * row["until"].shape[1] * 8)  # of six query heads three at a time
+    check(row, heads=6, groups=6)
+    check(row, heads=6, groups=2)
+
+
+@given(st.lists(samples(), min_size=1, max_size=3), st.sampled_from(LIMITS), st.sampled_from([flash.GPU, (1, 1, 1)]))
+@example([random_tree()], {}, (1, 1, 1))
+def test_any_tree_is_computed_exactly(documents, limits, cost):
+    with pytest.MonkeyPatch.context() as patch:
+        as_documented.__wrapped__(patch)
+        patch.setattr(flash, "GPU", flash.Cost(*cost))
+        check(fr.collate([fr.lay_out(document) for document in documents]), heads=2, groups=1, **limits)
+
+
+def test_a_conversation_takes_few_rounds_and_each_copies_no_more_keys_than_it_has_tokens():
+    layout = fr.lay_out_turns(random_turns([(150, 600, 60)] * 60))
+    until, position = layout.until.tolist(), layout.position_ids.tolist()
+    work = flash.calls(until, position, None, None, torch.device("cpu"))
+    assert 1 < len(work.rounds) <= 1 + math.log2(60)
+    assert work.first.keys.index is None
+    assert all(call.keys.index is None or len(call.keys.index) <= len(layout) for call in work.rounds)
+    assert work.rounds[0].queries.index is None
+
+
+def test_rounds_hold_every_rectangle_once_and_disjoint_queries():
+    layout = fr.lay_out([*random_tree(), *random_tree(1), *random_tree(2)])
+    rectangles = prefixes(chains(layout.until.tolist(), layout.position_ids.tolist()), flash.Cost(1, 1, 1))
+    found = flash.rounds(rectangles)
+    assert sorted(r for disjoint in found for r in disjoint) == sorted(rectangles)
+    for disjoint in found:
+        assert all(a.q_stop <= b.q_start for a, b in pairwise(disjoint))
+
+
+@pytest.mark.parametrize("limits", [{}, {"window": 60}, {"chunk": 50}], ids=str)
+def test_torch_takes_the_calls(limits):
+    """Forward and backward of torch's own operators, by their shapes."""
+    row = rows()["packed"]
+    n = int((row["document"] >= 0).sum())
+    until, position = (row[name][0, :n].tolist() for name in ("until", "position_ids"))
+    work = flash.calls(until, position, limits.get("window"), limits.get("chunk"), torch.device("meta"))
+    q, k, v = (x.to("meta") for x in inputs(n, heads=4, groups=2, size=16, dtype=torch.bfloat16))
+    out, lse = flash.forward(q, k, v, work, 0.25)
+    assert (out.shape, out.dtype, lse.shape) == (q.shape, q.dtype, q.shape[:3])
+    gradients = flash.backward(out, q, k, v, out, lse, work, 0.25)
+    assert [x.shape for x in gradients] == [x.shape for x in (q, k, v)]
+
+
+def test_kernels_that_are_not_there_are_said_by_name():
+    q = torch.randn(1, 2, 16, 32)
+    assert flash.unfit(q, q) == "flash attention has no float32"
+    assert flash.unfit(q.bfloat16()[..., :12], q) == "flash attention has no head size of 12"
+    assert flash.unfit(*[q.bfloat16()] * 2).startswith("flash attention of this torch raised ")  # it has none for CPU
+
+
+def test_kernels_that_compute_something_else_are_found_out(monkeypatch):
+    """As one would that aligns causal sequences at their first tokens, or leaves a window out."""
+    monkeypatch.setattr(flash, "_forward", forward)
+    monkeypatch.setattr(flash, "_backward", backward)
+    cpu = torch.device("cpu")
+    assert flash._fault.__wrapped__(cpu, torch.float32, 16, 2) == ""
+    monkeypatch.setattr(
+        flash, "_forward", lambda *args, window_size_left, **more: forward(*args, window_size_left=-1, **more)
+    )
+    assert (
+        flash._fault.__wrapped__(cpu, torch.float32, 16, 2) == "flash attention of this torch computes something else"
+    )
+    monkeypatch.setattr(flash, "_forward", forward)
+    monkeypatch.setattr(
+        flash, "_backward", lambda grad, q, k, v, out, *args, **more: backward(grad, q, k, v, out * 0, *args, **more)
+    )
+    assert (
+        flash._fault.__wrapped__(cpu, torch.float32, 16, 2) == "flash attention of this torch computes something else"
+    )
