@@ -49,7 +49,7 @@ def scores(q, k, seen, scale):
     return raw.masked_fill(~seen, -torch.inf)
 
 
-def forward(q, k, v, oq, ok, lq, lk, dropout, causal, debug, *, scale, window_size_left, window_size_right):
+def forward(q, k, v, oq, ok, lq, lk, dropout, causal, debug, *, scale, window_size_left=-1, window_size_right=-1):
     assert dropout == 0
     assert not debug
     out, lse = torch.empty_like(q), q.new_empty(q.shape[1], len(q))
@@ -77,8 +77,8 @@ def backward(
     unused,
     *,
     scale,
-    window_size_left,
-    window_size_right,
+    window_size_left=-1,
+    window_size_right=-1,
 ):
     assert grad.shape == q.shape == out.shape
     assert grad.stride(-1) == out.stride(-1) == 1
@@ -195,17 +195,17 @@ def test_kernels_that_compute_something_else_are_found_out(monkeypatch):
     monkeypatch.setattr(flash, "_forward", forward)
     monkeypatch.setattr(flash, "_backward", backward)
     cpu = torch.device("cpu")
-    assert flash._fault.__wrapped__(cpu, torch.float32, 16, 2) == ""
-    monkeypatch.setattr(
-        flash, "_forward", lambda *args, window_size_left, **more: forward(*args, window_size_left=-1, **more)
-    )
+    assert flash._fault.__wrapped__(cpu, torch.float32, 16, 2, None) == ""
+    monkeypatch.setattr(flash, "_forward", lambda *args, **more: forward(*args, **{**more, "window_size_left": -1}))
     assert (
-        flash._fault.__wrapped__(cpu, torch.float32, 16, 2) == "flash attention of this torch computes something else"
+        flash._fault.__wrapped__(cpu, torch.float32, 16, 2, None)
+        == "flash attention of this torch computes something else"
     )
     monkeypatch.setattr(flash, "_forward", forward)
     monkeypatch.setattr(
         flash, "_backward", lambda grad, q, k, v, out, *args, **more: backward(grad, q, k, v, out * 0, *args, **more)
     )
     assert (
-        flash._fault.__wrapped__(cpu, torch.float32, 16, 2) == "flash attention of this torch computes something else"
+        flash._fault.__wrapped__(cpu, torch.float32, 16, 2, None)
+        == "flash attention of this torch computes something else"
     )

@@ -122,8 +122,9 @@ class Call:
         return self.queries.offsets, self.keys.offsets, self.queries.longest, self.keys.longest, 0.0, plain
 
     def _limits(self, scale: float) -> dict[str, Any]:
-        before = -1 if self.window is None else self.window - 1
-        return {"scale": scale, "window_size_left": before, "window_size_right": 0 if self.causal else -1}
+        if self.window is None:  # not even said, since FlashAttention 4 has no windows
+            return {"scale": scale}
+        return {"scale": scale, "window_size_left": self.window - 1, "window_size_right": 0}
 
 
 @dataclass(frozen=True)
@@ -242,13 +243,18 @@ def unfit(q: Tensor, k: Tensor) -> str:
         return f"flash attention has no {str(q.dtype).removeprefix('torch.')}"
     if size > 256 or size % 8:
         return f"flash attention has no head size of {size}"
-    return _fault(q.device, q.dtype, size, q.shape[1] // k.shape[1])
+    return _fault(q.device, q.dtype, size, q.shape[1] // k.shape[1], _which())
+
+
+def _which() -> str | None:
+    """The kernels that were activated in the place of torch's own ("FA3", "FA4"), if any were."""
+    return getattr(torch.nn.attention, "current_flash_attention_impl", lambda: None)()
 
 
 @cache
-def _fault(device: torch.device, dtype: torch.dtype, size: int, heads: int) -> str:
-    """What is wrong with this torch's kernels on this device, or nothing. They are asked once, about a small tree with
-    and without a window, since they are not torch's public ones."""
+def _fault(device: torch.device, dtype: torch.dtype, size: int, heads: int, which: str | None) -> str:
+    """What is wrong with the kernels on this device, or nothing. They are asked once, about a small tree with and
+    without a window, since they are not torch's public ones."""
     layout = lay_out_turns([([0] * 70, [0] * 90, [0] * 40)] * 3)
     until, position = layout.until.tolist(), layout.position_ids.tolist()
     generator = torch.Generator().manual_seed(0)
