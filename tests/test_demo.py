@@ -212,7 +212,7 @@ def test_the_loop_learns_and_begins_where_it_should(tmp_path):
     data = material.make(3, 3, 0)
     material.save(tmp_path, data)
     batches = [data.batches(ways.SINGLE_PASS, 1, 0)[0][:2]] * 40
-    model, other = start(tmp_path, 0), start(tmp_path, 0)
+    model, other = start(tmp_path, 0, "cpu"), start(tmp_path, 0, "cpu")
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
     losses = [step.loss for step in fit(model, ways.SINGLE_PASS, batches)]
     assert losses[-1] < 0.4 * losses[0]
@@ -226,7 +226,7 @@ def test_side_by_side_is_the_same_as_one_by_one(tmp_path):
     """On a model that has learnt a little, so that answers end, and at different lengths."""
     data = material.make(3, 3, 0)
     material.save(tmp_path, data)
-    model = start(tmp_path, 0)
+    model = start(tmp_path, 0, "cpu")
     list(fit(model, ways.SINGLE_PASS, [data.batches(ways.SINGLE_PASS, 1, 0)[0][:2]] * 40))
     together = answers.answer(model, TOKENIZER, HELD_OUT[:5])
     alone = answers.answer(model, TOKENIZER, HELD_OUT[:5], at_once=1)
@@ -239,6 +239,8 @@ def test_answers_are_given_to_histories_of_the_models_own_answers_without_reason
 
     class Parrot(torch.nn.Module):
         """Thinks "so", and answers with the number of tokens that it sees."""
+
+        device = torch.device("cpu")
 
         def generate(self, input_ids, attention_mask, **options):
             lines = [row[mask.bool()] for row, mask in zip(input_ids, attention_mask, strict=True)]

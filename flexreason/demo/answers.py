@@ -39,7 +39,7 @@ def _generate(model: Any, tokenizer: Any, histories: Sequence[Messages]) -> list
     prompts = [tokenizer.apply_chat_template(m, add_generation_prompt=True, tokenize=False) for m in histories]
     batch = tokenizer(prompts, padding=True, padding_side="left", return_tensors="pt", return_token_type_ids=False)
     with torch.no_grad():
-        ids = model.generate(**batch, max_new_tokens=LONGEST, do_sample=False)
+        ids = model.generate(**batch.to(model.device), max_new_tokens=LONGEST, do_sample=False)
     return tokenizer.batch_decode(ids[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
 
 

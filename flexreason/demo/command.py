@@ -42,6 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--held-out", type=int, default=HELD_OUT, metavar="N", help="conversations to ask (%(default)s)"
     )
+    parser.add_argument("--device", default="cpu", help="to compute on; so small a model needs no other (%(default)s)")
     parser.add_argument("--compare", action="store_true", help="instead, four ways to train at equal steps and data")
     parser.add_argument("--json", action="store_true", help="print one JSON object; what goes on is told on stderr")
 
@@ -63,9 +64,9 @@ def run(options: argparse.Namespace) -> int:
         if options.compare:
             from flexreason.demo.compare import compare
 
-            found = compare(options.out, steps, options.held_out, options.seed, say)
+            found = compare(options.out, steps, options.held_out, options.seed, options.device, say)
         else:
-            found, goals = demo(options.out, steps, options.held_out, options.seed, say)
+            found, goals = demo(options.out, steps, options.held_out, options.seed, options.device, say)
     if options.json:
         print(json.dumps(found))
     return 0 if all(goal.met for goal in goals) else 1
@@ -104,7 +105,7 @@ class Goal:
     met: bool
 
 
-def demo(out: Path, steps: int, held_out: int, seed: int, say: Any) -> tuple[dict[str, Any], list[Goal]]:
+def demo(out: Path, steps: int, held_out: int, seed: int, device: str, say: Any) -> tuple[dict[str, Any], list[Goal]]:
     """Data, some steps beside the N samples, training, answers, and a table of what came of it."""
     started = time.perf_counter()
     from flexreason.demo import material
@@ -114,9 +115,9 @@ def demo(out: Path, steps: int, held_out: int, seed: int, say: Any) -> tuple[dic
     material.save(out, data)
     say("Sums, and follow-ups on their answers. Reasoning stands in brackets; in later turns it is gone:\n")
     say(transcript(data.train[0]))
-    same = beside_the_samples(data, out, min(BESIDE, steps), seed, say)
-    losses, train_s = train(out, steps, seed, say)
-    right, asked, answer_s = ask(data, out, say)
+    same = beside_the_samples(data, out, min(BESIDE, steps), seed, device, say)
+    losses, train_s = train(out, steps, seed, device, say)
+    right, asked, answer_s = ask(data, out, device, say)
     goals = judge(right, asked, losses, same)
     whole_s = time.perf_counter() - started
 
@@ -128,6 +129,7 @@ def demo(out: Path, steps: int, held_out: int, seed: int, say: Any) -> tuple[dic
     found = {
         "seed": seed,
         "steps": steps,
+        "device": device,
         "right": right,
         "asked": asked,
         "losses": losses,
@@ -167,7 +169,7 @@ def judge(right: int, asked: int, losses: Sequence[float], same: dict[str, Any])
     ]
 
 
-def beside_the_samples(data: Any, out: Path, steps: int, seed: int, say: Any) -> dict[str, Any]:
+def beside_the_samples(data: Any, out: Path, steps: int, seed: int, device: str, say: Any) -> dict[str, Any]:
     """The first steps in single passes and on the N samples, from the same weights; a step of one, a step of the other,
     so that whatever else the machine does slows both."""
     from flexreason.demo.fit import fit, start
@@ -175,7 +177,7 @@ def beside_the_samples(data: Any, out: Path, steps: int, seed: int, say: Any) ->
     from flexreason.demo.ways import N_SAMPLES, SINGLE_PASS
 
     batches = data.batches(SINGLE_PASS, steps, seed)
-    one, many = (fit(start(out, seed), way, batches) for way in (SINGLE_PASS, N_SAMPLES))
+    one, many = (fit(start(out, seed, device), way, batches) for way in (SINGLE_PASS, N_SAMPLES))
     pairs = list(zip(one, many, strict=True))
     one_s, many_s = (sum(step.seconds for step in steps) for steps in zip(*pairs, strict=True))
     say(f"\nThe same loss as on the N samples, {steps} steps from the same weights:\n")
@@ -190,7 +192,7 @@ def beside_the_samples(data: Any, out: Path, steps: int, seed: int, say: Any) ->
     }
 
 
-def train(out: Path, steps: int, seed: int, say: Any) -> tuple[list[float], float]:
+def train(out: Path, steps: int, seed: int, device: str, say: Any) -> tuple[list[float], float]:
     """`flexreason train` on a file of settings that is written first; the losses it logged, and the seconds it took."""
     import yaml
 
@@ -211,7 +213,8 @@ def train(out: Path, steps: int, seed: int, say: Any) -> tuple[list[float], floa
         "clip": CLIP,
         "seed": seed,
         "log_every": max(1, steps // 20),
-        "trainer": {"adam_beta2": BETA2},
+        "precision": "fp32",
+        "trainer": {"adam_beta2": BETA2, "use_cpu": device == "cpu"},
     }
     (out / "train.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
     if (out / "run" / "run.json").exists():  # of the demo before: else it would be gone on with
@@ -223,7 +226,7 @@ def train(out: Path, steps: int, seed: int, say: Any) -> tuple[list[float], floa
     return outcome.losses, time.perf_counter() - started
 
 
-def ask(data: Any, out: Path, say: Any) -> tuple[int, int, float]:
+def ask(data: Any, out: Path, device: str, say: Any) -> tuple[int, int, float]:
     """The model as it lies in `out`, asked what it has not seen: right answers, all answers, seconds."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -232,7 +235,8 @@ def ask(data: Any, out: Path, say: Any) -> tuple[int, int, float]:
     from flexreason.demo.telling import transcript
 
     started = time.perf_counter()
-    model = AutoModelForCausalLM.from_pretrained(out / "run" / "model")
+    model: Any = AutoModelForCausalLM.from_pretrained(out / "run" / "model")
+    model.to(device)
     tokenizer = AutoTokenizer.from_pretrained(out / "run" / "model")
     found = answers.answer(model, tokenizer, data.held_out)
     save_conversations(out / "answers.jsonl", found)

@@ -20,13 +20,13 @@ from flexreason.demo.ways import LAST_TURN, LEAKING, N_SAMPLES, SINGLE_PASS, Way
 WAYS = (SINGLE_PASS, N_SAMPLES, LAST_TURN, LEAKING)
 
 
-def compare(out: Path, steps: int, held_out: int, seed: int, say: Say) -> dict[str, Any]:
+def compare(out: Path, steps: int, held_out: int, seed: int, device: str, say: Say) -> dict[str, Any]:
     """All ways one after the other, and a table of what they gave."""
     started = time.perf_counter()
     data = material.make(steps, held_out, seed)
     material.save(out, data)
     say(f"Four ways to train, {steps} steps each on the same conversations, from the same weights")
-    found = {way.name: _one(way, data, out, steps, seed, say) for way in WAYS}
+    found = {way.name: _one(way, data, out, steps, seed, device, say) for way in WAYS}
     rows = [
         [
             name,
@@ -40,15 +40,15 @@ def compare(out: Path, steps: int, held_out: int, seed: int, say: Say) -> dict[s
     say("\n" + table([["", "held-out answers right", "held-out loss", "training", "targets a step"], *rows]))
     whole_s = time.perf_counter() - started
     say(f"\n{whole_s:.0f} s in all; {out / 'compare.json'} has these figures")
-    made = {"seed": seed, "steps": steps, "ways": found, "whole_s": whole_s}
+    made = {"seed": seed, "steps": steps, "device": device, "ways": found, "whole_s": whole_s}
     (out / "compare.json").write_text(json.dumps(made, indent=1) + "\n")
     return made
 
 
-def _one(way: Way, data: material.Material, out: Path, steps: int, seed: int, say: Say) -> dict[str, Any]:
+def _one(way: Way, data: material.Material, out: Path, steps: int, seed: int, device: str, say: Say) -> dict[str, Any]:
     """A model trained in one way, and what it can do."""
     say(f"\n{way.name}: {way.words}\n")
-    batches, model = data.batches(way, steps, seed), start(out, seed)
+    batches, model = data.batches(way, steps, seed), start(out, seed, device)
     done = watched(fit(model, way, batches), steps, say)
     right, asked = answers.right(answers.answer(model, data.tokenizer, data.held_out), data.held_out)
     say(f"  {right} of {asked} held-out answers right")
@@ -65,8 +65,9 @@ def _one(way: Way, data: material.Material, out: Path, steps: int, seed: int, sa
 def held_out_loss(model: Any, data: material.Material) -> float:
     """The mean over all targets of the held-out conversations' samples, with the history that inference sees."""
     layouts = [fr.encode(messages, data.tokenizer) for messages in data.held_out]
+    row = {key: value.to(model.device) for key, value in fr.collate(layouts).items()}
     fr.patch(model).eval()
     with torch.no_grad():
-        loss = float(model(**fr.collate(layouts)).loss)
+        loss = float(model(**row).loss)
     fr.unpatch(model)
     return loss

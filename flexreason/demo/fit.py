@@ -29,11 +29,11 @@ class Step:
     seconds: float
 
 
-def start(folder: Path, seed: int) -> Any:
+def start(folder: Path, seed: int, device: str) -> Any:
     """The model of the demo's config, with random weights: the same that `flexreason train` begins with."""
     from flexreason.load import load_model
 
-    return load_model(str(folder / "start"), "float32", "cpu", seed, False)[0]
+    return load_model(str(folder / "start"), "float32", device, seed, False)[0]
 
 
 def fit(model: nn.Module, way: Way, batches: Sequence[Sequence[fr.Layout]]) -> Iterator[Step]:

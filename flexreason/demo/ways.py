@@ -33,7 +33,8 @@ class Way:
 
 def one_row(model: nn.Module, layouts: Sequence[fr.Layout]) -> float:
     """All layouts side by side in one pass of a patched model, and back; the mean over their targets."""
-    loss = model(**fr.collate(layouts)).loss
+    device = next(model.parameters()).device
+    loss = model(**{key: value.to(device) for key, value in fr.collate(layouts).items()}).loss
     loss.backward()
     return float(loss.detach())
 
@@ -42,9 +43,9 @@ def sample_by_sample(model: nn.Module, layouts: Sequence[fr.Layout]) -> float:
     """The same mean and gradients from every sample as a sequence of its own, in padded batches."""
     samples = sorted((sample for layout in layouts for sample in fr.unmerge(layout)), key=_length)
     n_targets = sum(len(sample.target_ids) for sample in samples)
-    total = 0.0
+    total, device = 0.0, next(model.parameters()).device
     for start in range(0, len(samples), PER_BATCH):
-        ids, labels = _padded(samples[start : start + PER_BATCH])
+        ids, labels = (x.to(device) for x in _padded(samples[start : start + PER_BATCH]))
         logits = model(input_ids=ids).logits  # causal: what is padded on the right is seen by no target
         nll = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="sum")
         loss = nll / n_targets

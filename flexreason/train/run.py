@@ -304,7 +304,7 @@ class _Run:
             "remove_unused_columns": False,
             "disable_tqdm": True,
             "prediction_loss_only": True,
-            "dataloader_pin_memory": torch.cuda.is_available(),
+            "dataloader_pin_memory": torch.cuda.is_available() and not settings.trainer.get("use_cpu"),
             "use_cpu": not torch.accelerator.is_available(),
         }
         reserved = sorted(
