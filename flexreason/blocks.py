@@ -91,17 +91,29 @@ def _lists(cells: Cells, rows: Tensor, columns: Tensor, reach: Callable[[int, in
     Rows `first` to `last` have listed columns in `reach(first, last)` only.
     """
     counts = torch.zeros_like(rows)
-    nowhere = len(columns)  # a column behind the last, for what is not listed: nothing waits for a GPU to count
-    indices = torch.zeros(len(rows), nowhere + 1, dtype=torch.int32, device=rows.device)
+    indices = torch.zeros(len(rows), len(columns), dtype=torch.int32, device=rows.device)
     at_once = max(1, AT_ONCE // len(columns))
     for first in range(0, len(rows), at_once):
         band = slice(first, min(first + at_once, len(rows)))
         reached = columns[reach(band.start, band.stop - 1)]
         listed = cells(rows[band, None], reached)
-        counted = listed.cumsum(1, dtype=torch.int32)
-        counts[band] = counted[:, -1]
-        indices[band].scatter_(1, torch.where(listed, counted - 1, nowhere).long(), reached.expand_as(listed))
-    return counts[None, None], indices[None, None, :, :nowhere].contiguous()
+        counts[band] = listed.view(torch.uint8).sum(1, dtype=torch.int32)
+        to_front = _to_front if listed.device.type == "cpu" else _to_front_unseen
+        to_front(indices[band, : len(reached)], listed, counts[band, None], reached)
+    return counts[None, None], indices[None, None]
+
+
+def _to_front(row: Tensor, listed: Tensor, count: Tensor, columns: Tensor) -> None:
+    """Write the listed columns to the front of each row of zeros, [R, C]."""
+    ahead = torch.arange(len(columns)) < count
+    row.masked_scatter_(ahead, columns.expand_as(listed)[listed])
+
+
+def _to_front_unseen(row: Tensor, listed: Tensor, count: Tensor, columns: Tensor) -> None:
+    """The same on a GPU, which nobody waits for to count: what is not listed goes behind, as zeros."""
+    upto = listed.cumsum(1, dtype=torch.int32)
+    behind = count + torch.arange(len(columns), dtype=torch.int32, device=row.device) - upto
+    row.scatter_(1, torch.where(listed, upto - 1, behind).long(), columns * listed)
 
 
 def _intervals(until: Tensor, q_size: int, kv_size: int) -> tuple[Cells, Cells]:

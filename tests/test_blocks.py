@@ -6,6 +6,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 import flexreason as fr
+from flexreason import blocks
 from strategies import random_tree, random_turns, samples, turns
 from watch import Largest
 
@@ -47,6 +48,18 @@ def pooled(dense, block_size):
 def test_the_block_mask_of_any_tree_is_its_dense_mask_pooled(given_samples, block_size):
     layout = fr.lay_out(given_samples)
     assert lists(fr.block_mask(layout, block_size=block_size)) == pooled(fr.dense_mask(layout), block_size)
+
+
+@given(samples(), st.sampled_from(SIZES))
+@example(random_tree(), 16)
+def test_lists_made_as_on_a_gpu_are_the_same(given_samples, block_size):
+    layout = fr.lay_out(given_samples)
+    expected = fr.block_mask(layout, block_size=block_size)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(blocks, "_to_front", blocks._to_front_unseen)
+        found = fr.block_mask(layout, block_size=block_size)
+    for name in (name for names in LISTS.values() for name in names):
+        assert torch.equal(getattr(found, name), getattr(expected, name)), name
 
 
 @given(st.lists(turns(), min_size=0, max_size=3), st.sampled_from(SIZES), st.integers(0, 2))
