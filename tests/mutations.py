@@ -130,7 +130,7 @@ MUTATIONS = {  # name: (file, what stands there, what to write instead)
         "attention/flash.py", "        for call in (work.first, *work.rounds):", "        for call in (work.first,):",
     ),
     "flash: the window is one longer": (
-        "attention/flash.py", "else self.window - 1", "else self.window",
+        "attention/flash.py", "\"window_size_left\": self.window - 1", "\"window_size_left\": self.window",
     ),
     "flash: a group of heads reads the first group's log-sum-exp": (
         "attention/flash.py", "_rows(out, queries), lse[0, queries].T", "_rows(out, queries), lse[0, : queries.stop - queries.start].T",
@@ -631,19 +631,19 @@ MUTATIONS = {  # name: (file, what stands there, what to write instead)
         "proof/choice.py", "[one for one in given if one.layout.n_samples > 1]", "list(given)",
     ),
     "verify: conversations that are refused are passed over": (
-        "proof/verification.py", "if refusals.total and not (options.skip_invalid and conversations):", "if False:",
+        "data/excerpt.py", "if refusals.total and not (options.skip_invalid and found):", "if False:",
     ),
     "verify: ids that the model does not have are taken": (
-        "proof/verification.py", "if not 0 <= min(ids) <= max(ids) < vocabulary:", "if False:",
+        "data/excerpt.py", "if not 0 <= min(ids) <= max(ids) < vocabulary:", "if False:",
     ),
     "verify: history is the template's whatever is asked for": (
-        "proof/verification.py", "history=options.history or HISTORIES[0]", "history=HISTORIES[0]",
+        "data/excerpt.py", "history=options.history or HISTORIES[0]", "history=HISTORIES[0]",
     ),
     "verify: options of the template are dropped": (
-        "proof/verification.py", "HISTORIES[0], **template)", "HISTORIES[0])",
+        "data/excerpt.py", "HISTORIES[0], **template)", "HISTORIES[0])",
     ),
     "verify: the last of much data are looked at": (
-        "proof/verification.py", "            step *= 2\n", "",
+        "data/excerpt.py", "            step *= 2\n", "",
     ),
     "trainer: a step divides by its targets and not by their weight": (
         "train/sums.py", "(row[\"target_weight\"] * (row[\"labels\"] != IGNORED))", "(row[\"labels\"] != IGNORED)",
@@ -753,6 +753,7 @@ TESTS = {  # where to look for the test that notices, so that all of this takes 
     "chat/messages.py": ["tests/test_encode.py", "tests/test_templates.py"],
     "chat/encoding.py": ["tests/test_encode.py", "tests/test_templates.py"],
     "chat/": ["tests/test_templates.py", "tests/test_encode.py"],
+    "data/excerpt.py": ["tests/test_verification.py"],
     "data/splitting.py": ["tests/test_splitting.py", "tests/test_packing_exact.py"],
     "data/pack.py": ["tests/test_pack.py"],
     "data/collator.py": ["tests/test_pack.py"],
