@@ -1,9 +1,9 @@
-"""Layouts and masks as text, to look at.
+"""Layouts, masks and tables as text, to look at.
 
 Shapes: S tokens.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
@@ -80,3 +80,16 @@ def draw_mask(tree: Tree, *, width: int = 64) -> str:
 
 def _cell(square: Tensor) -> str:
     return "█" if bool(square.all()) else "▒" if bool(square.any()) else "·"
+
+
+def draw_table(rows: Sequence[Sequence[str]]) -> str:
+    """Rows of cells as aligned columns.
+
+    >>> print(draw_table([["way", "ms"], ["one pass", "12"]]))
+      way        ms
+      one pass   12
+    """
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        ("  " + "   ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))).rstrip() for row in rows
+    )

@@ -337,7 +337,3 @@ def test_what_cannot_be_is_told_before_anything_is_done(tmp_path, capsys, given,
 @pytest.mark.slow
 def test_the_goals_are_met(tmp_path):
     assert main(["demo", "--out", str(tmp_path)]) == 0
-
-
-def test_tables_are_aligned():
-    assert telling.table([["", "a"], ["long", "b"]]).splitlines() == ["         a", "  long   b"]

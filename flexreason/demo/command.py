@@ -109,7 +109,8 @@ def demo(out: Path, steps: int, held_out: int, seed: int, device: str, say: Any)
     """Data, some steps beside the N samples, training, answers, and a table of what came of it."""
     started = time.perf_counter()
     from flexreason.demo import material
-    from flexreason.demo.telling import table, transcript
+    from flexreason.demo.telling import transcript
+    from flexreason.draw import draw_table
 
     data = material.make(steps, held_out, seed)
     material.save(out, data)
@@ -122,7 +123,7 @@ def demo(out: Path, steps: int, held_out: int, seed: int, device: str, say: Any)
     whole_s = time.perf_counter() - started
 
     rows = [[goal.name, goal.wanted, goal.found, "met" if goal.met else "NOT MET"] for goal in goals]
-    say("\n" + table([["", "goal", "found", ""], *rows]))
+    say("\n" + draw_table([["", "goal", "found", ""], *rows]))
     say(f"\n{whole_s:.0f} s in all, {train_s:.0f} of them training and {answer_s:.0f} answering")
     say(f"{out}/ has the conversations (train.jsonl, held_out.jsonl), the settings (train.yaml), what was trained")
     say("(run/model), its answers (answers.jsonl) and these figures (demo.json)")
@@ -173,8 +174,8 @@ def beside_the_samples(data: Any, out: Path, steps: int, seed: int, device: str,
     """The first steps in single passes and on the N samples, from the same weights; a step of one, a step of the other,
     so that whatever else the machine does slows both."""
     from flexreason.demo.fit import fit, start
-    from flexreason.demo.telling import table
     from flexreason.demo.ways import N_SAMPLES, SINGLE_PASS
+    from flexreason.draw import draw_table
 
     batches = data.batches(SINGLE_PASS, steps, seed)
     one, many = (fit(start(out, seed, device), way, batches) for way in (SINGLE_PASS, N_SAMPLES))
@@ -182,7 +183,7 @@ def beside_the_samples(data: Any, out: Path, steps: int, seed: int, device: str,
     one_s, many_s = (sum(step.seconds for step in steps) for steps in zip(*pairs, strict=True))
     say(f"\nThe same loss as on the N samples, {steps} steps from the same weights:\n")
     rows = [[f"step {n}", f"{a.loss:.6f}", f"{b.loss:.6f}"] for n, (a, b) in enumerate(pairs, start=1)]
-    say(table([["", SINGLE_PASS.name, N_SAMPLES.name], *rows, ["time", f"{one_s:.2f} s", f"{many_s:.2f} s"]]))
+    say(draw_table([["", SINGLE_PASS.name, N_SAMPLES.name], *rows, ["time", f"{one_s:.2f} s", f"{many_s:.2f} s"]]))
     return {
         "single_pass": [a.loss for a, _ in pairs],
         "n_samples": [b.loss for _, b in pairs],

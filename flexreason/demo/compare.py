@@ -14,8 +14,9 @@ import torch
 import flexreason as fr
 from flexreason.demo import answers, material
 from flexreason.demo.fit import fit, start
-from flexreason.demo.telling import Say, table, watched
+from flexreason.demo.telling import Say, watched
 from flexreason.demo.ways import LAST_TURN, LEAKING, N_SAMPLES, SINGLE_PASS, Way
+from flexreason.draw import draw_table
 
 WAYS = (SINGLE_PASS, N_SAMPLES, LAST_TURN, LEAKING)
 
@@ -37,7 +38,7 @@ def compare(out: Path, steps: int, held_out: int, seed: int, device: str, say: S
         ]
         for name, one in found.items()
     ]
-    say("\n" + table([["", "held-out answers right", "held-out loss", "training", "targets a step"], *rows]))
+    say("\n" + draw_table([["", "held-out answers right", "held-out loss", "training", "targets a step"], *rows]))
     whole_s = time.perf_counter() - started
     say(f"\n{whole_s:.0f} s in all; {out / 'compare.json'} has these figures")
     made = {"seed": seed, "steps": steps, "device": device, "ways": found, "whole_s": whole_s}

@@ -1,7 +1,7 @@
 """What the demo prints: progress, conversations and tables."""
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 
 from flexreason.demo.fit import Step
 from flexreason.demo.task import Messages
@@ -33,11 +33,3 @@ def transcript(messages: Messages) -> str:
         thought = f"({message['reasoning_content']})  " if message.get("reasoning_content") else ""
         lines.append(f"  {message['role']:<10} {thought}{message['content']}")
     return "\n".join(lines)
-
-
-def table(rows: Sequence[Sequence[str]]) -> str:
-    """Rows of cells as aligned columns."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        ("  " + "   ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))).rstrip() for row in rows
-    )

@@ -1,0 +1,159 @@
+"""`flexreason bench`: ways that compute the same, timed side by side; the packed one's kernel as torch documents it."""
+
+import json
+
+import pytest
+import torch
+
+from flexreason import bench, cli
+from flexreason.proof.testing import relative_l2
+from models import tiny
+
+CONFIG = {
+    "model_type": "qwen3",
+    "architectures": ["Qwen3ForCausalLM"],
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 4096,
+}
+SMALL = ["--turns", "3", "--lengths", "6/9/4", "--tokens", "150", "--repeats", "2"]
+
+
+@pytest.fixture
+def config(tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(CONFIG))
+    return path
+
+
+def figures(capsys, *arguments):
+    assert cli.main(["bench", *map(str, arguments), "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("loss", ["model", "chunked"])
+def test_ways_have_one_loss_and_their_times(config, capsys, loss):
+    found = figures(capsys, config, *SMALL, "--loss", loss, "--backend", "segments", "dense", "--checkpointing")
+    ways = {one["name"]: one for one in found["ways"]}
+    assert list(ways) == ["N samples, one by one", "one pass, segments", "one pass, dense"]
+    for one in ways.values():
+        assert one["loss"] == pytest.approx(found["ways"][0]["loss"], rel=1e-5)
+        assert len(one["ms"]) == 2
+        assert one["peak"] > 0
+    assert ways["N samples, one by one"]["speed_up"] == 1
+    assert any(
+        "packed: left out, since flash attention of variable lengths is for GPUs" in note for note in found["notes"]
+    )
+
+
+def test_counted_is_what_is_computed(config, capsys):
+    """Three turns of 6/9/4 take 48 + 2 x 9 tokens stored once, in samples of 19, 29 and 39."""
+    found = figures(capsys, config, *SMALL)
+    assert (found["conversations"], found["turns"]) == (2, 6)
+    assert found["tree"] == {
+        "tokens": 2 * (6 + 4 + 6 + 4 + 6 + 3 * 13),
+        "pairs": 2 * pairs_of_tree(),
+        "targets": 2 * 39,
+    }
+    assert found["samples"]["tokens"] == 2 * (19 + 29 + 39)
+    assert found["samples"]["pairs"] == 2 * sum(n * (n + 1) // 2 for n in (19, 29, 39))
+    assert found["token_ratio"] == pytest.approx(87 / 65)
+
+
+def pairs_of_tree():
+    """Every token sees as many as its position says and itself: the last sample's 39, and what leaves its path."""
+    return sum(range(1, 40)) + sum(sum(range(start + 1, start + 14)) for start in (6, 16))
+
+
+def test_what_differs_or_does_not_run_is_no_success(config, capsys, monkeypatch):
+    assert cli.main(["bench", str(config), *SMALL, "--backend", "flex"]) == 1  # it has no backward on CPU
+    out = capsys.readouterr().out
+    assert 'backend "flex" has no backward on CPU' in out
+    assert "one pass did not run" in out
+    right = bench.one_pass
+    monkeypatch.setattr(bench, "one_pass", lambda *args: 1.01 * right(*args))
+    assert cli.main(["bench", str(config), *SMALL]) == 1
+    assert "The losses differ" in capsys.readouterr().out
+
+
+def test_data_of_ones_own(config, tmp_path, capsys):
+    path = tmp_path / "samples.jsonl"
+    path.write_text(3 * (json.dumps({"prompt_ids": [1, 2, 3], "target_ids": [4, 5]}) + "\n"))
+    found = figures(capsys, config, "--data", path, "--tokens", "12", "--repeats", "1")
+    assert (found["conversations"], found["turns"], found["tree"]["tokens"]) == (2, 2, 10)
+    assert "2 of 3 conversations, which fit into a row of 12 tokens" in found["notes"]
+    found = figures(capsys, config, "--data", path, "--tokens", "4", "--repeats", "1")
+    assert "no conversation fits into 4 tokens; the shortest, of 5, is taken whole" in found["notes"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--lengths", "6/9"], "--lengths: expected tokens as 64/256/64, found '6/9'"),
+        (["--lengths", "0/9/4"], "--lengths: expected what humans say and what is answered, found 0/9/4"),
+        (["--repeats", "0"], "--repeats: expected at least 1, found 0"),
+        (["--turns", "0"], "--turns: expected at least 1, found 0"),
+        (["--data", "x.jsonl", "--turns", "2"], "--turns and --lengths are of random conversations"),
+        (["--tokenizer", "x"], "--tokenizer is about data; give --data too"),
+        (["--backend", "fast"], "backend: expected one of"),
+    ],
+)
+def test_bad_arguments_are_refused_by_name(config, capsys, arguments, told):
+    assert cli.main(["bench", str(config), *arguments]) == 2
+    assert told in capsys.readouterr().err
+
+
+def within(query, key, value, offsets, offsets_k, longest, longest_k, *, scale, window_size, enable_gqa):
+    """What torch documents of its variable-length attention, in plain operations."""
+    assert torch.equal(offsets, offsets_k)
+    assert longest == longest_k == offsets.diff().max()
+    assert enable_gqa
+    assert window_size[1] == 0
+    n = query.shape[1] // key.shape[1]
+    sequence = torch.bucketize(torch.arange(len(query)), offsets[1:], right=True)
+    behind = torch.arange(len(query))[:, None] - torch.arange(len(query))
+    seen = (sequence[:, None] == sequence) & (behind >= 0)
+    if window_size[0] >= 0:
+        seen &= behind <= window_size[0]
+    scores = torch.einsum("qhd,khd->hqk", query, key.repeat_interleave(n, 1)) * scale
+    weights = scores.masked_fill(~seen, -torch.inf).softmax(-1)
+    return torch.einsum("hqk,khd->qhd", weights, value.repeat_interleave(n, 1))
+
+
+@pytest.mark.parametrize(("family", "config"), [("Qwen3", {}), ("Mistral", {"sliding_window": 7})])
+@pytest.mark.parametrize("length", [1, 60, 1000])
+def test_packed_samples_are_the_samples(family, config, length, monkeypatch):
+    """Packed in any way, loss and gradients are those of the samples one by one; the kernel's place is taken."""
+    varlen = pytest.importorskip("torch.nn.attention.varlen")
+    monkeypatch.setattr(varlen, "varlen_attn", within)
+    model = tiny(family, **config)
+    options = type("Options", (), {"lengths": "6/9/4", "turns": 3, "seed": 0})
+    samples = bench.random_conversations(options, 97, 1)[0]
+
+    def gradients(step):
+        model.zero_grad()
+        loss = step()
+        return loss, [p.grad.clone() for p in model.parameters()]
+
+    expected_loss, expected = gradients(lambda: bench.one_by_one(model, samples, "model"))
+    packs = bench.pack(samples, length, torch.device("cpu"))
+    assert len(packs) == {1: 3, 60: 2, 1000: 1}[length]
+    loss, found = gradients(lambda: bench.packed(model, packs, "model"))
+    assert loss == pytest.approx(expected_loss, rel=1e-5)
+    assert relative_l2(found, expected) < 1e-5
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_packing_is_refused_by_name_where_there_are_no_kernels():
+    model = tiny("Qwen3")
+    assert bench.unfit_to_pack(model) == "flash attention of variable lengths is for GPUs"
+    softcapped = tiny("Gemma2", attn_logit_softcapping=2.0, query_pre_attn_scalar=8)
+    options = type("Options", (), {"lengths": "6/9/4", "turns": 2, "seed": 0})
+    packs = bench.pack(bench.random_conversations(options, 97, 1)[0], 100, torch.device("cpu"))
+    with pytest.raises(NotImplementedError, match="no softcap and no sinks"):
+        bench.packed(softcapped, packs, "model")
