@@ -10,7 +10,7 @@ import flexreason as fr
 from flexreason.chat.encoding import Encoder
 from flexreason.chat.template import describe
 from flexreason.cli import main
-from flexreason.demo import answers, material, task, telling, tokenizer, ways
+from flexreason.demo import answers, material, task, tokenizer, ways
 from flexreason.demo.command import claim, judge
 from flexreason.demo.fit import fit, start
 from flexreason.proof import oracle
