@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
 
-.PHONY: demo test test-all mutations lint bench lock clean
+.PHONY: demo test test-all rehearse mutations lint bench lock clean
 
 demo: $(READY)  ## see what it does
 	$(BIN)/flexreason demo
@@ -14,7 +14,11 @@ test: $(READY)  ## what CI runs, with lint
 
 test-all: $(READY)  ## also the slow, exhaustive tests, and many more random examples
 	HYPOTHESIS_PROFILE=thorough $(BIN)/pytest -q -n 2 -m "not gpu"
+	$(BIN)/pytest -q -n 2 -m gpu --rehearse
 	$(BIN)/python tests/mutations.py
+
+rehearse: $(READY)  ## the tests for GPUs, on the CPU at small sizes: that they run, nothing about a GPU
+	$(BIN)/pytest -q -n 2 -m gpu --rehearse
 
 mutations: $(READY)  ## break the code in known places, and see which test notices
 	$(BIN)/python tests/mutations.py

@@ -1,11 +1,19 @@
-"""How the benchmarks measure: interleaved repeats, medians, peak memory, one table and a JSON line."""
+"""How the benchmarks measure: interleaved repeats, medians, peak memory, one table and a JSON line.
+
+On a GPU a call is timed by two CUDA events around it, several calls inside one pair where it is short. A benchmark
+there has a budget of seconds, prints every cell as soon as it is known, and goes on past a cell that fails.
+"""
 
 import ctypes
+import gc
 import json
 import platform
+import shutil
 import statistics
+import subprocess
 import time
 from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -47,8 +55,135 @@ def peak_mib(call: Callable[[], Any]) -> float | None:
         return (peak() - before) / 2**20
 
 
+# ---- on a device
+
+
+def seconds_of(call: Callable[[], Any], device: torch.device, inside: int = 1) -> float:
+    """Seconds of one call on a device, the mean of `inside` calls without a pause between them."""
+    if device.type != "cuda":
+        start = time.perf_counter()
+        for _ in range(inside):
+            call()
+        return (time.perf_counter() - start) / inside
+    torch.cuda.synchronize(device)  # so that nothing enqueued before is counted
+    first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    first.record()
+    for _ in range(inside):
+        call()
+    last.record()
+    last.synchronize()
+    return first.elapsed_time(last) / 1e3 / inside
+
+
+def timed(
+    calls: dict[str, Callable[[], Any]],
+    device: torch.device,
+    seconds: float = 1.0,
+    least: int = 3,
+    most: int = 15,
+) -> dict[str, list[float]]:
+    """Seconds of every call, interleaved, after one call of each to warm up and one to see how long it takes.
+
+    Calls under 5 ms are repeated inside one measurement. The number of repeats is what `seconds` allow, and at least
+    `least`; where one round alone takes longer than that, the call that showed it is the measurement.
+    """
+    for call in calls.values():
+        call()
+    once = {name: seconds_of(call, device) for name, call in calls.items()}
+    round_takes = sum(once.values())
+    if round_takes > seconds:
+        return {name: [taken] for name, taken in once.items()}
+    inside = {name: min(50, max(1, round(5e-3 / taken))) for name, taken in once.items()}
+    round_takes = sum(inside[name] * taken for name, taken in once.items())
+    found: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(min(most, max(least, int(seconds / round_takes)))):
+        for name, call in calls.items():
+            found[name].append(seconds_of(call, device, inside[name]))
+    return found
+
+
+FATAL = ("illegal memory access", "device-side assert", "misaligned address", "unspecified launch failure")
+"""Said of errors after which nothing on the device succeeds any more."""
+
+
+class Budget:
+    """The seconds a run may take. What no longer fits is named, and not measured."""
+
+    def __init__(self, seconds: float) -> None:
+        self.began = time.perf_counter()
+        self.end = self.began + seconds
+        self.left_out: list[str] = []
+
+    @property
+    def left(self) -> float:
+        return self.end - time.perf_counter()
+
+    def allows(self, name: str, needs: float = 0.0) -> bool:
+        """Whether there is time for a cell that takes about `needs` seconds."""
+        if self.left > needs:
+            return True
+        self.left_out.append(name)
+        return False
+
+    def attempt(self, name: str, call: Callable[[], Any], needs: float = 0.0) -> tuple[Any, str]:
+        """What a cell gave, or else None and why: no time, no memory, or a feature that is not there."""
+        if not self.allows(name, needs):
+            return None, "no time left"
+        reason = ""
+        try:
+            return call(), ""
+        except torch.OutOfMemoryError:
+            reason = "out of memory"
+        except Exception as error:
+            first_line = (str(error).strip().splitlines() or [""])[0]
+            reason = f"{type(error).__name__}: {first_line}"[:160]
+            if any(said in reason for said in FATAL):
+                self.end = time.perf_counter()
+            elif "out of memory" in reason or "ALLOC_FAILED" in reason:  # of a library, past torch's allocator
+                reason = "out of memory"
+        free(name, reason)
+        return None, reason
+
+
+def free(*said: str) -> None:
+    """Give back what the last cell held."""
+    if any(said):
+        print("  " + ": ".join(said), flush=True)
+    gc.collect()
+    if torch.cuda.is_available():
+        try:
+            torch.cuda.empty_cache()
+        except RuntimeError as error:
+            print(f"  {error}", flush=True)
+
+
+def tell(row: dict[str, Any]) -> dict[str, Any]:
+    """A row of a table as soon as it is known, so that a run cut off has left its figures; the same row back."""
+    print("  " + "; ".join(f"{name} {_cell(value)}" for name, value in row.items() if value is not None), flush=True)
+    return row
+
+
+def peak_gib(call: Callable[[], Any], device: torch.device) -> float | None:
+    """The most memory in use on a device during a call, with what was there before it; on a CPU, see `peak_mib`."""
+    if device.type != "cuda":
+        mib = peak_mib(call)
+        return None if mib is None else mib / 2**10
+    gc.collect()
+    torch.cuda.synchronize(device)
+    with peak_bytes(device) as peak:
+        call()
+        torch.cuda.synchronize(device)
+        return peak() / 2**30
+
+
+# ---- what is printed
+
+
 def print_table(title: str, rows: list[dict[str, Any]]) -> None:
     print(f"\n{title}\n")
+    if not rows:
+        print("nothing was run", flush=True)
+        return
     names = list(dict.fromkeys(name for row in rows for name in row))
     cells = [[_cell(row.get(name)) for name in names] for row in rows]
     widths = [max(map(len, column)) for column in zip(names, *cells, strict=True)]
@@ -64,13 +199,41 @@ def _cell(value: Any) -> str:
 
 
 def machine() -> dict[str, Any]:
-    return {
+    found = {
         "date": time.strftime("%Y-%m-%d"),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "processor": _processor(),
         "threads": torch.get_num_threads(),
     }
+    if torch.cuda.is_available():
+        found |= {
+            "card": torch.cuda.get_device_name(),
+            "memory GiB": round(torch.cuda.get_device_properties(0).total_memory / 2**30, 1),
+            "driver": _driver(),
+            "CUDA": torch.version.cuda,
+            "triton": _version("triton"),
+            "transformers": _version("transformers"),
+        }
+    return found
+
+
+def _driver() -> str | None:
+    if (program := shutil.which("nvidia-smi")) is None:
+        return None
+    asked = [program, "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        lines = subprocess.run(asked, capture_output=True, text=True, timeout=20).stdout.splitlines()
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return lines[0].strip() if lines else None
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 def _processor() -> str:
@@ -83,4 +246,4 @@ def _processor() -> str:
 
 def print_json(**results: Any) -> None:
     """The last line of every benchmark."""
-    print("\n" + json.dumps({**machine(), **results}))
+    print("\n" + json.dumps({**machine(), **results}), flush=True)

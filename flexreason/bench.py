@@ -229,7 +229,7 @@ def _tried(name: str, step: Step, root: PreTrainedModel) -> Found:
 def patched(model: nn.Module, backend: str, loss: str) -> str:
     """Patch a model; the backend that "auto" stands for."""
     patch(model, backend, loss=loss)
-    return choose_backend(backend, find_root(model).device)
+    return choose_backend(backend, next(find_root(model).parameters()))
 
 
 def one_pass(model: nn.Module, row: dict[str, Tensor], backend: str, loss: str) -> float:

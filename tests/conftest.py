@@ -1,9 +1,14 @@
-"""How tests run: offline, and with property tests that are the same every time unless asked to be thorough."""
+"""How tests run: offline, and with property tests that are the same every time unless asked to be thorough.
+
+`--rehearse` runs the tests marked `gpu` on the CPU, at small sizes: it shows that they run from end to end, and nothing
+about a GPU.
+"""
 
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+import pytest
 import torch
 from hypothesis import settings
 
@@ -14,3 +19,23 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # the workers share the cores
 settings.register_profile("default", deadline=None, max_examples=60, derandomize=True)
 settings.register_profile("thorough", deadline=None, max_examples=1000)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
+
+
+def pytest_addoption(parser):
+    parser.addoption("--rehearse", action="store_true", help="run the tests marked gpu on the CPU, at small sizes")
+
+
+@pytest.fixture(scope="session")
+def rehearsal(request):
+    """Whether the tests marked `gpu` run on the CPU."""
+    return request.config.getoption("--rehearse")
+
+
+@pytest.fixture(scope="session")
+def device(rehearsal):
+    """Where the tests marked `gpu` compute: on the GPU, or else nowhere, unless this is a rehearsal."""
+    if rehearsal:
+        return "cpu"
+    if not torch.cuda.is_available():
+        pytest.skip("no GPU here; --rehearse runs these tests on the CPU")
+    return "cuda"

@@ -1,5 +1,7 @@
 """Every backend against attention written out with a matrix: forward, backward, and what it holds in memory."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -9,6 +11,7 @@ from torch.nn.attention.flex_attention import create_block_mask
 import flexreason as fr
 from attention import inputs, rows, written_out
 from flexreason.attention import dense, flex, pieces, segments
+from flexreason.attention.tree_row import choose_backend
 from strategies import random_turns, samples
 from watch import Largest
 
@@ -200,3 +203,17 @@ def test_flex_raises_where_torch_would_fall_back_to_scores_of_s_by_s(monkeypatch
         attend(32)
     torch._dynamo.reset()
     flex._compiled.cache_clear()
+
+
+def test_auto_is_flex_on_gpus_but_for_float64_which_it_refuses_there():
+    def chosen(device, dtype, wanted="auto"):
+        return choose_backend(wanted, SimpleNamespace(device=torch.device(device), dtype=dtype))
+
+    assert [chosen("cuda", dtype) for dtype in (torch.bfloat16, torch.float32, torch.float64)] == [
+        *("flex", "flex", "segments")
+    ]
+    assert chosen("cpu", torch.float32) == chosen("mps", torch.float32) == "segments"
+    assert chosen("cuda", torch.float64, "flex") == "flex"
+    assert flex.unfit(torch.device("cuda"), torch.float64) == 'backend "flex" has no float64 on GPUs'
+    assert not flex.unfit(torch.device("cuda"), torch.float32)
+    assert not flex.unfit(torch.device("cpu"), torch.float64)

@@ -14,11 +14,11 @@ from torch import nn
 
 import flexreason as fr
 from flexreason import cli, head
-from flexreason.attention import dense, segments
+from flexreason.attention import dense, flex, segments
 from flexreason.chat.template import stand_in
 from flexreason.data import excerpt
 from flexreason.patching import find_patch
-from flexreason.proof import comparison, selftest, verdicts, verification
+from flexreason.proof import comparison, conditions, selftest, verdicts, verification
 from flexreason.proof.report import Error
 from flexreason.proof.shrink import build, default_config, shrink
 from models import TINY, checkpoint, tiny
@@ -259,6 +259,18 @@ def test_one_group_of_small_gradients_that_is_dropped_shows_in_any_dtype(monkeyp
     model = build(shrink(transformers.GptOssConfig()), transformers.GptOssForCausalLM).to(dtype)
     culprit = say(fr.verify(model, [conversation()], float64=False))
     assert "sinks most of all" in culprit
+
+
+@pytest.mark.parametrize(("mask", "instead"), [("interval", "segments"), ("turn_role", "dense")])
+def test_where_flex_has_no_float64_another_backend_is_compared_in_it_and_that_is_said(mask, instead, monkeypatch):
+    """As on GPUs."""
+    monkeypatch.setattr(flex, "unfit", lambda device, dtype: "flex has none" if dtype == torch.float64 else "")
+    model, notes = fr.patch(tiny("Qwen3"), "flex", mask), []
+    made = conditions.copy_in(model, torch.float64, notes)
+    assert (find_patch(model).backend, find_patch(made).backend) == ("flex", instead)
+    assert notes == [f'in float64 it is backend "{instead}" that is compared, since flex has none']
+    conditions.copy_in(fr.patch(model, "dense"), torch.float64, notes)
+    assert len(notes) == 1
 
 
 def test_a_leak_between_conversations_of_a_row(monkeypatch):

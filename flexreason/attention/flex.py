@@ -33,6 +33,8 @@ def attend(
     sinks: Tensor | None = None,
 ) -> Tensor:
     """Attention of queries [1, H, S, D] over keys [1, G, S, D] and values [1, G, S, E]: [1, S, H, E]."""
+    if why := unfit(q.device, q.dtype):
+        raise NotImplementedError(f'{why}; use backend="segments"')
     if q.device.type == "cpu":
         _check_cpu(q, k, v, sinks)
         q, k, v = q.detach(), k.detach(), v.detach()
@@ -48,6 +50,11 @@ def attend(
     # One more logit a head, without a value, only scales the output; in fp32, since the factor's gradient needs it.
     factor = torch.sigmoid(aux.lse - sinks.view(1, -1, 1)).unsqueeze(-1)
     return (out * factor).to(out.dtype).transpose(1, 2)
+
+
+def unfit(device: torch.device, dtype: torch.dtype) -> str:
+    """Why it computes nothing in a dtype on a device, or nothing."""
+    return 'backend "flex" has no float64 on GPUs' if device.type == "cuda" and dtype == torch.float64 else ""
 
 
 def _check_cpu(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None) -> None:

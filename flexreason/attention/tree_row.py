@@ -56,6 +56,8 @@ class TreeRow:
         return self.tables[window, chunk]
 
 
-def choose_backend(wanted: str, device: torch.device) -> str:
-    """What "auto" means on a device: flex on a GPU, segments elsewhere."""
-    return wanted if wanted != "auto" else "flex" if device.type == "cuda" else "segments"
+def choose_backend(wanted: str, like: Tensor) -> str:
+    """What "auto" means for weights such as these: flex on a GPU, which has no float64, and segments elsewhere."""
+    if wanted != "auto":
+        return wanted
+    return "flex" if like.device.type == "cuda" and like.dtype != torch.float64 else "segments"

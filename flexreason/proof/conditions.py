@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from flexreason.attention import flex, segments
 from flexreason.patching import find_patch, find_root
 
 
@@ -56,10 +57,16 @@ def other_attention(root: Any) -> Iterator[str]:
         root.set_attn_implementation(before)
 
 
-def copy_in(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+def copy_in(model: nn.Module, dtype: torch.dtype, notes: list[str]) -> nn.Module:
     """A copy of the model, patched alike, in another dtype, in which it computes throughout."""
     made = copy.deepcopy(model)
-    root = find_root(made)
+    root, ours = find_root(made), find_patch(made)
+    if ours is not None and ours.backend_in_use == "flex" and flex.unfit(root.device, dtype):
+        ours.backend = "segments" if ours.mask in segments.MASKS else "dense"
+        notes.append(
+            f'in {str(dtype).removeprefix("torch.")} it is backend "{ours.backend}" that is compared, since '
+            f"{flex.unfit(root.device, dtype)}"
+        )
     set_checkpointing(made, False)  # what runs again in backward would not be float64 throughout
     if getattr(root.config.get_text_config(), "_experts_implementation", None) not in (None, "eager"):
         root.set_experts_implementation("eager")  # the others have no float64
