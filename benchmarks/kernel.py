@@ -624,7 +624,6 @@ def tried(name: str, forward: tuple[int, ...], backward: tuple[int, ...], **opti
 
 LADDER = [
     Rung("as it is"),
-    Rung("ROWS_GUARANTEED_SAFE", {"ROWS_GUARANTEED_SAFE": True}),  # a token always sees itself
     Rung("PRESCALE_QK", {"PRESCALE_QK": True}),
     Rung("FLASH", {"BACKEND": "FLASH"}),
     Rung("autotuned", mode=AUTOTUNED),
@@ -642,7 +641,6 @@ LADDER = [
     tried("f 128x64 w8 s2, b 64 128 128 64 w8 s4", (128, 64, 8, 2), (64, 128, 128, 64, 8, 4)),
     Rung("USE_TMA", {"USE_TMA": True}),
     Rung("USE_TMA forward alone", {"fwd_USE_TMA": True}),
-    Rung("safe and prescaled", {"ROWS_GUARANTEED_SAFE": True, "PRESCALE_QK": True}),
     Rung("WRITE_DQ off", {"WRITE_DQ": False}),
     Rung("turn_role", mask="turn_role"),
     Rung("lists descending", lists="descending"),

@@ -72,14 +72,19 @@ def turn_role_rule(turn: Tensor, role: Tensor, document: Tensor) -> MaskMod:
 
 
 def near(position: Tensor, window: int | None, chunk: int | None) -> MaskMod:
-    """The layer's own limits, in positions: less than `window` apart, in the same chunk of `chunk`."""
+    """The layer's own limits, in positions: less than `window` apart, in the same chunk of `chunk`.
+
+    What can be computed once a token stands in a table: a kernel computes what is left once a pair.
+    """
+    behind = position if window is None else position + window  # the first position that does not see it any more
+    number = position if chunk is None else position // chunk
 
     def visible(b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
         allowed = q == q
         if window is not None:
-            allowed = allowed & (position[q] - position[kv] < window)
+            allowed = allowed & (position[q] < behind[kv])
         if chunk is not None:
-            allowed = allowed & (position[q] // chunk == position[kv] // chunk)
+            allowed = allowed & (number[q] == number[kv])
         return allowed
 
     return visible

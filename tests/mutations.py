@@ -48,16 +48,16 @@ MUTATIONS = {  # name: (file, what stands there, what to write instead)
         "mask.py", "            q == kv,", "            q >= kv,",
     ),
     "window: measured in indices": (
-        "mask.py", "position[q] - position[kv] < window", "q - kv < window",
+        "mask.py", "(position[q] < behind[kv])", "(q - kv < window)",
     ),
     "window: one token wider": (
-        "mask.py", "position[q] - position[kv] < window", "position[q] - position[kv] <= window",
+        "mask.py", "(position[q] < behind[kv])", "(position[q] <= behind[kv])",
     ),
     "chunk: measured in indices": (
-        "mask.py", "position[q] // chunk == position[kv] // chunk", "q // chunk == kv // chunk",
+        "mask.py", "(number[q] == number[kv])", "(q // chunk == kv // chunk)",
     ),
     "chunk: one token longer": (
-        "mask.py", "position[q] // chunk == position[kv] // chunk", "position[q] // (chunk + 1) == position[kv] // (chunk + 1)",
+        "mask.py", "position // chunk\n", "position // (chunk + 1)\n",
     ),
     "blocks: partial keys of a query block lost": (
         "blocks.py", "kv_num_blocks, kv_indices = _lists(partial, i, j, before)", "kv_num_blocks, kv_indices = _lists(full, i, j, before)",

@@ -205,7 +205,7 @@ def test_flex_raises_where_torch_would_fall_back_to_scores_of_s_by_s(monkeypatch
     flex._compiled.cache_clear()
 
 
-def test_auto_is_flex_on_gpus_but_for_float64_which_it_refuses_there():
+def test_auto_is_flex_on_gpus_and_what_it_cannot_do_there_is_refused():
     def chosen(device, dtype, wanted="auto"):
         return choose_backend(wanted, SimpleNamespace(device=torch.device(device), dtype=dtype))
 
@@ -215,5 +215,9 @@ def test_auto_is_flex_on_gpus_but_for_float64_which_it_refuses_there():
     assert chosen("cpu", torch.float32) == chosen("mps", torch.float32) == "segments"
     assert chosen("cuda", torch.float64, "flex") == "flex"
     assert flex.unfit(torch.device("cuda"), torch.float64) == 'backend "flex" has no float64 on GPUs'
-    assert not flex.unfit(torch.device("cuda"), torch.float32)
+    assert not flex.unfit(torch.device("cuda"), torch.float32, 2**31 - 1)
+    told = flex.unfit(torch.device("cuda"), torch.bfloat16, 2**31)
+    assert (
+        told == 'backend "flex" on GPUs has addresses of 32 bits, too few for rows of 2,147,483,648 numbers in a layer'
+    )
     assert not flex.unfit(torch.device("cpu"), torch.float64)
