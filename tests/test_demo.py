@@ -305,14 +305,18 @@ def test_a_few_steps_run_through_and_do_not_claim_success(tmp_path, capsys):
 def test_four_ways_can_be_compared(tmp_path, capsys):
     out = tmp_path / "demo"
     assert main(["demo", "--compare", "--steps", "2", "--held-out", "2", "--out", str(out)]) == 0
-    found = json.loads((out / "compare.json").read_text())["ways"]
+    made = json.loads((out / "compare.json").read_text())
+    found = made["ways"]
     single, samples = found["single pass"], found["N samples"]
     assert list(found) == ["single pass", "N samples", "last turn only", "reasoning kept"]
     assert samples["losses"] == pytest.approx(single["losses"], rel=1e-4)
     assert samples["held_out_loss"] == pytest.approx(single["held_out_loss"], rel=1e-4)
     assert single["targets"] == samples["targets"] == found["reasoning kept"]["targets"]
     assert found["last turn only"]["targets"] < single["targets"] / 3
-    assert "held-out answers right" in capsys.readouterr().out
+    assert max(made["apart"]) < 1e-4
+    told = capsys.readouterr().out
+    assert "held-out answers right" in told
+    assert "losses apart by at most" in told
 
 
 def test_a_folder_of_others_files_is_left_alone(tmp_path, capsys):

@@ -18,6 +18,9 @@ from flexreason.demo.telling import Say, watched
 from flexreason.demo.ways import LAST_TURN, LEAKING, N_SAMPLES, SINGLE_PASS, Way
 from flexreason.draw import draw_table
 
+FIRST = 10
+"""Steps over which two ways that are the same stay together; later, training makes rounding larger."""
+
 WAYS = (SINGLE_PASS, N_SAMPLES, LAST_TURN, LEAKING)
 
 
@@ -39,9 +42,16 @@ def compare(out: Path, steps: int, held_out: int, seed: int, device: str, say: S
         for name, one in found.items()
     ]
     say("\n" + draw_table([["", "held-out answers right", "held-out loss", "training", "targets a step"], *rows]))
+    apart = [
+        abs(a / b - 1) for a, b in zip(found[SINGLE_PASS.name]["losses"], found[N_SAMPLES.name]["losses"], strict=True)
+    ]
+    say(
+        f"\nSingle pass and N samples, step by step: losses apart by at most {max(apart[:FIRST]):.0e} over the first "
+        f"{min(FIRST, steps)} steps, {max(apart):.0e} over all"
+    )
     whole_s = time.perf_counter() - started
     say(f"\n{whole_s:.0f} s in all; {out / 'compare.json'} has these figures")
-    made = {"seed": seed, "steps": steps, "device": device, "ways": found, "whole_s": whole_s}
+    made = {"seed": seed, "steps": steps, "device": device, "ways": found, "apart": apart, "whole_s": whole_s}
     (out / "compare.json").write_text(json.dumps(made, indent=1) + "\n")
     return made
 
