@@ -136,7 +136,10 @@ def test_output_and_gradients_are_those_of_attention_written_out(name, limits, s
 @pytest.mark.usefixtures("as_documented")
 def test_heads_in_groups_are_the_same(monkeypatch):
     row = fr.collate([fr.lay_out_turns(random_turns([(20, 30, 10)] * 6))])
-    monkeypatch.setattr(flash, "AT_ONCE", 3 * row["until"].shape[1] * 8)  # of six query heads three at a time
+    work = segments.prepare(row).calls
+    rows = row["until"].shape[1] + work.padded
+    monkeypatch.setattr(flash, "AT_ONCE", 3 * rows * 8)  # of six query heads three at a time
+    assert len([*flash._heads(*inputs(row["until"].shape[1], 6, 6)[:2], work)]) == 2
     check(row, heads=6, groups=6)
     check(row, heads=6, groups=2)
 
@@ -181,6 +184,14 @@ def test_torch_takes_the_calls(limits):
     assert (out.shape, out.dtype, lse.shape) == (q.shape, q.dtype, q.shape[:3])
     gradients = flash.backward(out, q, k, v, out, lse, work, 0.25)
     assert [x.shape for x in gradients] == [x.shape for x in (q, k, v)]
+
+
+def test_more_sequences_than_a_grid_has_blocks_are_refused():
+    n = flash.SEQUENCES
+    until, position = [*range(1, n + 1)], [0] * n  # documents of one token
+    assert flash.calls(until, position, None, None, torch.device("cpu")).rounds == ()
+    with pytest.raises(ValueError, match="its trees have 65,536 segments, and flash attention takes 65,535 sequences"):
+        flash.calls([*until, n + 1], [*position, 0], None, None, torch.device("cpu"))
 
 
 def test_kernels_that_are_not_there_are_said_by_name():

@@ -24,12 +24,15 @@ import torch
 from torch import Tensor
 
 from flexreason.attention import dense, pieces
-from flexreason.attention.cover import Cost, Rectangle, Span, chains, paths, prefixes
+from flexreason.attention.cover import TILE, Cost, Rectangle, Span, chains, paths, prefixes
 from flexreason.layout import lay_out_turns
 from flexreason.mask import dense_mask
 
-GPU = Cost(128 * 128, 200, 100)
+GPU = Cost(TILE * TILE, 200, 100)
 """Counted, not timed: a tile, and the bytes of reading and writing a row in the time of so many pairs."""
+
+SEQUENCES = 2**16 - 1
+"""The most of a call: as many blocks as a grid has in its second dimension."""
 
 AT_ONCE = 2**28
 """Numbers of a merged output in float32 that are held at a time: the key heads are gone through in groups."""
@@ -134,6 +137,11 @@ class Calls:
     first: Call
     rounds: tuple[Call, ...] = ()
 
+    @property
+    def padded(self) -> int:
+        """Rows that the kernels' own sums take beside those of tokens: up to a tile for every sequence."""
+        return TILE * max(len(call.queries.offsets) for call in (self.first, *self.rounds))
+
 
 def calls(
     until: Sequence[int], position: Sequence[int], window: int | None, chunk: int | None, device: torch.device
@@ -142,6 +150,11 @@ def calls(
     in_storage = chains(until, position)
     if not in_storage:
         return None
+    if len(in_storage) > SEQUENCES:
+        raise ValueError(
+            f"row: its trees have {len(in_storage):,} segments, and flash attention takes {SEQUENCES:,} sequences; use "
+            'backend="flex", or shorter rows'
+        )
     if window is not None or chunk is not None:
         queries, keys = zip(*paths(in_storage, window, chunk), strict=True)
         return Calls(Call(Gathered.of([[span] for span in queries], device), Gathered.of(keys, device), True, window))
@@ -178,7 +191,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, work: Calls | None, scale: float) -
     out, lse = _zeros_like(q), q.new_zeros(1, q.shape[2], q.shape[1], dtype=HIGH).mT
     if work is None:
         return out, lse
-    for queries, keys in _heads(q, k):
+    for queries, keys in _heads(q, k, work):
         tensors = _rows(q, queries), _rows(k, keys), _rows(v, keys)
         merged, merged_lse = work.first.forward(*tensors, scale)
         merged_lse = merged_lse.T.contiguous()
@@ -198,11 +211,11 @@ def forward(q: Tensor, k: Tensor, v: Tensor, work: Calls | None, scale: float) -
 def backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, work: Calls | None, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients by q, k and v, of which each is as large as its own; `out` and `lse` are those of `forward`."""
+    """The gradients by q, k and v, each as large as these; `out` and `lse` are those of `forward`."""
     gradients = _zeros_like(q), _zeros_like(k), _zeros_like(v)
     if work is None:
         return gradients
-    for queries, keys in _heads(q, k):
+    for queries, keys in _heads(q, k, work):
         groups = queries, keys, keys
         tensors = _rows(q, queries), _rows(k, keys), _rows(v, keys)
         grad_, out_, lse_ = _rows(grad, queries), _rows(out, queries), lse[0, queries].T
@@ -216,10 +229,10 @@ def backward(
     return gradients
 
 
-def _heads(q: Tensor, k: Tensor) -> Iterator[tuple[slice, slice]]:
+def _heads(q: Tensor, k: Tensor, work: Calls) -> Iterator[tuple[slice, slice]]:
     """Query heads with the key heads that they read, as many as may be merged at a time."""
     n = q.shape[1] // k.shape[1]
-    at_once = max(1, AT_ONCE // (n * q.shape[2] * q.shape[3]))
+    at_once = max(1, AT_ONCE // (n * (q.shape[2] + work.padded) * q.shape[3]))
     for first in range(0, k.shape[1], at_once):
         last = min(first + at_once, k.shape[1])
         yield slice(first * n, last * n), slice(first, last)
