@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
 
-.PHONY: demo test test-all rehearse mutations lint bench lock clean
+.PHONY: demo test test-all rehearse least mutations lint bench lock clean
 
 demo: $(READY)  ## see what it does
 	$(BIN)/flexreason demo
@@ -19,6 +19,11 @@ test-all: $(READY)  ## also the slow, exhaustive tests, and many more random exa
 
 rehearse: $(READY)  ## the tests for GPUs, on the CPU at small sizes: that they run, nothing about a GPU
 	$(BIN)/pytest -q -n 2 -m gpu --rehearse
+
+least:  ## the tests under the least versions declared, in an environment of its own: torch 2.11 brings CUDA, gigabytes
+	$(PYTHON) -m venv .venv-least
+	.venv-least/bin/pip install --quiet --disable-pip-version-check -r requirements-least.txt
+	PYTHONPATH=. .venv-least/bin/python -m pytest -q -n 2
 
 mutations: $(READY)  ## break the code in known places, and see which test notices
 	$(BIN)/python tests/mutations.py
@@ -36,7 +41,7 @@ lock: $(READY)  ## write down what is installed now
 	$(BIN)/pip freeze --all --exclude-editable | grep -v '^pip==' | sed 's/+cpu//' > requirements-dev.txt
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) .venv-least build dist *.egg-info
 
 $(READY): requirements-dev.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)

@@ -45,7 +45,7 @@ def train(model, rows, optimizer):
 def main(name, data, output):
     tokenizer = AutoTokenizer.from_pretrained(name)
     model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
-    model.to(torch.accelerator.current_accelerator() or "cpu")
+    model.to(torch.accelerator.current_accelerator(check_available=True) or "cpu")
     with open(data, encoding="utf-8") as lines:
         encode = fr.EntryEncoder(tokenizer)
         layouts = [encode(json.loads(line)) for line in lines if line.strip()]

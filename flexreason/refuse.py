@@ -23,6 +23,9 @@ IMPLEMENTATIONS = ("sdpa", "eager", "flex_attention")
 
 ATTENTION_DROPOUTS = ("attention_dropout", "attn_pdrop", "attn_dropout", "attention_probs_dropout_prob")
 
+SOFTCAP = "attn_logit_softcapping"
+"""What configs call the softcap of scores."""
+
 RANDOM = ("dropout", "pdrop", "jitter", "layerdrop")
 """What the names of config entries say that draw at random while training."""
 
@@ -93,11 +96,18 @@ def reason_against(root: PreTrainedModel) -> Reason | None:
     if against := reason_against_config(type(root), root.config):
         return against
     for module in root.modules():
-        used = getattr(getattr(module, "config", None), "_attn_implementation", None)
+        config = getattr(module, "config", None)
+        used = getattr(config, "_attn_implementation", None)
         if used is not None and before_patching(used) not in IMPLEMENTATIONS:
             return (
                 f"its attention implementation is {used!r}, which reads its own name",
                 'load it with attn_implementation="sdpa"; rows do not use it anyway',
+            )
+        # transformers below 5.21 lets sdpa drop a softcap without a word; later ones raise
+        if used is not None and before_patching(used) == "sdpa" and getattr(config, SOFTCAP, None):
+            return (
+                "its attention implementation is 'sdpa', which leaves out the softcap of its scores",
+                'load it with attn_implementation="eager", as transformers 5.21 and later do by themselves',
             )
     return None
 

@@ -1,6 +1,6 @@
 """Conversations made to mislead: texts that look like tags, like reasoning, like each other."""
 
-from templating import call, result, stops, trl_tokenizer, user
+from templating import call, in_both_fields, result, stops, trl_tokenizer, user
 
 PIECES = [
     '', ' ', '\n', '\n\n', '<think>', '</think>', '<think>\n', '\n</think>\n\n', '<|im_end|>',
@@ -42,7 +42,7 @@ def fault(name, encoder, messages, found, tools):
     """What is wrong with the samples found, by means that know nothing of marks; None if nothing is."""
     tokenizer = trl_tokenizer(name)
     for turn, sample, i in zip(found.texts, found.samples, found.messages, strict=True):
-        before, message = messages[:i], messages[i]
+        before, message = in_both_fields(messages[:i]), messages[i]
         asked = {"tools": tools, "add_generation_prompt": True}
         inline = any("<think>" in str(m["content"]) for m in [*before, message] if m["role"] == "assistant")
         prompt = tokenizer.apply_chat_template(before, tokenize=False, **asked)
@@ -56,7 +56,7 @@ def fault(name, encoder, messages, found, tools):
         both = tokenizer(prompt + turn.target, add_special_tokens=False)["input_ids"]
         if both[: len(ids)] == ids and both[len(ids) :] != list(sample.target_ids):
             return f"{i}: the target is not the rest"
-        whole = tokenizer.apply_chat_template([*before, message], tools=tools, tokenize=False)
+        whole = tokenizer.apply_chat_template([*before, *in_both_fields([message])], tools=tools, tokenize=False)
         own = message["content"].lstrip().startswith("<think>") and "reasoning_content" not in message
         plain = turn.how == "rendered" and not own and whole.startswith(prompt)
         calls = bool(message.get("tool_calls"))

@@ -20,6 +20,8 @@ def tiny(family, seed=0, **config):
     """`tiny("Qwen3")`: a Qwen3ForCausalLM with two narrow layers; keywords go to its config."""
     torch.manual_seed(seed)
     made = getattr(transformers, f"{family}Config")(**{**TINY, **config})
+    if getattr(made, "attn_logit_softcapping", None) and "attn_implementation" not in config:
+        made._attn_implementation = "eager"  # by default it is sdpa below transformers 5.21, which has no softcap
     return getattr(transformers, f"{family}ForCausalLM")(made)
 
 

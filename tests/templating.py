@@ -232,6 +232,11 @@ TOOLS = [
 ]
 
 
+def in_both_fields(messages):
+    """As transformers from 5.21 on hands messages to a template: gpt-oss's reads `thinking`."""
+    return [{"thinking": m["reasoning_content"], **m} if "reasoning_content" in m else m for m in messages]
+
+
 def text_after(text, word):
     return text.rpartition(word)[2]
 
@@ -240,7 +245,8 @@ def reference(tokenizer, name, messages, i, tools=None, **options):
     """Prompt and target of assistant message i as texts, by the rule; for conversations of unmistakable words."""
 
     def render(some, prompt):
-        return tokenizer.apply_chat_template(some, tools=tools, add_generation_prompt=prompt, tokenize=False, **options)
+        asked = {"tools": tools, "add_generation_prompt": prompt, "tokenize": False}
+        return tokenizer.apply_chat_template(in_both_fields(some), **asked, **options)
 
     message, before = messages[i], messages[:i]
     prompt, whole = render(before, True), render([*before, message], False)

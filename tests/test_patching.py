@@ -392,6 +392,16 @@ def test_models_that_share_a_config_are_patched_and_unpatched_one_by_one():
 # ---- what is refused
 
 
+def test_a_softcap_that_sdpa_leaves_out_is_refused():
+    """Below transformers 5.21, Gemma 2 has sdpa by default, and its samples no softcap."""
+    model = made("Gemma2")
+    model.config._attn_implementation_internal = "sdpa"
+    with pytest.raises(ValueError, match=r'leaves out the softcap of its scores; load it with attn_impl\w+="eager"'):
+        fr.patch(model)
+    model.config._attn_implementation_internal = "eager"
+    assert fr.patch(model) is model
+
+
 @pytest.mark.parametrize("implementation", ["sdpa", "eager", "flex_attention"])
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("with_labels", [True, False])

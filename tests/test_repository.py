@@ -7,9 +7,12 @@ count like any other.
 import ast
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.version import Version
 
 import flexreason
 
@@ -140,3 +143,17 @@ def test_importing_flexreason_does_not_import_transformers():
     code = "import flexreason, sys; print('transformers' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "False\n"
+
+
+def test_the_least_versions_are_those_that_the_tests_can_be_run_under():
+    """requirements-least.txt, of `make least`, has the lower bounds that pyproject.toml declares."""
+    root = PACKAGE.parent
+    project = tomllib.loads((root / "pyproject.toml").read_text())["project"]
+    declared: dict[str, Version] = {}
+    for line in [*project["dependencies"], *project["optional-dependencies"]["train"]]:
+        requirement = Requirement(line)
+        [bound] = [Version(one.version) for one in requirement.specifier if one.operator == ">="]
+        declared[requirement.name] = max(bound, declared.get(requirement.name, bound))
+    lines = (root / "requirements-least.txt").read_text().splitlines()
+    least = {name: Version(version) for name, _, version in (line.partition("==") for line in lines) if version}
+    assert {name: least[name] for name in declared} == declared

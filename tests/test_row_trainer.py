@@ -8,7 +8,7 @@ from pathlib import Path
 import peft
 import pytest
 import torch
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
 
 import flexreason as fr
 from exact import EXACT
@@ -379,6 +379,15 @@ def test_going_on_and_the_best_one_mind_what_is_whole(tmp_path):
     assert {path.name for path in checkpoints.whole_ones(tmp_path)} == {f"checkpoint-{n}" for n in (best["step"], 5, 6)}
     assert found.evaluate()["eval_loss"] == pytest.approx(best["eval_loss"], rel=1e-5)
     (tmp_path / "checkpoint-6" / checkpoints.SEAL).unlink()
-    again = trainer()
+    again, began_at = trainer(), []
+    again.add_callback(BeginsAt(began_at))
     again.train(resume_from_checkpoint=True)
-    assert again._initial_global_step == 5
+    assert began_at == [5]
+
+
+class BeginsAt(TrainerCallback):
+    def __init__(self, steps):
+        self.steps = steps
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.steps.append(state.global_step)

@@ -15,6 +15,7 @@ from templating import (
     answer,
     byte_level,
     call,
+    in_both_fields,
     reference,
     result,
     shape,
@@ -45,7 +46,7 @@ def test_samples_of_every_trl_template_are_the_reference(which):
             expected = reference(tokenizer, name, messages, number, tools)
             assert (turn.prompt, turn.target) == expected, (name, number)
             ids = tokenizer.apply_chat_template(
-                messages[:number], tools=tools, add_generation_prompt=True, return_dict=False
+                in_both_fields(messages[:number]), tools=tools, add_generation_prompt=True, return_dict=False
             )
             assert list(sample.prompt_ids) == ids, (name, number)
             assert tokenizer.decode([*ids, *sample.target_ids]) == turn.prompt + turn.target, (name, number)

@@ -1,12 +1,14 @@
 """`flexreason train`: from data and a config to a model that was trained, or a clear error before anything long."""
 
 import argparse
+import importlib.util
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -63,7 +65,7 @@ def test_a_run_from_the_command_leaves_a_model_that_loads(material, tmp_path, ca
     written = json.loads((tmp_path / "out" / "run.json").read_text())
     assert written["conversations"] == 60
     assert written["steps"] == 20
-    assert written["versions"]["torch"] == torch.__version__
+    assert written["versions"]["torch"] == version("torch")
     assert list(written["sources"]) == [str(data)]
     final = tmp_path / "out" / "model"
     assert {"model.safetensors", "config.json", "tokenizer.json"} <= {path.name for path in final.iterdir()}
@@ -218,6 +220,17 @@ def test_what_cannot_be_trained_is_told_before_anything_long(material, tmp_path)
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="cannot be written to"):
         train(settings(material, tmp_path / "file"), silent)
+
+
+@pytest.mark.parametrize("command", [["train", "--model", "m", "--data", "d", "--output", "o"], ["demo"]])
+def test_what_training_needs_is_named_where_it_is_missing(command, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    right = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *rest: None if name == "accelerate" else right(name, *rest)
+    )
+    assert main(command) == 2
+    assert "training needs accelerate: pip install 'flexreason[train]'" in capsys.readouterr().err
 
 
 def long_data(folder):

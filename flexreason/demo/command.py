@@ -111,7 +111,9 @@ def demo(out: Path, steps: int, held_out: int, seed: int, device: str, say: Any)
     from flexreason.demo import material
     from flexreason.demo.telling import transcript
     from flexreason.draw import draw_table
+    from flexreason.train.command import check_installed
 
+    check_installed()
     data = material.make(steps, held_out, seed)
     material.save(out, data)
     say("Sums, and follow-ups on their answers. Reasoning stands in brackets; in later turns it is gone:\n")

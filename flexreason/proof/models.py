@@ -6,6 +6,7 @@ import sys
 import time
 from collections import Counter
 from dataclasses import replace
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 from flexreason.proof.scan import scan, write
@@ -44,6 +45,8 @@ def _overview(options: argparse.Namespace) -> int:
     for verdict, names in sorted(by_verdict.items()):
         print(f"{verdict}: {len(names)}\n  " + "\n  ".join(names))
     print(f"with transformers {found['transformers']}, torch {found['torch']}")
+    if (here := version("transformers")) != found["transformers"]:
+        print(f"here is transformers {here}, of which this says nothing: a model is tested when it is patched")
     return 0
 
 

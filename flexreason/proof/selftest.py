@@ -28,7 +28,15 @@ from flexreason.patching import apply_patch, unpatch
 from flexreason.proof import oracle
 from flexreason.proof.shrink import ORIGINAL, SPECIAL, VOCABULARY, build, class_of, default_config, shrink
 from flexreason.proof.testing import relative_l2, true_float64
-from flexreason.refuse import RECURRENT, ROPE_BY_LONGEST, is_recurrent, reason_against, rope_settings, rope_types
+from flexreason.refuse import (
+    RECURRENT,
+    ROPE_BY_LONGEST,
+    SOFTCAP,
+    is_recurrent,
+    reason_against,
+    rope_settings,
+    rope_types,
+)
 from flexreason.row import IGNORED, Row, collate
 from flexreason.sample import Sample
 from flexreason.tree import lay_out
@@ -101,7 +109,10 @@ def _check(what: Any, cls: type[PreTrainedModel] | None) -> Result:
         name = cls.__name__
         if is_recurrent(cls, what.get_text_config()):
             return Result(name, "refused", RECURRENT)
-        model = build(shrink(what), cls).double()
+        small = shrink(what)
+        if getattr(small, SOFTCAP, None):
+            small._attn_implementation = "eager"  # by default it is sdpa below transformers 5.21, which has no softcap
+        model = build(small, cls).double()
     except Exception as error:  # whatever a config or class raises: it cannot be tested, and that is the answer
         return Result(name, "cannot be built tiny", said(error))
     notes = _Notes(describe(model))

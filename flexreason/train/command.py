@@ -9,6 +9,7 @@ command is given again.
 """
 
 import argparse
+import importlib.util
 import json
 import sys
 
@@ -22,8 +23,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print the outcome as JSON")
 
 
+def check_installed() -> None:
+    """Training takes packages that the rest does without."""
+    if missing := [name for name in ("accelerate", "datasets") if importlib.util.find_spec(name) is None]:
+        raise ValueError(f"training needs {' and '.join(missing)}: pip install 'flexreason[train]'")
+
+
 def run(options: argparse.Namespace) -> int:
     settings = from_options(options)
+    check_installed()
     from flexreason.train.run import train  # transformers' Trainer takes seconds to import
     from flexreason.train.trainer import Broken
 
