@@ -105,7 +105,7 @@ def _lists(cells: Cells, rows: Tensor, columns: Tensor, reach: Callable[[int, in
 
 def _to_front(row: Tensor, listed: Tensor, count: Tensor, columns: Tensor) -> None:
     """Write the listed columns to the front of each row of zeros, [R, C]."""
-    ahead = torch.arange(len(columns)) < count
+    ahead = torch.arange(len(columns), device=row.device) < count
     row.masked_scatter_(ahead, columns.expand_as(listed)[listed])
 
 

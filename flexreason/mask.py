@@ -22,6 +22,9 @@ MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 MASKS = ("interval", "turn_role")
 
+LONGEST = 2**30
+"""Positions stay below this, in 32 bits with room for a sum."""
+
 
 def per_token(tree: Tree, name: str) -> Tensor:
     """One per-token tensor [S] of a layout or row."""
@@ -76,8 +79,8 @@ def near(position: Tensor, window: int | None, chunk: int | None) -> MaskMod:
 
     What can be computed once a token stands in a table: a kernel computes what is left once a pair.
     """
-    behind = position if window is None else position + window  # the first position that does not see it any more
-    number = position if chunk is None else position // chunk
+    behind = position if window is None else position + min(window, LONGEST)  # the first position that is too far
+    number = position if chunk is None else position // min(chunk, LONGEST)
 
     def visible(b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
         allowed = q == q

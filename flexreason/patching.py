@@ -152,10 +152,9 @@ class Patch:
             self.hooks = hooks
             self.apply()
 
-    @property
-    def backend_in_use(self) -> str:
-        """The backend that computes rows where the model is now."""
-        return choose_backend(self.backend, next(self.root.parameters()))
+    def backend_on(self, device: torch.device) -> str:
+        """The backend that computes rows on a device."""
+        return choose_backend(self.backend, device, next(self.root.parameters()).dtype)
 
     @torch.compiler.disable
     def before(self, decoder: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
@@ -170,7 +169,7 @@ class Patch:
         if decoder.training and not self.warned:
             self.warned = True
             warn_of_dropout(self.root)
-        backend = self.backend_in_use
+        backend = self.backend_on(given["until"].device)
         _check_pair(backend, self.mask)
         row = {key: given[key] for key in PER_TOKEN}
         if self.mask == "turn_role":

@@ -1,7 +1,5 @@
 """Every backend against attention written out with a matrix: forward, backward, and what it holds in memory."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -207,7 +205,7 @@ def test_flex_raises_where_torch_would_fall_back_to_scores_of_s_by_s(monkeypatch
 
 def test_auto_is_flex_on_gpus_and_what_it_cannot_do_there_is_refused():
     def chosen(device, dtype, wanted="auto"):
-        return choose_backend(wanted, SimpleNamespace(device=torch.device(device), dtype=dtype))
+        return choose_backend(wanted, torch.device(device), dtype)
 
     assert [chosen("cuda", dtype) for dtype in (torch.bfloat16, torch.float32, torch.float64)] == [
         *("flex", "flex", "segments")
@@ -221,3 +219,10 @@ def test_auto_is_flex_on_gpus_and_what_it_cannot_do_there_is_refused():
         told == 'backend "flex" on GPUs has addresses of 32 bits, too few for rows of 2,147,483,648 numbers in a layer'
     )
     assert not flex.unfit(torch.device("cpu"), torch.float64)
+
+
+def test_how_far_a_tensor_reaches_in_memory():
+    whole = torch.zeros(2, 5, 12)
+    assert flex.reach(whole) == 120
+    assert flex.reach(whole.transpose(1, 2)) == 120
+    assert flex.reach(whole[..., :4]) == 120 - 8  # a part of one projection

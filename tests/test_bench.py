@@ -70,15 +70,59 @@ def pairs_of_tree():
     return sum(range(1, 40)) + sum(sum(range(start + 1, start + 14)) for start in (6, 16))
 
 
-def test_what_differs_or_does_not_run_is_no_success(config, capsys, monkeypatch):
+def test_one_pass_that_differs_or_does_not_run_is_no_success(config, capsys, monkeypatch):
     assert cli.main(["bench", str(config), *SMALL, "--backend", "flex"]) == 1  # it has no backward on CPU
     out = capsys.readouterr().out
     assert 'backend "flex" has no backward on CPU' in out
-    assert "one pass did not run" in out
+    assert "One pass did not run" in out
     right = bench.one_pass
     monkeypatch.setattr(bench, "one_pass", lambda *args: 1.01 * right(*args))
     assert cli.main(["bench", str(config), *SMALL]) == 1
-    assert "The losses differ" in capsys.readouterr().out
+    assert "which is another" in capsys.readouterr().out
+
+
+def raises(error):
+    def step(*args):
+        raise error
+
+    return step
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("full"), RuntimeError("no such kernel"), ValueError("row: no")]
+)
+def test_samples_that_do_not_run_cost_no_more_than_the_comparison(config, capsys, monkeypatch, error):
+    monkeypatch.setattr(bench, "one_by_one", raises(error))
+    found = figures(capsys, config, *SMALL)
+    samples, one_pass = found["ways"]
+    assert samples["failed"] == f"{type(error).__name__}: {error}"
+    assert one_pass["median_ms"] > 0
+    assert one_pass["speed_up"] is None
+    assert cli.main(["bench", str(config), *SMALL]) == 0
+    assert str(error) in capsys.readouterr().out
+    monkeypatch.setattr(bench, "one_pass", raises(error))
+    assert cli.main(["bench", str(config), *SMALL]) == 1
+    assert "One pass did not run" in capsys.readouterr().out
+
+
+def test_a_way_of_the_samples_that_differs_is_no_reference(config, capsys, monkeypatch):
+    monkeypatch.setattr(bench, "unfit_to_pack", lambda root: "")
+    monkeypatch.setattr(bench, "packed", lambda root, packs, loss: 1.01)  # at once, and wrong
+    one_by_one, packed, _ = figures(capsys, config, *SMALL)["ways"]
+    assert (one_by_one["speed_up"], packed["name"]) == (1, "N samples, packed")
+    monkeypatch.setattr(bench, "packed", lambda root, packs, loss: one_by_one["loss"])  # at once, and right
+    assert [one["speed_up"] == 1 for one in figures(capsys, config, *SMALL)["ways"]] == [False, True, False]
+
+
+def test_work_that_cannot_be_counted_or_not_in_full_is_said(tmp_path, config, capsys, monkeypatch):
+    windowed = tmp_path / "windowed.json"
+    windowed.write_text(json.dumps({**CONFIG, "model_type": "mistral", "sliding_window": 9}))
+    found = figures(capsys, windowed, *SMALL)
+    assert any(note.startswith("of work: its windows are not counted") for note in found["notes"])
+    monkeypatch.setattr(bench, "shape_of", raises(ValueError("its config does not say")))
+    found = figures(capsys, config, *SMALL)
+    assert "work is not counted: its config does not say" in found["notes"]
+    assert found["work_ratio"] is None
 
 
 def test_data_of_ones_own(config, tmp_path, capsys):

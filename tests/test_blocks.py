@@ -62,6 +62,13 @@ def test_lists_made_as_on_a_gpu_are_the_same(given_samples, block_size):
         assert torch.equal(getattr(found, name), getattr(expected, name)), name
 
 
+def test_a_layout_stays_on_its_device_whatever_the_default_is():
+    layout = fr.lay_out(random_tree())
+    with torch.device("meta"):
+        found = fr.block_mask(layout, block_size=16)
+    assert torch.equal(found.kv_indices, fr.block_mask(layout, block_size=16).kv_indices)
+
+
 @given(st.lists(turns(), min_size=0, max_size=3), st.sampled_from(SIZES), st.integers(0, 2))
 def test_the_block_mask_of_a_packed_and_padded_row_is_its_dense_mask_pooled(conversations, block_size, more):
     layouts = [fr.lay_out_turns(conversation) for conversation in conversations]

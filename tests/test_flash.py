@@ -2,7 +2,7 @@
 
 The kernels run on GPUs alone, where `tests/gpu` holds them against attention written out. Here their place is taken by
 what they are documented to compute, in plain operations and any precision, so that every call and every merge is
-checked; and torch itself says whether it takes the calls, on tensors without storage.
+checked; and torch's operators are called on tensors without storage.
 """
 
 import math
@@ -136,12 +136,22 @@ def test_output_and_gradients_are_those_of_attention_written_out(name, limits, s
 @pytest.mark.usefixtures("as_documented")
 def test_heads_in_groups_are_the_same(monkeypatch):
     row = fr.collate([fr.lay_out_turns(random_turns([(20, 30, 10)] * 6))])
+    q, k, _ = inputs(row["until"].shape[1], 6, 2, size=8)
     work = segments.prepare(row).calls
-    rows = row["until"].shape[1] + work.padded
-    monkeypatch.setattr(flash, "AT_ONCE", 3 * rows * 8)  # of six query heads three at a time
-    assert len([*flash._heads(*inputs(row["until"].shape[1], 6, 6)[:2], work)]) == 2
+    for at_once, groups in ((6, [(6, 2)]), (4, [(3, 1)] * 2), (2, [(2, 1), (1, 1)] * 2), (0, [(1, 1)] * 6)):
+        monkeypatch.setattr(flash, "AT_ONCE", at_once * work.rows * 32)  # the kernels round heads up to 32
+        found = [(of_q.stop - of_q.start, of_k.stop - of_k.start) for of_q, of_k in flash._heads(q, k, work)]
+        assert found == groups
+        check(row, heads=6, groups=2)
     check(row, heads=6, groups=6)
-    check(row, heads=6, groups=2)
+
+
+@pytest.mark.usefixtures("as_documented")
+def test_limits_beyond_all_positions_are_none():
+    row = rows()["paper"]
+    for limits in ({"window": 10**6}, {"chunk": 10**6}, {"window": 2**32}):
+        assert segments.prepare(row, **limits).calls.rounds
+        check(row, **limits)
 
 
 @given(st.lists(samples(), min_size=1, max_size=3), st.sampled_from(LIMITS), st.sampled_from([flash.GPU, (1, 1, 1)]))
@@ -174,7 +184,7 @@ def test_rounds_hold_every_rectangle_once_and_disjoint_queries():
 
 @pytest.mark.parametrize("limits", [{}, {"window": 60}, {"chunk": 50}], ids=str)
 def test_torch_takes_the_calls(limits):
-    """Forward and backward of torch's own operators, by their shapes."""
+    """Its operators' arguments and shapes; whether the kernels take them is for a GPU to say."""
     row = rows()["packed"]
     n = int((row["document"] >= 0).sum())
     until, position = (row[name][0, :n].tolist() for name in ("until", "position_ids"))
@@ -190,33 +200,52 @@ def test_more_sequences_than_a_grid_has_blocks_are_refused():
     n = flash.SEQUENCES
     until, position = [*range(1, n + 1)], [0] * n  # documents of one token
     assert flash.calls(until, position, None, None, torch.device("cpu")).rounds == ()
-    with pytest.raises(ValueError, match="its trees have 65,536 segments, and flash attention takes 65,535 sequences"):
+    with pytest.raises(ValueError, match="takes 65,536 sequences, and flash attention has 65,535 at most"):
         flash.calls([*until, n + 1], [*position, 0], None, None, torch.device("cpu"))
+    path = [2 * n + 2] * (2 * n + 2), [*range(2 * n + 2)]
+    with pytest.raises(ValueError, match="takes 65,536 sequences"):
+        flash.calls(*path, None, 2, torch.device("cpu"))
 
 
 def test_kernels_that_are_not_there_are_said_by_name():
     q = torch.randn(1, 2, 16, 32)
-    assert flash.unfit(q, q) == "flash attention has no float32"
-    assert flash.unfit(q.bfloat16()[..., :12], q) == "flash attention has no head size of 12"
-    assert flash.unfit(*[q.bfloat16()] * 2).startswith("flash attention of this torch raised ")  # it has none for CPU
+    assert flash.unfit(q, q, False) == "flash attention has no float32"
+    assert flash.unfit(q.bfloat16()[..., :12], q, False) == "flash attention has no head size of 12"
+    told = flash.unfit(*[q.bfloat16()] * 2, False)  # torch has none for CPUs
+    assert told.startswith(
+        "flash attention here raised NotImplementedError: Could not run 'aten::_flash_attention_forward'"
+    )
+
+
+def fault(windowed=False):
+    return flash._fault.__wrapped__(torch.device("cpu"), torch.float32, 16, 2, windowed, None)
 
 
 def test_kernels_that_compute_something_else_are_found_out(monkeypatch):
-    """As one would that aligns causal sequences at their first tokens, or leaves a window out."""
+    """As one would that leaves a window out, or what was merged; and one without windows is asked about none."""
     monkeypatch.setattr(flash, "_forward", forward)
     monkeypatch.setattr(flash, "_backward", backward)
-    cpu = torch.device("cpu")
-    assert flash._fault.__wrapped__(cpu, torch.float32, 16, 2, None) == ""
+    with torch.inference_mode():
+        assert fault() == fault(windowed=True) == ""
     monkeypatch.setattr(flash, "_forward", lambda *args, **more: forward(*args, **{**more, "window_size_left": -1}))
-    assert (
-        flash._fault.__wrapped__(cpu, torch.float32, 16, 2, None)
-        == "flash attention of this torch computes something else"
-    )
+    assert fault() == ""
+    assert fault(windowed=True) == "flash attention here computes something else"
     monkeypatch.setattr(flash, "_forward", forward)
     monkeypatch.setattr(
-        flash, "_backward", lambda grad, q, k, v, out, *args, **more: backward(grad, q, k, v, out * 0, *args, **more)
+        flash, "_backward", lambda g, q, k, v, out, *args, **more: backward(g, q, k, v, out * 0, *args, **more)
     )
-    assert (
-        flash._fault.__wrapped__(cpu, torch.float32, 16, 2, None)
-        == "flash attention of this torch computes something else"
-    )
+    assert fault() == "flash attention here computes something else"
+
+
+def test_kernels_that_raise_are_said_but_a_full_card_is_not_taken_for_that(monkeypatch):
+    def raises(error):
+        def kernel(*args, **more):
+            raise error
+
+        monkeypatch.setattr(flash, "_forward", kernel)
+
+    raises(AssertionError())
+    assert fault() == "flash attention here raised AssertionError: "
+    raises(torch.OutOfMemoryError("full"))
+    with pytest.raises(torch.OutOfMemoryError):
+        fault()

@@ -97,3 +97,13 @@ def test_unknown_masks_and_limits_are_refused():
         fr.block_mask(layout, window=0)
     with pytest.raises(ValueError, match=r"row: expected the key 'until' \(fr.collate makes it\), found input_ids"):
         fr.dense_mask({"input_ids": torch.zeros(1, 3)})
+
+
+@pytest.mark.parametrize("limit", [10**4, 2**30, 2**31 - 1, 2**31, 2**40])
+@pytest.mark.parametrize("kind", ["window", "chunk"])
+def test_limits_beyond_all_positions_are_none_however_large(kind, limit):
+    """Positions are compared in 32 bits."""
+    layout = fr.lay_out_turns(random_turns([(6, 9, 4), (3, 0, 5)]))
+    assert torch.equal(fr.dense_mask(layout, **{kind: limit}), fr.dense_mask(layout))
+    blocks = fr.block_mask(layout, block_size=16, **{kind: limit})
+    assert int(blocks.kv_num_blocks.sum() + blocks.full_kv_num_blocks.sum()) == 3

@@ -233,6 +233,13 @@ def test_what_training_needs_is_named_where_it_is_missing(command, tmp_path, mon
     assert "training needs accelerate: pip install 'flexreason[train]'" in capsys.readouterr().err
 
 
+def test_a_process_that_sees_two_gpus_is_refused_unless_it_uses_none(material, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(ValueError, match="one process sees 2 GPUs: start one each with torchrun"):
+        train(settings(material, tmp_path / "refused"), silent)
+    assert train(settings(material, tmp_path / "out", steps=1, trainer={"use_cpu": True}), silent).steps == 1
+
+
 def long_data(folder):
     path = folder / "long.jsonl"
     chats = [[{"role": "user", "content": "x" * n}, {"role": "assistant", "content": "y"}] for n in (5, 200, 300, 400)]

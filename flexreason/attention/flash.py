@@ -6,8 +6,8 @@ Rectangles whose queries are disjoint make a *round*, and a round is one call; o
 about as many as the logarithm of its turns. Their outputs are merged by log-sum-exp. Backward needs no output of a
 round: given the merged output and log-sum-exp, every call yields its own share of the gradients.
 
-Under a window or chunks there is one call alone: every chain reads its own keys behind those of its path that are
-still near, which are few.
+Under a window or chunks there is one call alone: every chain reads its own keys behind copies of those of its path that
+are still near. These are few where the window is short; where it is long, flex is the better backend.
 
 Padding is left out: its output is 0, and nobody sees it.
 
@@ -35,7 +35,8 @@ SEQUENCES = 2**16 - 1
 """The most of a call: as many blocks as a grid has in its second dimension."""
 
 AT_ONCE = 2**28
-"""Numbers of a merged output in float32 that are held at a time: the key heads are gone through in groups."""
+"""Numbers of queries, or of keys repeated for their queries, that one call computes: heads are gone through in groups.
+It bounds what is held in float32 at a time, and keeps offsets inside the kernels, of 32 bits in places, below 2^31."""
 
 CLOSE = 0.03
 """Relative error of bfloat16 that is no more than rounding: some 0.004 to 0.01."""
@@ -55,10 +56,16 @@ class Gathered:
     index: Tensor | None  # which they are; None if all of `whole`, in order
     offsets: Tensor  # int32: where each sequence begins, and where the last ends
     longest: int
+    total: int
 
     @classmethod
     def of(cls, sequences: Sequence[Sequence[Span]], device: torch.device) -> "Gathered":
         """Sequences that are each put together from stretches of storage."""
+        if len(sequences) > SEQUENCES:
+            raise ValueError(
+                f"row: its attention takes {len(sequences):,} sequences, and flash attention has {SEQUENCES:,} at "
+                'most; use backend="flex", or shorter rows'
+            )
         spans = [span for sequence in sequences for span in sequence]
         lengths = [sum(stop - start for start, stop in sequence) for sequence in sequences]
         adjacent = all(a[1] == b[0] for a, b in pairwise(spans))
@@ -67,6 +74,7 @@ class Gathered:
             index=None if adjacent else _indices(spans, device),
             offsets=torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device),
             longest=max(lengths),
+            total=sum(lengths),
         )
 
     def take(self, x: Tensor) -> Tensor:
@@ -138,9 +146,10 @@ class Calls:
     rounds: tuple[Call, ...] = ()
 
     @property
-    def padded(self) -> int:
-        """Rows that the kernels' own sums take beside those of tokens: up to a tile for every sequence."""
-        return TILE * max(len(call.queries.offsets) for call in (self.first, *self.rounds))
+    def rows(self) -> int:
+        """Of the largest tensor in a call: tokens, and a tile for every sequence in the kernels' own sums."""
+        every = (self.first, *self.rounds)
+        return max(max(call.queries.total, call.keys.total) + TILE * len(call.queries.offsets) for call in every)
 
 
 def calls(
@@ -150,11 +159,8 @@ def calls(
     in_storage = chains(until, position)
     if not in_storage:
         return None
-    if len(in_storage) > SEQUENCES:
-        raise ValueError(
-            f"row: its trees have {len(in_storage):,} segments, and flash attention takes {SEQUENCES:,} sequences; use "
-            'backend="flex", or shorter rows'
-        )
+    longest = max(position) + 1
+    window, chunk = (None if limit is None or limit >= longest else limit for limit in (window, chunk))
     if window is not None or chunk is not None:
         queries, keys = zip(*paths(in_storage, window, chunk), strict=True)
         return Calls(Call(Gathered.of([[span] for span in queries], device), Gathered.of(keys, device), True, window))
@@ -225,17 +231,23 @@ def backward(
             for total, share, tokens in zip(totals, shares, (call.queries, call.keys, call.keys), strict=True):
                 tokens.add(total, share)
         for gradient, total, heads in zip(gradients, totals, groups, strict=True):
-            _rows(gradient, heads).copy_(total)
+            _rows(gradient, heads).add_(total)  # a key head may be in several groups
     return gradients
 
 
 def _heads(q: Tensor, k: Tensor, work: Calls) -> Iterator[tuple[slice, slice]]:
-    """Query heads with the key heads that they read, as many as may be merged at a time."""
+    """Query heads with the key heads that they read: several with all of theirs, or some of those of one."""
     n = q.shape[1] // k.shape[1]
-    at_once = max(1, AT_ONCE // (n * (q.shape[2] + work.padded) * q.shape[3]))
-    for first in range(0, k.shape[1], at_once):
-        last = min(first + at_once, k.shape[1])
-        yield slice(first * n, last * n), slice(first, last)
+    size = -(-q.shape[3] // 32) * 32  # as the kernels round it up
+    at_once = max(1, AT_ONCE // (work.rows * size))  # query heads
+    if at_once >= n:
+        for first in range(0, k.shape[1], at_once // n):
+            last = min(first + at_once // n, k.shape[1])
+            yield slice(first * n, last * n), slice(first, last)
+        return
+    for key in range(k.shape[1]):
+        for first in range(key * n, (key + 1) * n, at_once):
+            yield slice(first, min(first + at_once, (key + 1) * n)), slice(key, key + 1)
 
 
 def _rows(x: Tensor, heads: slice) -> Tensor:
@@ -249,14 +261,14 @@ def _zeros_like(x: Tensor) -> Tensor:
     return x.new_zeros(1, x.shape[2], x.shape[1], x.shape[3]).transpose(1, 2)
 
 
-def unfit(q: Tensor, k: Tensor) -> str:
+def unfit(q: Tensor, k: Tensor, windowed: bool) -> str:
     """Why the kernels do not take these tensors, or nothing."""
     size = q.shape[-1]
     if q.dtype not in (torch.bfloat16, torch.float16):
         return f"flash attention has no {str(q.dtype).removeprefix('torch.')}"
     if size > 256 or size % 8:
         return f"flash attention has no head size of {size}"
-    return _fault(q.device, q.dtype, size, q.shape[1] // k.shape[1], _which())
+    return _fault(q.device, q.dtype, size, q.shape[1] // k.shape[1], windowed, _which())
 
 
 def _which() -> str | None:
@@ -265,28 +277,29 @@ def _which() -> str | None:
 
 
 @cache
-def _fault(device: torch.device, dtype: torch.dtype, size: int, heads: int, which: str | None) -> str:
-    """What is wrong with the kernels on this device, or nothing. They are asked once, about a small tree with and
-    without a window, since they are not torch's public ones."""
+@torch.inference_mode(False)
+def _fault(device: torch.device, dtype: torch.dtype, size: int, heads: int, windowed: bool, which: str | None) -> str:
+    """What is wrong with the kernels on this device, or nothing. They are asked once, about a small tree, since they
+    are not torch's public ones; and about windows where there are any, which not all of them have."""
     layout = lay_out_turns([([0] * 70, [0] * 90, [0] * 40)] * 3)
-    until, position = layout.until.tolist(), layout.position_ids.tolist()
+    window, scale = 100 if windowed else None, size**-0.5
     generator = torch.Generator().manual_seed(0)
     drawn = [torch.randn(1, n, len(layout), size, generator=generator) for n in (2 * heads, 2, 2, 2 * heads)]
     q, k, v, grad = (x.to(device, dtype) for x in drawn)
-    scale = size**-0.5
-    for window in (None, 100):
+    with torch.enable_grad():
         q_, k_, v_ = (x.float().requires_grad_() for x in (q, k, v))
-        visible = dense_mask(layout, window=window).to(device)
-        with torch.enable_grad():
-            right = dense.attend(q_, k_, v_, visible, scale).transpose(1, 2)
-            expected = [right, *torch.autograd.grad(right, (q_, k_, v_), grad.float())]
-        try:
-            work = calls(until, position, window, None, device)
+        right = dense.attend(q_, k_, v_, dense_mask(layout, window=window).to(device), scale).transpose(1, 2)
+        expected = [right, *torch.autograd.grad(right, (q_, k_, v_), grad.float())]
+    try:
+        work = calls(layout.until.tolist(), layout.position_ids.tolist(), window, None, device)
+        with torch.no_grad():
             out, lse = forward(q, k, v, work, scale)
             found = [out, *backward(grad, q, k, v, out, lse, work, scale)]
-        except (RuntimeError, NotImplementedError) as error:
-            return f"flash attention of this torch raised {str(error).splitlines()[0]}"
-        for a, b in zip(found, expected, strict=True):
-            if not (a - b).norm() <= CLOSE * b.norm():
-                return "flash attention of this torch computes something else"
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # whatever kernels raise that are not made for this device
+        return f"flash attention here raised {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+    for a, b in zip(found, expected, strict=True):
+        if not (a - b).norm() <= CLOSE * b.norm():
+            return "flash attention here computes something else"
     return ""

@@ -36,9 +36,11 @@ def attend(
     sinks: Tensor | None = None,
 ) -> Tensor:
     """Attention of queries [1, H, S, D] over keys [1, G, S, D] and values [1, G, S, E]: [1, S, H, E]."""
-    numbers = max(q[..., :1].numel() * max(q.shape[-1], v.shape[-1]), k.numel(), v.numel())  # of the output too
-    if why := unfit(q.device, q.dtype, numbers):
+    output = q[..., :1].numel() * v.shape[-1]
+    if why := unfit(q.device, q.dtype, max(q.numel(), k.numel(), v.numel(), output)):
         raise NotImplementedError(f'{why}; use backend="segments"')
+    if q.device.type == "cuda":  # parts of one projection lie far apart
+        q, k, v = (x.contiguous() if reach(x) >= ADDRESSES else x for x in (q, k, v))
     if q.device.type == "cpu":
         _check_cpu(q, k, v, sinks)
         q, k, v = q.detach(), k.detach(), v.detach()
@@ -54,6 +56,11 @@ def attend(
     # One more logit a head, without a value, only scales the output; in fp32, since the factor's gradient needs it.
     factor = torch.sigmoid(aux.lse - sinks.view(1, -1, 1)).unsqueeze(-1)
     return (out * factor).to(out.dtype).transpose(1, 2)
+
+
+def reach(x: Tensor) -> int:
+    """Numbers from the first of a tensor to behind its last, in memory."""
+    return 1 + sum((n - 1) * stride for n, stride in zip(x.shape, x.stride(), strict=True))
 
 
 def unfit(device: torch.device, dtype: torch.dtype, numbers: int = 0) -> str:

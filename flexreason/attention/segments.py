@@ -115,7 +115,7 @@ class _Attend(torch.autograd.Function):
     def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, work: Segments, score: pieces.Score
     ) -> Tensor:
-        how = route(q, k, v, score.softcap)
+        how = route(q, k, v, score.softcap, work.window is not None)
         say_route(how)
         if how == "flash":
             out, lse = flash.forward(q, k, v, work.calls, score.scale)
@@ -193,14 +193,14 @@ def _backward_tiles(
     return dq, dk, dv
 
 
-def route(q: Tensor, k: Tensor, v: Tensor, softcap: float | None) -> str:
+def route(q: Tensor, k: Tensor, v: Tensor, softcap: float | None, windowed: bool = False) -> str:
     """ "flash" or "fused", or "tiled: why"."""
     if softcap is not None:
         return "tiled: softcap"
     if v.shape[-1] != q.shape[-1]:
         return "tiled: values and keys differ in head size"
     if q.device.type == "cuda":
-        why = flash.unfit(q, k)
+        why = flash.unfit(q, k, windowed)
         return f"tiled: {why}" if why else "flash"
     if why := pieces.unfit(q, k):
         return f"tiled: {why}"

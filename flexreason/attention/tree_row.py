@@ -56,8 +56,9 @@ class TreeRow:
         return self.tables[window, chunk]
 
 
-def choose_backend(wanted: str, like: Tensor) -> str:
-    """What "auto" means for weights such as these: flex on a GPU, which has no float64, and segments elsewhere."""
+def choose_backend(wanted: str, device: torch.device, dtype: torch.dtype) -> str:
+    """What "auto" means for rows on a device, and weights of a dtype: flex on a GPU, which has no float64, and segments
+    elsewhere."""
     if wanted != "auto":
         return wanted
-    return "flex" if like.device.type == "cuda" and like.dtype != torch.float64 else "segments"
+    return "flex" if device.type == "cuda" and dtype != torch.float64 else "segments"

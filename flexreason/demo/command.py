@@ -42,7 +42,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--held-out", type=int, default=HELD_OUT, metavar="N", help="conversations to ask (%(default)s)"
     )
-    parser.add_argument("--device", default="cpu", help="to compute on; so small a model needs no other (%(default)s)")
+    parser.add_argument(
+        "--device", choices=["cpu", "cuda"], default="cpu", help="so small a model needs no other (%(default)s)"
+    )
     parser.add_argument("--compare", action="store_true", help="instead, four ways to train at equal steps and data")
     parser.add_argument("--json", action="store_true", help="print one JSON object; what goes on is told on stderr")
 

@@ -148,7 +148,7 @@ class _Verification:
         return Report(
             model=type(self.root).__name__,
             dtype=_name(self.dtype),
-            backend=self.patch.backend_in_use,
+            backend=self.patch.backend_on(next(self.model.parameters()).device),
             loss=self.patch.loss,
             verdict=verdict,
             errors=self.errors,
@@ -335,13 +335,13 @@ class _Verification:
 
     def row(self, model: nn.Module) -> Row:
         device = next(model.parameters()).device
-        block_size = BLOCK if self.patch.backend_in_use == "flex" else 8  # which pads less
+        block_size = BLOCK if self.patch.backend_on(device) == "flex" else 8  # which pads less
         row = collate([one.layout for one in self.chosen], block_size=block_size)
         return {key: value.to(device) for key, value in row.items()}
 
     def forward_only(self, model: nn.Module) -> bool:
         device = next(model.parameters()).device
-        return device.type == "cpu" and self.patch.backend_in_use == "flex"
+        return device.type == "cpu" and self.patch.backend_on(device) == "flex"
 
     def n_samples(
         self, model: nn.Module, samples: Sequence[Sample] | None = None, gradients: bool = True

@@ -61,7 +61,7 @@ def copy_in(model: nn.Module, dtype: torch.dtype, notes: list[str]) -> nn.Module
     """A copy of the model, patched alike, in another dtype, in which it computes throughout."""
     made = copy.deepcopy(model)
     root, ours = find_root(made), find_patch(made)
-    if ours is not None and ours.backend_in_use == "flex" and flex.unfit(root.device, dtype):
+    if ours is not None and ours.backend_on(root.device) == "flex" and flex.unfit(root.device, dtype):
         ours.backend = "segments" if ours.mask in segments.MASKS else "dense"
         notes.append(
             f'in {str(dtype).removeprefix("torch.")} it is backend "{ours.backend}" that is compared, since '

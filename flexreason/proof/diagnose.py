@@ -248,7 +248,7 @@ def _is_part(name: str) -> bool:
 def _watch(model: nn.Module, patch: Patch, row: Row) -> Watched:
     with _watching(patch.root) as watched:
         model(**row)
-    watched.backend = patch.backend_in_use
+    watched.backend = patch.backend_on(row["input_ids"].device)
     return watched
 
 

@@ -96,7 +96,7 @@ class _Run:
                 f"rows_per_step: expected a multiple of the {self.world} processes, found {self.rows_per_step}"
             )
         self.precision = _precision(settings.precision)
-        if self.world == 1 and torch.cuda.device_count() > 1:
+        if self.world == 1 and torch.cuda.device_count() > 1 and not settings.trainer.get("use_cpu"):
             raise ValueError(
                 f"one process sees {torch.cuda.device_count()} GPUs: start one each with torchrun --nproc-per-node "
                 f"{torch.cuda.device_count()} -m flexreason train ..., or let it see one with CUDA_VISIBLE_DEVICES"
