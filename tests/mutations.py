@@ -57,7 +57,7 @@ MUTATIONS = {  # name: (file, what stands there, what to write instead)
         "mask.py", "(number[q] == number[kv])", "(q // chunk == kv // chunk)",
     ),
     "chunk: one token longer": (
-        "mask.py", "position // chunk\n", "position // (chunk + 1)\n",
+        "mask.py", "position // min(chunk, LONGEST)", "position // (min(chunk, LONGEST) + 1)",
     ),
     "blocks: partial keys of a query block lost": (
         "blocks.py", "kv_num_blocks, kv_indices = _lists(partial, i, j, before)", "kv_num_blocks, kv_indices = _lists(full, i, j, before)",
