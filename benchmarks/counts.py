@@ -15,7 +15,7 @@ import torch
 
 import flexreason as fr
 from flexreason.attention import flash
-from flexreason.bench import amount
+from flexreason.bench.report import amount
 from flexreason.data.work import SIZES
 from kernel import SHAPES, conversation, scaled
 from measure import print_json, print_table

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import flexreason
 
 COMMANDS = {  # module, what it is for
-    "bench": ("flexreason.bench", "time one pass against the N samples on your own machine, model and data"),
+    "bench": ("flexreason.bench.command", "time one pass against the N samples on your own machine, model and data"),
     "demo": ("flexreason.demo.command", "train a small model from scratch in single passes, and let it answer"),
     "models": ("flexreason.proof.models", "tell which models take rows exactly, or one model by name, path or class"),
     "report": ("flexreason.data.report", "say what is in your data, what one pass saves on it, and what is refused"),

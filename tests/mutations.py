@@ -148,16 +148,16 @@ MUTATIONS = {  # name: (file, what stands there, what to write instead)
         "mask.py", "position + min(window, LONGEST)", "position + window",
     ),
     "bench: a way that differs is the reference": (
-        "bench.py", ' and not self.differs(one)]', "]",
+        "bench/report.py", ' and not self.differs(one)]', "]",
     ),
     "bench: another loss is a success": (
-        "bench.py", "return bool(ran) and not any(map(self.differs, ran))", "return bool(ran)",
+        "bench/report.py", "return bool(ran) and not any(map(self.differs, ran))", "return bool(ran)",
     ),
     "bench: packed samples see each other": (
-        "bench.py", "ends = (one.offsets, one.offsets,", "ends = (one.offsets[[0, -1]], one.offsets[[0, -1]],",
+        "bench/ways.py", "ends = (one.offsets, one.offsets,", "ends = (one.offsets[[0, -1]], one.offsets[[0, -1]],",
     ),
     "bench: the last token of a sample predicts": (
-        "bench.py", "torch.arange(stop - 1 - len(sample.target_ids), stop - 1)", "torch.arange(stop - len(sample.target_ids), stop)",
+        "bench/ways.py", "torch.arange(stop - 1 - len(sample.target_ids), stop - 1)", "torch.arange(stop - len(sample.target_ids), stop)",
     ),
     "flash: kernels are believed": (
         "attention/flash.py", "if not (a - b).norm() <= CLOSE * b.norm():", "if False:",
@@ -760,7 +760,7 @@ TESTS = {  # where to look for the test that notices, so that all of this takes 
     "attention/flash.py": ["tests/test_flash.py"],
     "attention/cover.py": ["tests/test_cover.py", "tests/test_flash.py", "tests/test_attention.py"],
     "attention/": ["tests/test_attention.py"],
-    "bench.py": ["tests/test_bench.py"],
+    "bench/": ["tests/test_bench.py"],
     "patching.py": ["tests/test_head.py", "tests/test_patching.py", "tests/test_integrations.py"],
     "loss.py": ["tests/test_patching.py"],
     "refuse.py": ["tests/test_patching.py", "tests/test_families.py"],

@@ -5,7 +5,8 @@ import json
 import pytest
 import torch
 
-from flexreason import bench, cli
+from flexreason import cli
+from flexreason.bench import command, ways
 from flexreason.proof.testing import relative_l2
 from models import tiny
 
@@ -75,8 +76,8 @@ def test_one_pass_that_differs_or_does_not_run_is_no_success(config, capsys, mon
     out = capsys.readouterr().out
     assert 'backend "flex" has no backward on CPU' in out
     assert "One pass did not run" in out
-    right = bench.one_pass
-    monkeypatch.setattr(bench, "one_pass", lambda *args: 1.01 * right(*args))
+    right = ways.one_pass
+    monkeypatch.setattr(ways, "one_pass", lambda *args: 1.01 * right(*args))
     assert cli.main(["bench", str(config), *SMALL]) == 1
     assert "which is another" in capsys.readouterr().out
 
@@ -92,7 +93,7 @@ def raises(error):
     "error", [torch.OutOfMemoryError("full"), RuntimeError("no such kernel"), ValueError("row: no")]
 )
 def test_samples_that_do_not_run_cost_no_more_than_the_comparison(config, capsys, monkeypatch, error):
-    monkeypatch.setattr(bench, "one_by_one", raises(error))
+    monkeypatch.setattr(ways, "one_by_one", raises(error))
     found = figures(capsys, config, *SMALL)
     samples, one_pass = found["ways"]
     assert samples["failed"] == f"{type(error).__name__}: {error}"
@@ -100,17 +101,17 @@ def test_samples_that_do_not_run_cost_no_more_than_the_comparison(config, capsys
     assert one_pass["speed_up"] is None
     assert cli.main(["bench", str(config), *SMALL]) == 0
     assert str(error) in capsys.readouterr().out
-    monkeypatch.setattr(bench, "one_pass", raises(error))
+    monkeypatch.setattr(ways, "one_pass", raises(error))
     assert cli.main(["bench", str(config), *SMALL]) == 1
     assert "One pass did not run" in capsys.readouterr().out
 
 
 def test_a_way_of_the_samples_that_differs_is_no_reference(config, capsys, monkeypatch):
-    monkeypatch.setattr(bench, "unfit_to_pack", lambda root: "")
-    monkeypatch.setattr(bench, "packed", lambda root, packs, loss: 1.01)  # at once, and wrong
+    monkeypatch.setattr(ways, "unfit_to_pack", lambda root: "")
+    monkeypatch.setattr(ways, "packed", lambda root, packs, loss: 1.01)  # at once, and wrong
     one_by_one, packed, _ = figures(capsys, config, *SMALL)["ways"]
     assert (one_by_one["speed_up"], packed["name"]) == (1, "N samples, packed")
-    monkeypatch.setattr(bench, "packed", lambda root, packs, loss: one_by_one["loss"])  # at once, and right
+    monkeypatch.setattr(ways, "packed", lambda root, packs, loss: one_by_one["loss"])  # at once, and right
     assert [one["speed_up"] == 1 for one in figures(capsys, config, *SMALL)["ways"]] == [False, True, False]
 
 
@@ -119,7 +120,7 @@ def test_work_that_cannot_be_counted_or_not_in_full_is_said(tmp_path, config, ca
     windowed.write_text(json.dumps({**CONFIG, "model_type": "mistral", "sliding_window": 9}))
     found = figures(capsys, windowed, *SMALL)
     assert any(note.startswith("of work: its windows are not counted") for note in found["notes"])
-    monkeypatch.setattr(bench, "shape_of", raises(ValueError("its config does not say")))
+    monkeypatch.setattr(command, "shape_of", raises(ValueError("its config does not say")))
     found = figures(capsys, config, *SMALL)
     assert "work is not counted: its config does not say" in found["notes"]
     assert found["work_ratio"] is None
@@ -177,17 +178,17 @@ def test_packed_samples_are_the_samples(family, config, length, monkeypatch):
     monkeypatch.setattr(varlen, "varlen_attn", within)
     model = tiny(family, **config)
     options = type("Options", (), {"lengths": "6/9/4", "turns": 3, "seed": 0})
-    samples = bench.random_conversations(options, 97, 1)[0]
+    samples = command.random_conversations(options, 97, 1)[0]
 
     def gradients(step):
         model.zero_grad()
         loss = step()
         return loss, [p.grad.clone() for p in model.parameters()]
 
-    expected_loss, expected = gradients(lambda: bench.one_by_one(model, samples, "model"))
-    packs = bench.pack(samples, length, torch.device("cpu"))
+    expected_loss, expected = gradients(lambda: ways.one_by_one(model, samples, "model"))
+    packs = ways.pack(samples, length, torch.device("cpu"))
     assert len(packs) == {1: 3, 60: 2, 1000: 1}[length]
-    loss, found = gradients(lambda: bench.packed(model, packs, "model"))
+    loss, found = gradients(lambda: ways.packed(model, packs, "model"))
     assert loss == pytest.approx(expected_loss, rel=1e-5)
     assert relative_l2(found, expected) < 1e-5
     assert model.config._attn_implementation == "sdpa"
@@ -195,9 +196,9 @@ def test_packed_samples_are_the_samples(family, config, length, monkeypatch):
 
 def test_packing_is_refused_by_name_where_there_are_no_kernels():
     model = tiny("Qwen3")
-    assert bench.unfit_to_pack(model) == "flash attention of variable lengths is for GPUs"
+    assert ways.unfit_to_pack(model) == "flash attention of variable lengths is for GPUs"
     softcapped = tiny("Gemma2", attn_logit_softcapping=2.0, query_pre_attn_scalar=8)
     options = type("Options", (), {"lengths": "6/9/4", "turns": 2, "seed": 0})
-    packs = bench.pack(bench.random_conversations(options, 97, 1)[0], 100, torch.device("cpu"))
+    packs = ways.pack(command.random_conversations(options, 97, 1)[0], 100, torch.device("cpu"))
     with pytest.raises(NotImplementedError, match="no softcap and no sinks"):
-        bench.packed(softcapped, packs, "model")
+        ways.packed(softcapped, packs, "model")

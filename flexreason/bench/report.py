@@ -1,0 +1,127 @@
+"""What was computed, on what, and how long it took."""
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from flexreason.data.work import Amount, Shape
+from flexreason.draw import draw_table
+from flexreason.layout import Layout
+
+SAME = {torch.float64: 1e-6, torch.float32: 1e-3, torch.bfloat16: 0.03, torch.float16: 0.01}
+"""How far losses of two ways may be apart, relative: no nonsense is to be timed. `flexreason verify` is the proof."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a way took, or why it took nothing."""
+
+    name: str
+    loss: float | None = None
+    ms: tuple[float, ...] = ()  # of every repeat
+    peak: int | None = None  # bytes
+    failed: str = ""
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.ms)
+
+
+@dataclass(frozen=True)
+class Report:
+    """All ways, and what they computed."""
+
+    model: str
+    device: str
+    dtype: str
+    torch: str
+    conversations: int
+    turns: int
+    tree: Amount
+    samples: Amount
+    shape: Shape | None
+    ways: list[Found]
+    notes: list[str]
+
+    @property
+    def token_ratio(self) -> float:
+        return self.samples.tokens / self.tree.tokens
+
+    @property
+    def work_ratio(self) -> float | None:
+        return None if self.shape is None else self.shape.work(self.samples) / self.shape.work(self.tree)
+
+    def differs(self, one: Found) -> bool:
+        """Whether a way has another loss than the first that ran, which are the N samples one by one if they fit."""
+        losses = [way.loss for way in self.ways if way.loss is not None]
+        return one.loss is not None and abs(one.loss / losses[0] - 1) > SAME[getattr(torch, self.dtype)]
+
+    @property
+    def reference(self) -> Found | None:
+        """The N samples, as whoever does without us would compute them best: the faster way of those that ran."""
+        ran = [one for one in self.ways if one.ms and one.name.startswith("N samples") and not self.differs(one)]
+        return min(ran, key=lambda one: one.median, default=None)
+
+    @property
+    def ok(self) -> bool:
+        """Whether one pass ran, with the samples' loss wherever it did."""
+        ran = [one for one in self.ways if one.ms and one.name.startswith("one pass")]
+        return bool(ran) and not any(map(self.differs, ran))
+
+    def speed_up(self, one: Found) -> float | None:
+        """By the N samples, repeat by repeat."""
+        if (reference := self.reference) is None or not one.ms:
+            return None
+        return statistics.median(a / b for a, b in zip(reference.ms, one.ms, strict=True))
+
+    def as_json(self) -> dict[str, Any]:
+        ways = [
+            {**asdict(one), "median_ms": one.median if one.ms else None, "speed_up": self.speed_up(one)}
+            for one in self.ways
+        ]
+        ratios = {"token_ratio": self.token_ratio, "work_ratio": self.work_ratio, "ok": self.ok}
+        named = {"tree": self.tree._asdict(), "samples": self.samples._asdict(), "ways": ways}
+        return {**asdict(self), **named, **ratios}
+
+    def __str__(self) -> str:
+        rows = [["", "ms", "speed-up", "of the work's", "memory", "loss"]]
+        for one in self.ways:
+            if not one.ms:
+                rows.append([one.name, "", "", "", "", one.failed])
+                continue
+            faster, share = self.speed_up(one), ""
+            if faster and self.work_ratio and one.name.startswith("one pass"):
+                share = f"{faster / self.work_ratio:.0%}"
+            memory = f"{(one.peak or 0) / 2**30:.2f} GiB"
+            loss = f"{one.loss:.6f}" + (", which is another" if self.differs(one) else "")
+            rows.append([one.name, f"{one.median:,.0f}", f"{faster:.2f}" if faster else "", share, memory, loss])
+        times_less = f"{self.token_ratio:.2f} of tokens" + (
+            f", {self.work_ratio:.2f} of work" if self.work_ratio else ""
+        )
+        lines = [
+            f"{self.model}, {self.dtype}, on {self.device}, torch {self.torch}",
+            f"{self.turns} turns in {_count(self.conversations)}: {self.tree.tokens:,} tokens in one pass, "
+            f"{self.samples.tokens:,} in the samples",
+            f"So many times less: {times_less}",
+            "",
+            draw_table(rows),
+            *(["", *(f"- {note}" for note in self.notes)] if self.notes else []),
+        ]
+        if not self.ok:
+            lines += ["", "One pass did not run, or has another loss: `flexreason verify` tells why."]
+        return "\n".join(lines)
+
+
+def _count(n: int) -> str:
+    return "one conversation" if n == 1 else f"{n} conversations"
+
+
+def amount(layouts: Sequence[Layout]) -> Amount:
+    return Amount(
+        tokens=sum(map(len, layouts)),
+        pairs=sum(int((layout.position_ids + 1).sum()) for layout in layouts),
+        targets=sum(len(layout.target_ids) for layout in layouts),
+    )
