@@ -73,7 +73,7 @@ class Gathered:
             whole=slice(spans[0][0], spans[-1][1]),
             index=None if adjacent else _indices(spans, device),
             offsets=torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device),
-            longest=max(lengths),
+            longest=max(2, *lengths),  # one query a sequence is decoding, for which kernels have ways of their own
             total=sum(lengths),
         )
 

@@ -174,6 +174,7 @@ def rows(length=LENGTH):
         "general tree": fr.collate([general_tree()], length),
         "packed": fr.collate([fr.lay_out(random_tree()), paper(), fr.lay_out(random_tree(1))], length),
         "full of small trees": fr.collate([fr.lay_out(random_tree(seed)) for seed in range(length // 128)], length),
+        "tokens by themselves": fr.collate([fr.lay_out([fr.Sample([1], [2])])] * (length // 4), length),
         "padding only": fr.collate([], length),
     }
 
