@@ -17,6 +17,7 @@ import flexreason as fr
 from attention import inputs, rows, written_out
 from flexreason.attention import flash, segments
 from flexreason.attention.cover import chains, prefixes
+from flexreason.proof.testing import relative_l2
 from strategies import random_tree, random_turns, samples
 
 
@@ -170,6 +171,46 @@ def test_any_tree_is_computed_exactly(documents, limits, cost):
         as_documented.__wrapped__(patch)
         patch.setattr(flash, "GPU", flash.Cost(*cost))
         check(fr.collate([fr.lay_out(document) for document in documents]), heads=2, groups=1, **limits)
+
+
+def in_float32(kernel):
+    """A kernel as those for bfloat16 are: sums in float32, and what it gives rounded, but for the log-sum-exp."""
+
+    def rounded(*args, **more):
+        found = kernel(
+            *(x.float() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in args), **more
+        )
+        return tuple(x.to(args[0].dtype) if x is not None and x.dim() == 3 else x for x in found)
+
+    return rounded
+
+
+@pytest.mark.parametrize("turns", [[(61, 150, 67), (30, 0, 20), (64, 64, 64)], [(20, 10, 10)] * 30])
+def test_what_is_merged_from_rounded_parts_errs_little(turns, monkeypatch):
+    """Less than attention written out in bfloat16, and at most 1.6 times what rounding the exact result once would."""
+    monkeypatch.setattr(flash, "_forward", in_float32(forward))
+    monkeypatch.setattr(flash, "_backward", in_float32(backward))
+    monkeypatch.setattr(segments, "route", lambda *args: "flash")
+    row = fr.collate([fr.lay_out_turns(random_turns(turns))], block_size=1)
+    work, visible = segments.prepare(row), fr.dense_mask(row)
+    low = [x.detach().bfloat16() for x in inputs(row["until"].shape[1], heads=8, groups=2, size=64)]
+    upstream = torch.randn(1, len(visible), 8, 64, generator=torch.Generator().manual_seed(1)).bfloat16()
+
+    def outcome(attend, dtype):
+        tensors = [x.to(dtype).requires_grad_() for x in low]
+        out = attend(*tensors)
+        return [out.detach(), *torch.autograd.grad(out, tensors, upstream.to(out.dtype))]
+
+    def naive(q, k, v):
+        return written_out(q, k, v, visible, 0.125)
+
+    right = outcome(naive, torch.float64)
+    ours = outcome(lambda q, k, v: segments.attend(q, k, v, work, 0.125), torch.bfloat16)
+    theirs, once = outcome(naive, torch.bfloat16), [x.bfloat16() for x in right]
+    for a, b, c, expected in zip(ours, theirs, once, right, strict=True):
+        error = relative_l2([a], [expected])
+        assert error < relative_l2([b], [expected])
+        assert error < 1.6 * relative_l2([c], [expected])
 
 
 def test_a_conversation_takes_few_rounds_and_each_copies_no_more_keys_than_it_has_tokens():
