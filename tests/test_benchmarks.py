@@ -109,6 +109,32 @@ def test_overheads(capsys):
     assert all(isinstance(row[name], float) for row in found["masks"] for name in ("flex ms", "segments ms"))
 
 
+def test_card(tmp_path, capsys, monkeypatch):
+    """What a part writes, and what is left of a run that takes too long."""
+    card = module("card")
+    assert card.main(["2", "--only", "overheads", "--rehearse", "--out", str(tmp_path)]) == 0
+    [file] = tmp_path.glob("*-overheads.txt")
+    first, _, command, *_, last = file.read_text().splitlines()
+    assert f"torch {torch.__version__}" in first
+    assert command == "$ python benchmarks/overheads.py --device cpu --small --seconds 60"
+    assert json.loads(last)["steps"]
+    slow = card.Run("slow", """-c 'import time; print("said"); time.sleep(60)'""", 3, "")
+    monkeypatch.setitem(card.PARTS, 1, [slow])
+    assert card.main(["1", "--out", str(tmp_path)]) == 1
+    [file] = tmp_path.glob("*-slow.txt")
+    assert file.read_text().splitlines()[-3:] == ["said", "", "stopped after 3 s"]
+    assert "exit code 124" in capsys.readouterr().out
+
+
+def test_a_part_ends_within_ten_minutes():
+    for number, runs in module("card").PARTS.items():
+        assert sum(run.seconds - 60 * ("--seconds" in run.command) for run in runs) <= 570, number
+        for run in runs:
+            for words in (run.command, run.rehearsal):
+                program = words.split()[0]
+                assert program == "-m" or (BENCHMARKS.parent / program).exists()
+
+
 @pytest.mark.parametrize("name", ["kernel", "gpu_step", "longest", "overheads"])
 def test_without_time_all_is_named_and_nothing_run(capsys, name):
     found = rehearse(capsys, name, seconds=0)
