@@ -43,7 +43,7 @@ class Run:
         return cls(name, command, seconds + 60, " ".join([*words, "--device cpu --small --seconds 60"]))
 
 
-TESTS = "-m pytest -q -p no:cacheprovider --import-mode=importlib"
+TESTS = "-m pytest -q -W default -p no:cacheprovider --import-mode=importlib"  # warnings of other versions stop nothing
 
 LADDER = ("--sweep", "--ladder", "benchmarks/ladder.json")
 
