@@ -18,7 +18,6 @@ flash attention. MFU is work by time, by the rate of a bf16 matrix product of 81
 TFLOP/s. *token ratio* is tokens of the samples by tokens of the tree.
 """
 
-import argparse
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -38,7 +37,19 @@ from flexreason.head import Head, weighted_nll
 from flexreason.patching import find_patch
 from flexreason.proof.testing import relative_l2
 from kernel import SHAPES, Packed, causal, conversation, flash, flash_name, last_tokens, packed_paths, pairs_of, scaled
-from measure import Budget, free, median_ratio, peak_gib, print_json, print_table, seconds_of, tell, timed
+from measure import (
+    Budget,
+    free,
+    in_words,
+    median_ratio,
+    on_a_gpu,
+    peak_gib,
+    print_json,
+    print_table,
+    seconds_of,
+    tell,
+    timed,
+)
 
 MODELS = {
     "0.6B": {"hidden_size": 1024, "num_hidden_layers": 28, "num_attention_heads": 16, "intermediate_size": 3072},
@@ -62,8 +73,7 @@ class Cell:
 
     @property
     def name(self) -> str:
-        k, rest = divmod(self.length, 1024)
-        return f"{self.model}, {self.length if rest else f'{k}K'}, {self.shape}"
+        return f"{self.model}, {in_words(self.length)}, {self.shape}"
 
 
 def cells(small: bool) -> list[Cell]:
@@ -383,10 +393,7 @@ def figures(case: Case, backend: str, times: dict[str, list[float]], peak: float
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
-    parser.add_argument("--small", action="store_true", help="a rehearsal in seconds; its figures mean nothing")
-    parser.add_argument("--seconds", type=float, default=360, help="that the run may take; what is left out is named")
+    parser = on_a_gpu(__doc__, seconds=360)
     parser.add_argument("--each", type=float, default=15.0, help="seconds for the repeats of a cell")
     parser.add_argument("--only", default="", help="only cells whose name holds this, such as 4B or agent")
     parser.add_argument("--optimizer", action="store_true", help="with a step of fused AdamW; weights do not move")
@@ -415,8 +422,7 @@ def main(arguments: list[str] | None = None) -> None:
         free()
     title = f"steps with{'' if options.optimizer else 'out'} optimizer: one pass against packed samples"
     print_table(title, rows)
-    if budget.left_out:
-        print("\nleft out: " + "; ".join(budget.left_out), flush=True)
+    budget.tell()
     print_json(
         benchmark="gpu_step",
         packed=flash_name(device),

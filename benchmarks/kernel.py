@@ -17,7 +17,6 @@ samples have more than `PACKED_PAIRS`, packed flash is timed on some of them, ev
 *of packed* is a way's rate, forward and backward together, by that of packed flash.
 """
 
-import argparse
 import importlib.util
 import inspect
 import json
@@ -49,7 +48,7 @@ import flexreason as fr
 from flexreason.attention import dense, flex, segments
 from flexreason.mask import turn_role_rule
 from flexreason.proof.testing import relative_l2
-from measure import Budget, free, print_json, print_table, tell, timed
+from measure import Budget, free, in_words, on_a_gpu, print_json, print_table, tell, timed
 
 SHAPES = {
     "8 turns": [(64, 256, 64)] * 8,
@@ -80,9 +79,7 @@ class Cell:
 
     @property
     def name(self) -> str:
-        k, rest = divmod(self.length, 1024)
-        length = str(self.length) if rest else f"{k}K"
-        return f"{length}, {self.heads} heads of {self.size} over {self.groups}, {self.shape}"
+        return f"{in_words(self.length)}, {self.heads} heads of {self.size} over {self.groups}, {self.shape}"
 
 
 def cells(small: bool) -> list[Cell]:
@@ -736,10 +733,7 @@ def sweep(cell: Cell, device: torch.device, budget: Budget, seconds: float, rung
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
-    parser.add_argument("--small", action="store_true", help="a rehearsal in seconds; its figures mean nothing")
-    parser.add_argument("--seconds", type=float, default=300, help="that the run may take; what is left out is named")
+    parser = on_a_gpu(__doc__, seconds=300)
     parser.add_argument("--each", type=float, default=2.0, help="seconds for the repeats of a cell")
     parser.add_argument("--only", default="", help="only cells whose name holds this, such as 32K or agent")
     parser.add_argument("--sweep", action="store_true", help="the tuning ladder of the flex kernel, on the first cell")
@@ -761,8 +755,7 @@ def main(arguments: list[str] | None = None) -> None:
                     results["attention"] += table(cell, device, budget, options.each)
                     free()
             print_table("attention of one layer", results["attention"])
-    if budget.left_out:
-        print("\nleft out: " + "; ".join(budget.left_out), flush=True)
+    budget.tell()
     print_json(benchmark="kernel", left_out=budget.left_out, **results)
 
 

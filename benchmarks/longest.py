@@ -16,7 +16,6 @@ one layer's attention that compiles. A way that is too slow for what is left of 
 those that make a mask by S x S, one layer's attention is run forward, to see whether that much fits.
 """
 
-import argparse
 import gc
 import statistics
 from types import SimpleNamespace
@@ -34,7 +33,7 @@ from flexreason.mask import turn_role_rule
 from flexreason.proof.testing import relative_l2
 from gpu_step import WRONG, Step, flops, gradients, make, over_packs, over_row, pack_samples, plain
 from kernel import conversation, flash_name, in_order, last_tokens, listed, pairs_of
-from measure import Budget, free, peak_gib, print_json, print_table, seconds_of, tell, timed
+from measure import Budget, free, on_a_gpu, peak_gib, print_json, print_table, seconds_of, tell, timed
 
 TURNS = {"short": (64, 256, 64), "long": (32, 4000, 100), "tiny": (6, 20, 6)}
 
@@ -239,10 +238,7 @@ def by_plain(rows: list[dict[str, Any]]) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
-    parser.add_argument("--small", action="store_true", help="a rehearsal in seconds; its figures mean nothing")
-    parser.add_argument("--seconds", type=float, default=360, help="that the run may take; what is left out is named")
+    parser = on_a_gpu(__doc__, seconds=360)
     parser.add_argument("--each", type=float, default=2.0, help="seconds for the repeats of a step that is short")
     parser.add_argument("--only", choices=["", "short", "long"], default="", help="one kind of conversation")
     parser.add_argument("--ways", nargs="*", choices=WAYS, default=WAYS)
@@ -268,8 +264,7 @@ def main(arguments: list[str] | None = None) -> None:
     by_plain(rows)
     rows.sort(key=lambda row: (row["conversation"], row["tokens"]))
     print_table("one row of one conversation, one step", rows)
-    if budget.left_out:
-        print("\nleft out: " + "; ".join(budget.left_out), flush=True)
+    budget.tell()
     print_json(benchmark="longest", flash=flash_name(device), left_out=budget.left_out, rows=rows)
 
 

@@ -4,6 +4,7 @@ On a GPU a call is timed by two CUDA events around it, several calls inside one 
 there has a budget of seconds, prints every cell as soon as it is known, and goes on past a cell that fails.
 """
 
+import argparse
 import ctypes
 import gc
 import json
@@ -106,6 +107,23 @@ FATAL = ("illegal memory access", "device-side assert", "misaligned address", "u
 """Said of errors after which nothing on the device succeeds any more."""
 
 
+def on_a_gpu(words: str | None, seconds: float) -> argparse.ArgumentParser:
+    """What every benchmark for GPUs can be told."""
+    parser = argparse.ArgumentParser(description=words, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
+    parser.add_argument("--small", action="store_true", help="a rehearsal in seconds; its figures mean nothing")
+    parser.add_argument(
+        "--seconds", type=float, default=seconds, help="that the run may take; what is left out is named"
+    )
+    return parser
+
+
+def in_words(length: int) -> str:
+    """16384 as 16K."""
+    k, rest = divmod(length, 1024)
+    return str(length) if rest else f"{k}K"
+
+
 class Budget:
     """The seconds a run may take. What no longer fits is named, and not measured."""
 
@@ -124,6 +142,10 @@ class Budget:
             return True
         self.left_out.append(name)
         return False
+
+    def tell(self) -> None:
+        if self.left_out:
+            print("\nleft out: " + "; ".join(self.left_out), flush=True)
 
     def attempt(self, name: str, call: Callable[[], Any], needs: float = 0.0) -> tuple[Any, str]:
         """What a cell gave, or else None and why: no time, no memory, or a feature that is not there."""

@@ -16,7 +16,6 @@ On a CPU flex has no backward: its step is forward alone, and what only a GPU ca
 flex and for segments. The choice of `auto` rests on it. Turns are alike, of h/t/r = 64/256/64 scaled to the row.
 """
 
-import argparse
 import json
 import statistics
 import tempfile
@@ -35,7 +34,7 @@ from flexreason.attention import flex
 from flexreason.patching import find_patch
 from gpu_step import OURS, Step, backends, make, over_packs, over_row, plain
 from kernel import Bench, Cell, checked, conversation, scaled, turns_of, work_list
-from measure import Budget, free, print_json, print_table, tell, timed
+from measure import Budget, free, on_a_gpu, print_json, print_table, tell, timed
 
 LAYERS = 28
 
@@ -215,10 +214,7 @@ TABLES = {
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
-    parser.add_argument("--small", action="store_true", help="a rehearsal in seconds; its figures mean nothing")
-    parser.add_argument("--seconds", type=float, default=150, help="that the run may take; what is left out is named")
+    parser = on_a_gpu(__doc__, seconds=150)
     parser.add_argument("--only", choices=TABLES)
     options = parser.parse_args(arguments)
     budget, device = Budget(options.seconds), torch.device(options.device)
@@ -229,8 +225,7 @@ def main(arguments: list[str] | None = None) -> None:
             results[name] = make_table(options.small, device, budget)
             print_table(title, results[name])
             free()
-    if budget.left_out:
-        print("\nleft out: " + "; ".join(budget.left_out), flush=True)
+    budget.tell()
     print_json(benchmark="overheads", left_out=budget.left_out, **results)
 
 

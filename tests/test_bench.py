@@ -8,20 +8,9 @@ import torch
 from flexreason import cli
 from flexreason.bench import command, ways
 from flexreason.proof.testing import relative_l2
-from models import tiny
+from models import TINY, tiny
 
-CONFIG = {
-    "model_type": "qwen3",
-    "architectures": ["Qwen3ForCausalLM"],
-    "vocab_size": 97,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "max_position_embeddings": 4096,
-}
+CONFIG = {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], **TINY}
 SMALL = ["--turns", "3", "--lengths", "6/9/4", "--tokens", "150", "--repeats", "2"]
 
 
