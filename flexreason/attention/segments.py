@@ -14,7 +14,7 @@ Shapes: S tokens, H query heads, G key heads, D head size of queries and keys, E
 """
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache, cached_property
 from typing import Any
 
@@ -36,6 +36,7 @@ class Segments:
     tree: Tree
     window: int | None
     chunk: int | None
+    additive: dict[torch.dtype, list[tuple[slice, Tensor]]] = field(default_factory=dict)
 
     @cached_property
     def until(self) -> list[int]:
@@ -70,10 +71,6 @@ class Segments:
                 tiles = index[part].view(-1, min(TILE, tokens))
                 diagonal.append((part, rule(index[0], index[0], tiles[:, :, None], tiles[:, None, :])))
         return diagonal
-
-    @cached_property
-    def additive(self) -> dict[torch.dtype, list[tuple[slice, Tensor]]]:
-        return {}
 
     def masks(self, dtype: torch.dtype) -> list[tuple[slice, Tensor]]:
         """The diagonal as masks to be added to scores, [n, 1, t, t]; made once for all layers."""
