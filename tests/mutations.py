@@ -469,7 +469,28 @@ MUTATIONS = {  # name: (file, what stands there, what to write instead)
         "chat/turns.py", "if self.reasoning and \"r\" in missing:", "if False:",
     ),
     "turns: reasoning where thinking is off": (
-        "chat/turns.py", "if off and self.reasoning and found.get(\"r\", -1) >= 0:", "if False:",
+        "chat/turns.py", "if off and self.reasoning and inside:", "if False:",
+    ),
+    "turns: what a template makes of marks is believed of all texts": (
+        "chat/turns.py", "if not self._stands_for(marked, shown) and (seen := self._with_texts()):", "if seen := None:",
+    ),
+    "turns: a header that the message lacks is guessed": (
+        "chat/turns.py", "if seam is None or not self._is_attribute(seam, lead, closed):", "if seam is None:",
+    ),
+    "seam: another role's name is the header's": (
+        "chat/seam.py", "if all(names) and names[0] != names[1]:", "if False:",
+    ),
+    "seam: an attribute may be whole messages": (
+        "chat/seam.py", "if not attribute or \"\\n\" in attribute or", "if not attribute or",
+    ),
+    "stop: the first special token, whatever stops": (
+        "chat/templates.py", "        if stop := self._end_of_turn(always):\n", "        if stop := None:\n",
+    ),
+    "stop: only eos_token stops": (
+        "chat/templates.py", "        return Stop(token, False) if token else None\n", "        return None\n",
+    ),
+    "template: dice are thrown": (
+        "chat/render.py", "    if drawn := _dice(source):", "    if drawn := None:",
     ),
     "turns: what comes out twice is believed": (
         "chat/turns.py", "if slot in \"rc\" and shown.count(marked.marks[slot]) > 1:", "if False:",
@@ -774,7 +795,7 @@ TESTS = {  # where to look for the test that notices, so that all of this takes 
     "chat/tokens.py": ["tests/test_tokens.py", "tests/test_encode.py"],
     "chat/messages.py": ["tests/test_encode.py", "tests/test_templates.py"],
     "chat/encoding.py": ["tests/test_encode.py", "tests/test_templates.py"],
-    "chat/": ["tests/test_templates.py", "tests/test_encode.py"],
+    "chat/": ["tests/test_seam.py", "tests/test_templates.py", "tests/test_encode.py", "tests/test_inference.py"],
     "data/excerpt.py": ["tests/test_verification.py"],
     "data/splitting.py": ["tests/test_splitting.py", "tests/test_packing_exact.py"],
     "data/pack.py": ["tests/test_pack.py"],

@@ -16,6 +16,7 @@ from flexreason.chat.render import (
     BadMessage,
     ConversationError,
     NoStopToken,
+    NotAligned,
     NoTemplate,
     NothingToTrain,
     NotRendered,
@@ -377,7 +378,8 @@ def test_conversations_made_to_mislead():
     n_ok, refused, wrong = fuzz([*FOUND, *range(10_000, 10_490)])
     assert not wrong
     assert n_ok > 350
-    assert set(refused) <= {NotRendered, TemplateRaised}
+    assert set(refused) <= {NotRendered, TemplateRaised, NotAligned}
+    assert all(name.startswith("deepseekv3") for _, name, _ in refused.get(NotAligned, []))  # its loops' later calls
 
 
 @pytest.mark.slow
@@ -385,4 +387,5 @@ def test_very_many_conversations_made_to_mislead():
     n_ok, refused, wrong = fuzz(range(100_000))
     assert not wrong
     assert n_ok > 80_000
-    assert set(refused) <= {NotRendered, TemplateRaised}
+    assert set(refused) <= {NotRendered, TemplateRaised, NotAligned}
+    assert all(name.startswith("deepseekv3") for _, name, _ in refused.get(NotAligned, []))  # its loops' later calls

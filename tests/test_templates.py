@@ -7,7 +7,7 @@ from functools import lru_cache
 import pytest
 
 from flexreason.chat.encoding import Encoder
-from flexreason.chat.render import ConversationError, NotRendered, TemplateRaised, frozen_clock
+from flexreason.chat.render import ConversationError, NotAligned, NotRendered, TemplateRaised, frozen_clock
 from templating import (
     SHAPES,
     TOOLS,
@@ -30,7 +30,7 @@ encoder = lru_cache(lambda name: Encoder(trl_tokenizer(name)))
 @pytest.mark.parametrize("which", SHAPES)
 def test_samples_of_every_trl_template_are_the_reference(which):
     """Prompts as apply_chat_template makes them, targets by the rule; refused only where the call does not show."""
-    n_turns, refused = 0, []
+    n_turns, refused, unknown = 0, [], []
     for name in TRL_TEMPLATES:
         tokenizer, messages = trl_tokenizer(name), shape(name, which)
         tools = TOOLS if "tool" in which else None
@@ -42,6 +42,9 @@ def test_samples_of_every_trl_template_are_the_reference(which):
             assert messages[number]["tool_calls"][0]["function"]["arguments"]["key"] not in text, name
             refused.append(name)
             continue
+        except NotAligned as error:
+            unknown.append((name, messages[error.message]["tool_calls"][0]["id"]))
+            continue
         for number, turn, sample in zip(found.messages, found.texts, found.samples, strict=True):
             expected = reference(tokenizer, name, messages, number, tools)
             assert (turn.prompt, turn.target) == expected, (name, number)
@@ -51,6 +54,9 @@ def test_samples_of_every_trl_template_are_the_reference(which):
             assert list(sample.prompt_ids) == ids, (name, number)
             assert tokenizer.decode([*ids, *sample.target_ids]) == turn.prompt + turn.target, (name, number)
             n_turns += 1
+    # a later call is written without the header that its prompt ends with, or without the end of the results
+    assert {name for name, _ in unknown} <= {"deepseekv3", "deepseekv3_training"}
+    assert all(call_id != "call00001" for _, call_id in unknown)
     if "tool" in which:
         assert n_turns >= 40 * sum(m["role"] == "assistant" for m in SHAPES[which])
     else:
@@ -210,12 +216,13 @@ def test_a_token_that_begins_texts_does_not_stop_one():
     assert [turn.target for turn in Encoder(tokenizer).encoded([*THREE[:3], answer("four")]).texts][1] == "four<ret>"
 
 
-def test_a_prompt_and_a_message_that_begin_alike_share_no_piece_of_a_token():
-    """The prompt ends with a token that no message has, and both begin with the same letters."""
+def test_headers_that_begin_alike_are_not_the_same():
+    """The prompt ends with a token that no message has: nobody knows what the model should write behind it."""
     begins = NEVER.replace("<a>{{ m.content }}", "<|an|>{{ m.content }}").replace(
         "<a>{% endif %}", "<|ans|>{% endif %}"
     )
-    assert targets(begins, [user("one"), answer("two")], tags=(*TAGS, "<|an|>", "<|ans|>")) == ["<|an|>two</a>"]
+    with pytest.raises(NotAligned, match="neither goes on from the other"):
+        targets(begins, [user("one"), answer("two")], tags=(*TAGS, "<|an|>", "<|ans|>"))
 
 
 def test_text_after_the_stop_token():

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from flexreason.chat import messages as parts
+from flexreason.chat.filled import places_of
 from flexreason.chat.messages import Message
 from flexreason.chat.render import (
     BadMessage,
@@ -200,7 +201,8 @@ class Encoder:
             raise
         except Exception:
             return []
-        return _fill(text, slots, prompt)
+        found, _ = places_of(text, {mark: value for mark, (_, value, _) in slots.items()}, prompt)
+        return [(start, end, slots[mark][0], slots[mark][2]) for start, end, mark in found]
 
     def _tokenize(self, found: list[Turn], trained: list[int], spans: list[tuple[int, int, int, Role]]) -> list[Sample]:
         turn_of = {number: n for n, number in enumerate(trained)}
@@ -261,28 +263,6 @@ def choose(messages: Sequence[Message], turns: Any) -> list[int]:
     if not found:
         raise NothingToTrain("every assistant message is excluded from training")
     return found
-
-
-def _fill(text: str, slots: dict[str, tuple[int, str, Role]], prompt: str) -> list[tuple[int, int, int, Role]]:
-    """The places of the slots in the prompt, if it is the marked text with every mark replaced by its own text."""
-    places = sorted((text.find(mark), mark) for mark in slots if mark in text)
-    spans: list[tuple[int, int, int, Role]] = []
-    at, done = 0, 0
-    for n, (place, mark) in enumerate(places):
-        literal = text[done:place]
-        if not prompt.startswith(literal, at):
-            return spans
-        at += len(literal)
-        done = place + len(mark)
-        number, value, role = slots[mark]
-        follows = text[done : places[n + 1][0] if n + 1 < len(places) else len(text)]
-        forms = dict.fromkeys((value, value.strip(), value.strip("\n"), value.lstrip("\n"), value.rstrip()))
-        form = next((form for form in forms if prompt.startswith(form + follows, at)), None)
-        if form is None:
-            return spans
-        spans.append((at, at + len(form), number, role))
-        at += len(form)
-    return spans
 
 
 def _repeated(value: int, n: int) -> array:

@@ -186,6 +186,18 @@ def with_text(message: Message, text: str) -> Message:
     return {**message, "content": [{"type": "text", "text": text}] if parts else text}
 
 
+def between(message: Message, begin: str, end: str) -> Message:
+    """The message with these texts around its content, behind an inline block if there is one."""
+    content = message.get("content")
+    if not isinstance(content, list):
+        content = content or ""
+        text = response_of(message)
+        return {**message, "content": f"{content[: len(content) - len(text)]}{begin}{text}{end}"}
+    texts = [{**content[0], "text": begin + content[0]["text"]}, *content[1:]]
+    texts[-1] = {**texts[-1], "text": texts[-1]["text"] + end}
+    return {**message, "content": texts}
+
+
 def marked_arguments(arguments: Any, mark: str) -> Any:
     """Arguments of the same form and keys whose every value is the mark."""
     if isinstance(arguments, str):

@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime
+from functools import lru_cache
 from typing import Any
 
 Messages = list[dict[str, Any]]
@@ -77,6 +78,10 @@ class TemplateRaised(ConversationError):
 
 class TemplateRunsAway(ConversationError):
     reason = "template out of bounds"
+
+
+class TemplateThrowsDice(ConversationError):
+    reason = "template draws at random"
 
 
 class ArgumentForm(ConversationError):
@@ -230,7 +235,26 @@ def _freeze_clock_of(source: str) -> None:
         line = getattr(error, "lineno", None)
         where = f", line {line}" if line else ""
         raise NoTemplate(f"the chat template is no valid jinja{where}: {_words(error)}") from error
+    if drawn := _dice(source):
+        raise TemplateThrowsDice(
+            f"the chat template draws at random ({drawn}): each rendering is another one, and there is no telling what "
+            "inference will see; set tokenizer.chat_template to one without it"
+        )
     compiled.globals["strftime_now"] = _strftime_now
+
+
+@lru_cache(maxsize=64)
+def _dice(source: str) -> str | None:
+    """What in a template's syntax tree draws at random: the filter, by name or handed to another one, or lipsum()."""
+    from jinja2 import nodes
+    from transformers.utils import chat_template_utils
+
+    tree = chat_template_utils._compile_jinja_template(source).environment.parse(source)
+    for found in tree.find_all(nodes.Filter):
+        handed = [argument.value for argument in found.args if isinstance(argument, nodes.Const)]
+        if found.name == "random" or (found.name == "map" and handed[:1] == ["random"]):
+            return "the filter random"
+    return "lipsum()" if any(found.name == "lipsum" for found in tree.find_all(nodes.Name)) else None
 
 
 def _huge(source: str) -> str | None:

@@ -62,6 +62,8 @@ def run(options: argparse.Namespace) -> int:
     tokenizer, notes = load_tokenizer(options.source)
     encoder = Encoder(tokenizer, history=options.history, **dict(map(option_of, options.option)))
     facts = describe(encoder)
+    if is_bare(options.source):
+        notes += _guesses(encoder.template())
     shown = EXAMPLE if options.messages is None else json.loads(Path(options.messages).read_text())
     try:
         example: dict[str, Any] = show(encoder, shown)
@@ -85,16 +87,30 @@ def option_of(text: str) -> tuple[str, Any]:
         return name, value
 
 
+def is_bare(source: str) -> bool:
+    """Whether the source is a template that comes without a tokenizer."""
+    return Path(source).suffix in (".jinja", ".jinja2", ".j2")
+
+
+def _guesses(template: Template) -> list[str]:
+    """What a real tokenizer may say otherwise: ends of messages that only their being special tells."""
+    calls = template.argument_form != "none"
+    ends = {"an answer": template.stop, "a tool call": template.call_stop if calls else None}
+    guessed = [f"{what} ({stop.text!r})" for what, stop in ends.items() if stop and (stop.guessed or stop.appended)]
+    if not guessed:
+        return []
+    return [f"the end of {' and of '.join(guessed)} is guessed: a real tokenizer may have another token special there"]
+
+
 def load_tokenizer(source: str) -> tuple[Any, list[str]]:
     """A tokenizer, and what should be known of how it came about."""
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     path = Path(source)
     try:
-        if path.suffix in (".jinja", ".jinja2", ".j2"):
+        if is_bare(source):
             return stand_in(path.read_text()), [
-                "a bare template: rendered with a stand-in tokenizer, whose special tokens are the tags in the "
-                "template; where a real one has others, what is said of stop tokens may differ"
+                "a bare template: rendered with a stand-in tokenizer, whose special tokens are the tags in the template"
             ]
         if path.is_file():
             if (path.parent / "tokenizer_config.json").exists():

@@ -13,6 +13,7 @@ from typing import Any
 from flexreason.chat import messages as parts
 from flexreason.chat.messages import Message
 from flexreason.chat.render import Messages, Renderer
+from flexreason.chat.seam import find_seam
 
 MARK = "zQ7xV{}Kmark"
 
@@ -79,6 +80,11 @@ class Markers:
         """Whether a text holds a reasoning block, empty or not."""
         return bool(self.opening) and 0 <= text.find(self.opening) < text.find(self.closing)
 
+    def block(self, text: str) -> bool:
+        """Whether a text is an opened block of reasoning, or a closed one without any."""
+        left = text.strip().removeprefix(self.opening).strip()
+        return bool(self.opening) and text.strip().startswith(self.opening) and left in ("", self.closing)
+
     def closed_by(self, text: str) -> bool:
         return bool(self.closing) and text.rfind(self.closing) > text.rfind(self.opening)
 
@@ -90,10 +96,12 @@ class Markers:
 
 @dataclass(frozen=True)
 class Stop:
-    """How a message ends: `text` stands behind it and stops generation, or has to be appended to do so."""
+    """How a message ends: `text` stands behind it and stops generation, or has to be appended to do so. `guessed`: it
+    is the first special token there, and nothing else says that it stops."""
 
     text: str
     appended: bool
+    guessed: bool = False
 
 
 class Template:
@@ -188,7 +196,8 @@ class Template:
         if with_ is None or not 0 <= with_.rfind(USER) < with_.find(THOUGHT) < with_.find(ANSWER):
             return None
         head = with_[with_.rfind(USER) + len(USER) : with_.find(THOUGHT)]
-        opening = head[len(self.shared(head, self.prompt_end)) :]
+        seam = find_seam(self.prompt_end, head, None, "", self.added)
+        opening = head[seam.end :] if seam else ""
         close = with_[with_.find(THOUGHT) + len(THOUGHT) : with_.find(ANSWER)]
         if not opening.strip():  # the prompt opens the block itself
             word = re.search(r"(<[^<>\s]+>|\[[^\[\]\s]+\])\s*$", head)
@@ -221,9 +230,12 @@ class Template:
         between = after.rpartition(ANSWER)[2].partition(AGAIN)[0] if after and ANSWER in after else ""
         if self.appends_always:
             tail = self._without_prompt(tail)
-        for text in (self._whole(_common_prefix(tail, between), tail), tail):
+        always = self._whole(_common_prefix(tail, between), tail)
+        if stop := self._end_of_turn(always):
+            return stop
+        for text in (always, tail):
             if run := self._run(text):
-                return Stop(run, False)
+                return Stop(run, False, guessed=True)
         after_tail = between[len(tail) :] if between.startswith(tail) else between
         if (next_role := self.special.match(after_tail.lstrip())) and next_role.group() != self.bos:
             return Stop(next_role.group(), True)
@@ -236,7 +248,8 @@ class Template:
             if not stop.appended and (at := tail.find(stop.text)) >= 0:
                 return at + len(stop.text), stop
         if not self.appends_always and (run := self._run(tail)):
-            return tail.find(run) + len(run), Stop(run, False)
+            stop = self._end_of_turn(tail) or Stop(run, False, guessed=True)
+            return tail.find(stop.text) + len(stop.text), stop
         if not known:
             return None
         kept = tail
@@ -244,6 +257,21 @@ class Template:
             kept = self._without_prompt(tail)
         stop = next((stop for stop in known if stop.appended), known[0])
         return len(kept.rstrip()), stop
+
+    def _end_of_turn(self, text: str) -> Stop | None:
+        """The eos_token, or the first token that ends a user's message too: of what stands behind every answer, these
+        stop generation, whether flagged special or not, and whatever stands before them."""
+        if self.eos and self.eos in text:
+            return Stop(self.eos, False)
+        ends = (found.group() for found in self.added.finditer(text) if found.group() in self._between_turns)
+        token = next((token for token in ends if token != self.bos), None)
+        return Stop(token, False) if token else None
+
+    @cached_property
+    def _between_turns(self) -> str:
+        """What stands between a user's text and an answer, in a prompt and in a history."""
+        text = self.probe(self._in_form([user(USER), assistant(ANSWER), user(AGAIN)])) or ""
+        return self.prompt_end + text.partition(USER)[2].partition(ANSWER)[0]
 
     def _without_prompt(self, tail: str) -> str:
         """The end of a message without a generation prompt that nobody asked for."""

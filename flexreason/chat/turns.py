@@ -5,28 +5,34 @@ to and with it, the target is mostly S without P, up to the token that stops gen
 nothing is believed: the message is rendered again with *marks* in the places of its reasoning, content and calls,
 and only where every mark comes out once, behind the prompt, is S without P the target. Else:
 
-- S does not begin with P, since the template renders earlier messages differently: both are aligned behind the last
-  text before message i, marked too.
+- S does not begin with P, since the template renders earlier messages differently: both are looked at behind the last
+  text before message i, marked too, and the *seam* (seam.py) is where the one goes on from the other.
 - The template does not render the reasoning: it is put where the model must generate it, behind the opening marker
   (the prompt's own, if it opens the block) and before the closing one.
 - The prompt opens a reasoning block and the message has none: the block is closed at once, as the template closes it.
 - The prompt has closed the block (thinking is off): the model generates no reasoning, and none is in the target.
+
+And S must be the marked rendering with every mark replaced by its text: else the template looks into the texts, and
+what it does with marks says nothing of what it does with them.
 
 The marked rendering of one message teaches how others of its shape look; where S fits that pattern to the letter,
 no second rendering is needed.
 """
 
 import json
-from collections.abc import Iterator
+import re
 from dataclasses import dataclass
 from typing import Any
 
 from flexreason.chat import messages as parts
+from flexreason.chat.filled import forms, places_of
 from flexreason.chat.messages import Message
 from flexreason.chat.render import ConversationError, Messages, NoStopToken, NotAligned, NotRendered, Renderer
-from flexreason.chat.templates import MARK, Stop, Template, _common_suffix
+from flexreason.chat.seam import Seam, find_seam, says_something
+from flexreason.chat.templates import MARK, Stop, Template, _common_suffix, user
 
-Span = tuple[int, int]
+QUOTES = "\"'\\"
+"""What templates write around an argument that is text, and leave out around a number."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +71,7 @@ class Pattern:
             response = at if slot != "r" and "r" not in self.slots[number:] and response == len(prompt) else response
             value = calls[0]["name"] if slot == "n" else values[slot]
             follows = "" if slot == "n" else self.literals[number + 1]
-            form = next((form for form in _forms(value) if whole.startswith(form + follows, at)), None)
+            form = next((form for form in forms(value) if whole.startswith(form + follows, at)), None)
             if form is None:
                 return None
             at += len(form)
@@ -80,23 +86,6 @@ class Pattern:
             target = target + self.stop.text
         response = response - len(prompt) if "r" in self.slots else 0
         return Turn(prompt, target, response, "rendered")
-
-
-def _forms(value: str) -> Iterator[str]:
-    """A text as templates write it: as it is, or without white space at an end."""
-    return iter(
-        dict.fromkeys(
-            (
-                value,
-                value.strip(),
-                value.strip("\n"),
-                value.lstrip("\n"),
-                value.rstrip("\n"),
-                value.lstrip(),
-                value.rstrip(),
-            )
-        )
-    )
 
 
 @dataclass
@@ -146,6 +135,7 @@ class _Survey:
         self.prompt, self.whole = prompt, whole
         self.reasoning, self.calls = parts.reasoning_of(message), bool(parts.calls_of(message))
         self.reasoning = self.reasoning if self.reasoning.strip() else ""  # templates take white space for none
+        self.response = parts.response_of(message) if parts.response_of(message).strip() else ""
         self.base = next(
             mark
             for n in range(10**6)
@@ -158,6 +148,8 @@ class _Survey:
         if shown is None:  # the template may know names, or look into contents
             marked = self._mark(self.message, calls=False)
             shown = self.render([*self.before, marked.message], False, blame=self.number)
+        if not self._stands_for(marked, shown) and (seen := self._with_texts()):
+            marked, shown = seen
         if shown.startswith(self.prompt) and self.whole.startswith(self.prompt):
             known, shown_tail, whole_tail = "", shown[len(self.prompt) :], self.whole[len(self.prompt) :]
             ahead = self.prompt
@@ -167,6 +159,52 @@ class _Survey:
             if shown_tail.startswith(known) and whole_tail.startswith(known):
                 shown_tail, whole_tail, known = shown_tail[len(known) :], whole_tail[len(known) :], ""
         return self._behind(key, marked, known, shown_tail, whole_tail, ahead)
+
+    def _stands_for(self, marked: _Marked, shown: str) -> bool:
+        """Whether the real rendering is the marked one filled in; where there are tool calls, whose arguments need not
+        be texts, whether it is up to the first."""
+        if not marked.wanted:
+            return True  # nothing of it need come out
+        texts = {"r": self.reasoning, "c": parts.response_of(self.message)}
+        values = {mark: texts[slot] for slot, mark in marked.marks.items() if slot in texts}
+        calls = [at for slot, mark in marked.marks.items() if slot not in texts and (at := shown.find(mark)) >= 0]
+        if not calls:
+            return places_of(shown, values, self.whole)[1] == len(self.whole)
+        return places_of(shown[: min(calls)].rstrip(QUOTES), values, self.whole)[1] >= 0
+
+    def _with_texts(self) -> tuple[_Marked, str] | None:
+        """The message with marks on both sides of its texts, so that the template sees these too, as if each pair with
+        what stands between were one mark; None where it has no texts."""
+        marks = {slot: self.base + slot for slot, text in (("r", self.reasoning), ("c", self.response)) if text}
+        bare = parts.without_reasoning(self.message) if self.reasoning else self.message
+        # an inline block without reasoning is one for some templates, and text for others
+        for made in (parts.without_reasoning(bare), bare):
+            if "r" in marks:
+                names = [name for name in parts.REASONING_FIELDS if name in self.message] or parts.REASONING_FIELDS[:1]
+                made = made | dict.fromkeys(names, f"{marks['r']}b{self.reasoning}{marks['r']}e")
+            if "c" in marks:
+                made = parts.between(made, f"{marks['c']}b", f"{marks['c']}e")
+            text = self.render.attempt([*self.before, made], False) or ""
+            shown, values = self._joined(text), {found.group(1): found.group(2) for found in self._pairs.finditer(text)}
+            same = places_of(shown, values, self.whole)[1] == len(self.whole)
+            if same and shown.startswith(self.prompt) == self.whole.startswith(self.prompt):  # no text is in the prompt
+                return _Marked(made, marks, list(marks)), shown
+        if not marks:
+            return None
+        raise NotRendered(
+            "the chat template looks into the texts of this message, at their length or their words, and renders "
+            "others otherwise: what is its own and what the message's cannot be told apart",
+            self.number,
+        )
+
+    @property
+    def _pairs(self) -> re.Pattern[str]:
+        """A mark on both sides of a text: the mark, and the text."""
+        return re.compile(f"({self.base}[rc])b(.*?)\\1e", re.DOTALL)
+
+    def _joined(self, text: str) -> str:
+        """A rendering with one mark for every pair, and what stands between them."""
+        return self._pairs.sub(r"\1", text)
 
     def _behind(self, key: Any, marked: _Marked, known: str, shown: str, whole: str, ahead: str) -> Turn:
         """The turn, from what stands behind the prompt, or, with `known`, behind the text before the prompt's end."""
@@ -178,6 +216,8 @@ class _Survey:
             if slot in "rc" and shown.count(marked.marks[slot]) > 1:
                 kind = "reasoning" if slot == "r" else "content"
                 raise NotAligned(f"the chat template renders the {kind} of this message more than once", self.number)
+        if max(found.values()) < 0:
+            raise NotRendered("the chat template renders nothing of this message", self.number)
         first = min(at for at in found.values() if at >= 0)
         body, kept, stop = self._cut(shown, whole, max(found.values()))
         if not known:
@@ -188,30 +228,76 @@ class _Survey:
             return Turn(self.prompt, body, self._response(marked, found, shown, body), "rendered")
         lead = shown[:first]
         markers = self.template.markers
-        off = markers.closed_by(known)
+        off, opened, inside = markers.closed_by(known), markers.opened_by(known), found.get("r", -1) >= 0
         if not self.reasoning and (turn := self._close_block(known)):
             return turn
-        if off and self.reasoning and found.get("r", -1) >= 0:
+        if off and self.reasoning and inside:
             return self._thinking_off(known)
+        seam = self._seam(known, lead, marked)
+        rest = body[seam.end :]
+        if inside and markers.opening in seam.more:  # both open the block, behind a header that ends otherwise
+            begun, own = seam.more[seam.more.find(markers.opening) :], lead.find(markers.opening, seam.end)
+            if own < 0 or lead[seam.end : own].strip() or not lead.startswith(begun, own):
+                raise self._no_seam(known, lead)
+            rest = body[own + len(begun) :]
+        elif inside and seam.more and not seam.more.strip():
+            raise self._no_seam(known, lead)
         if off and markers.around(lead):  # both close an empty block, and need not do so with the same white space
             behind = known[known.rfind(markers.closing) :]
             rest = body[lead.rfind(markers.closing) :]
             rest = rest[len(self.template.shared(behind, rest)) :]
-            return Turn(self.prompt, rest, 0, "thinking off" if self.reasoning else "rendered")
-        opened, inside = markers.opened_by(known), found.get("r", -1) >= 0
-        header = known[: known.rfind(markers.opening)] if opened else lead
-        if inside and (opened or known.startswith(lead)):
-            raise NotAligned(
-                f"the chat template's prompt ends with {known[-60:]!r}, and this message begins with {lead[-60:]!r}: "
-                "neither goes on from the other, so what the model must generate here is unknown",
-                self.number,
-            )
-        if not (known.startswith(header) and lead.startswith(header)):  # the prompt ends with what no message has
-            header = self.template.shared(known, lead)
-        rest = body[len(header) :]
         if inside or off or not (self.reasoning or opened):
             return Turn(self.prompt, rest, 0, "thinking off" if off and self.reasoning else "rendered")
         return self._splice(known, rest, "")
+
+    def _seam(self, known: str, lead: str, marked: _Marked) -> Seam:
+        """How much of the lead the prompt holds; its own block of reasoning, open or closed, stands behind that."""
+        markers, added = self.template.markers, self.template.added
+        mark = self.base + "w"
+        unasked = self.render.attempt([*self.before[:-1], self._append(self.before[-1], mark)], False)
+        closed = unasked.rpartition(mark)[2] if unasked and mark in unasked else None
+        seam = find_seam(known, lead, closed, markers.opening, added)
+        if seam is None:
+            blocks = [text.rfind(markers.opening) if markers.opening in text else len(text) for text in (known, lead)]
+            seam = find_seam(known[: blocks[0]], lead[: blocks[1]], closed, markers.opening, added)
+            seam = seam and Seam(seam.end, seam.more + known[blocks[0] :])
+        if seam is None or not self._is_attribute(seam, lead, closed):
+            seam = self._without_header(known, lead, closed, marked) or (None if self.reasoning else seam)
+        if seam is None:
+            raise self._no_seam(known, lead)
+        return seam
+
+    def _is_attribute(self, seam: Seam, lead: str, closed: str | None) -> bool:
+        """Whether what only the prompt has, its own block of reasoning aside, may stand behind a header: one line
+        without added tokens, behind a header that both have."""
+        attribute = seam.more.partition(self.template.markers.opening)[0]
+        header = lead[len(closed) if closed and lead.startswith(closed) else 0 : seam.end]
+        one_line = not self.template.added.search(attribute) and "\n" not in attribute.strip()
+        return not attribute.strip() or (one_line and says_something(header, self.template.added))
+
+    def _without_header(self, known: str, lead: str, closed: str | None, marked: _Marked) -> Seam | None:
+        """The seam where messages of a running turn have no header, and the prompt has one all the same: shown by the
+        same message behind a user's text, where it begins, behind the same header, just as it does here without."""
+        if closed is None or not (known.startswith(closed) and lead.startswith(closed)):
+            return None
+        mark = self.base + "u"
+        question = self.template.in_form(user(mark))
+        texts = [
+            self.render.attempt(messages, prompt)
+            for messages, prompt in (([question], False), ([question], True), ([question, marked.message], False))
+        ]
+        if any(text is None or mark not in text for text in texts):
+            return None
+        ended, asked, answered = (text.rpartition(mark)[2] for text in texts if text is not None)
+        alike = asked == ended + known[len(closed) :] and answered.startswith(asked + lead[len(closed) :] + self.base)
+        return Seam(len(closed)) if alike else None
+
+    def _no_seam(self, known: str, lead: str) -> NotAligned:
+        return NotAligned(
+            f"the chat template's prompt ends with {known[-60:]!r}, and this message begins with {lead[-60:]!r}: "
+            "neither goes on from the other, so what the model must generate here is unknown",
+            self.number,
+        )
 
     def _cut(self, shown: str, whole: str, last: int) -> tuple[str, int, Stop]:
         """What the message must generate of `whole`: up to its stop token."""
@@ -254,11 +340,21 @@ class _Survey:
             whole = self.render.attempt([*self.before, filled], False)
             if shown is None or whole is None or whole.count(mark) != 1 or marked.marks["r"] not in shown:
                 continue
-            known, shown, whole = self._align(marked.message, filled)
-            if not (whole.startswith(known) and shown.startswith(known)):
+            asked, shown, whole = self._align(marked.message, filled)
+            lead = shown[: shown.find(marked.marks["r"])]
+            if not whole.startswith(lead):
+                continue
+            if lead.startswith(asked):
+                begin = len(asked)
+            elif self.template.markers.opened_by(asked):
+                seam = find_seam(asked, lead, None, self.template.markers.opening, self.template.added)
+                begin = seam.end if seam and not seam.more else -1
+            else:
+                continue
+            if begin < 0:
                 continue
             last = max(shown.find(text) for text in marked.marks.values())
-            body, _, _ = self._cut(shown[len(known) :], whole[len(known) :], last - len(known))
+            body, _, _ = self._cut(shown[begin:], whole[begin:], last - begin)
             return Turn(self.prompt, body.replace(mark, ""), body.find(mark), "empty block")
         return None
 
@@ -285,7 +381,7 @@ class _Survey:
                 "show where they end",
                 self.number,
             )
-        tails = [text.rpartition(mark)[2] for text in texts if text is not None]
+        tails = [self._joined(text.rpartition(mark)[2]) for text in texts if text is not None]
         if not self.prompt.endswith(tails[0]) or (len(messages) == 1 and not self.whole.endswith(tails[2])):
             raise NotAligned("the chat template looks into the text before this message", self.number)
         return tails[0], tails[1], tails[2]
@@ -311,7 +407,7 @@ class _Survey:
         functions = parts.calls_of(message) if calls else []
         if response or not parts.calls_of(message):
             marks["c"] = self.base + "c"
-            wanted += ["c"] if response else []
+            wanted += ["c"] if response.strip() else []
             made = parts.with_text(made, marks["c"])
         if functions:
             marks |= {f"n{i}": f"{self.base}n{i}x" for i in range(len(functions))}

@@ -1,0 +1,131 @@
+"""Where generation begins in a rendering that does not begin with the prompt.
+
+Templates write things that are gone once an answer follows: a suffix on the last user's text, tools behind it, a
+reminder in a turn of its own, an attribute in the generation prompt. Both are then seen behind the last text that
+they have in common: `known` is what the prompt has there, `lead` what the rendering has before the message's first own
+text, and the question is how much of `lead` the prompt holds already.
+
+    known   " /think<end><bot>"      the prompt: suffix, end of the user's message, header
+    lead    "<end><bot><think>"      the rendering: the same end and header, and the message's opening marker
+                       ^ the seam: from here on it is the model that writes
+
+The header must be found whole in both, and is never guessed: with another role name in the prompt, nobody knows what
+the model should write next, and there is no seam.
+"""
+
+import re
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Seam:
+    """`end`: so many characters of the lead the prompt holds; `more`: what it has behind them and the lead has not."""
+
+    end: int
+    more: str = ""
+
+
+def find_seam(known: str, lead: str, closed: str | None, opening: str, added: re.Pattern[str]) -> Seam | None:
+    """The seam, or None where the prompt does not show it.
+
+    Args:
+        closed: what follows the common text where no generation prompt is asked for: the end of that message, where
+            the lead begins with it.
+        opening: what opens a block of reasoning; no attribute holds it.
+        added: finds the tokenizer's added tokens.
+    """
+    if lead.startswith(known):
+        return Seam(len(known))
+    if known.startswith(lead):
+        return Seam(len(lead), known[len(lead) :])
+    starts = [0, *([len(closed)] if closed and lead.startswith(closed) else [])]
+    for start in starts:
+        if size := _overlap(known, lead[start:], added):
+            return Seam(start + size)
+    prompt = known[len(closed) :] if closed is not None and known.startswith(closed) else ""
+    if says_something(prompt, added) and lead.count(prompt) == 1:
+        return Seam(lead.find(prompt) + len(prompt))
+    if (first := _first(prompt, added)) and (at := lead.rfind(first.group())) >= 0:
+        starts.append(at)
+    for start in starts:
+        if size := _around_insertion(known, lead[start:], opening, added):
+            return Seam(start + size)
+    return _from_header(known, lead, opening, added)
+
+
+def _overlap(known: str, header: str, added: re.Pattern[str]) -> int:
+    """The longest beginning of the header, by whole tokens and words, with which the prompt ends."""
+    for size in range(min(len(known), len(header)), 0, -1):
+        part = header[:size]
+        if known.endswith(part) and says_something(part, added):
+            begins = len(known) - size
+            if _between_tokens(header, size, added) and _between_tokens(known, begins, added):
+                return size
+    return 0
+
+
+def _around_insertion(known: str, header: str, opening: str, added: re.Pattern[str]) -> int:
+    """Where the prompt ends with the header and one insertion: `assistant` + ` effort=high` + a line break."""
+    first = _first(header, added)
+    if first is None or (start := known.rfind(first.group())) < 0:
+        return 0
+    asked, header_ = known[start:], header[first.start() :]
+    size = next((n for n, (a, b) in enumerate(zip(asked, header_, strict=False)) if a != b), 0)
+    while size and not (_between_tokens(header_, size, added) and _between_tokens(asked, size, added)):
+        size -= 1
+    if not says_something(header_[:size], added):
+        return 0
+    rest, inserted = header_[size:], asked[size:]
+    behind = next((n for n in range(min(len(rest), len(inserted) - 1), 0, -1) if inserted.endswith(rest[:n])), 0)
+    attribute = inserted[:-behind] if behind else ""
+    if not attribute or "\n" in attribute or (opening and opening in attribute):  # whole lines are another message
+        return 0
+    return first.start() + size + behind
+
+
+def _from_header(known: str, lead: str, opening: str, added: re.Pattern[str]) -> Seam | None:
+    """Seen from the last added token that both have, or else the last line or word: one goes on from the other."""
+    for pattern in (added, re.compile(r"[^\n]*\w[^\n]*"), re.compile(r"\w+")):
+        shared = [found for found in pattern.finditer(known) if found.group() in lead]
+        if shared:
+            break
+    else:
+        return None
+    start, at = shared[-1].start(), lead.rfind(shared[-1].group())
+    if not _between_tokens(lead, at, added):
+        return None
+    names = _name_before(known, start, added), _name_before(lead, at, added)
+    if all(names) and names[0] != names[1]:  # <head>model</head> and <head>assistant</head>
+        return None
+    asked, header = known[start:], lead[at:]
+    if header.startswith(asked):
+        return Seam(at + len(asked))
+    if asked.startswith(header):
+        return Seam(len(lead), asked[len(header) :])
+    size = _around_insertion(asked, header, opening, added)
+    return Seam(at + size) if size else None
+
+
+def _first(text: str, added: re.Pattern[str]) -> re.Match[str] | None:
+    found = [match for match in (added.search(text), re.search(r"\w+", text)) if match]
+    return min(found, key=lambda match: match.start()) if found else None
+
+
+def _name_before(text: str, at: int, added: re.Pattern[str]) -> str:
+    """What stands directly before a place, back to the last added token or white space."""
+    begins = max((found.end() for found in added.finditer(text, 0, at)), default=0)
+    return re.split(r"\s", text[begins:at])[-1]
+
+
+def says_something(text: str, added: re.Pattern[str]) -> bool:
+    """Whether a text holds a word or an added token: white space and punctuation show no header."""
+    return bool(re.search(r"\w", text) or added.search(text))
+
+
+def _between_tokens(text: str, at: int, added: re.Pattern[str]) -> bool:
+    """Whether a place in a text is inside no added token and no word."""
+    if any(found.start() < at < found.end() for found in added.finditer(text)):
+        return False
+    if 0 < at < len(text) and re.match(r"\w\w", text[at - 1 : at + 1]):
+        return any(at in found.span() for found in added.finditer(text))
+    return True

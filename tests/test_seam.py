@@ -1,0 +1,244 @@
+"""Where the model begins to write, where a prompt has what is gone once an answer follows; where it stops; and
+templates that look into texts, or throw dice."""
+
+import re
+
+import pytest
+
+from flexreason.chat.encoding import Encoder
+from flexreason.chat.render import NotAligned, NotRendered, TemplateThrowsDice
+from flexreason.chat.seam import Seam, find_seam
+from templating import TOOLS, answer, byte_level, call, result, user, with_template
+
+TAGS = ("<u>", "</u>", "<a>", "</a>", "<s>", "</s>", "<h>", "</h>", "<r_end>", "<end>", "<last>", "<call>", "</call>")
+ADDED = re.compile("|".join(map(re.escape, [*TAGS, "<think>", "</think>"])))
+CHAT = [user("one"), answer("two", "why"), user("three"), answer("four", "how")]
+LOOP = [user("one"), call(1, "k", "why"), result(1, "r"), call(2, "l"), result(2, "s"), answer("four", "how")]
+
+ROLES = "{% for m in messages %}{% if m.role == 'assistant' %}"
+ANSWERED = "<a><think>{{ m.reasoning_content or '' }}</think>{{ m.content }}</a>"
+
+
+def template(user="<u>{{ m.content }}</u>", answered=ANSWERED, asked="<a>", end=""):
+    closes = "{% endif %}{% endfor %}{% if add_generation_prompt %}"
+    return f"{ROLES}{answered}{{% else %}}{user}{closes}{asked}{{% endif %}}{end}"
+
+
+def own(source, eos="</a>", special=TAGS, plain=("<think>", "</think>")):
+    return with_template(byte_level(), source, special=special, plain=plain, eos=eos)
+
+
+def targets(source, messages=CHAT, tools=None, **about):
+    return [turn.target for turn in Encoder(own(source, **about)).encoded(messages, tools).texts]
+
+
+CALLS = (
+    "{% for c in m.tool_calls or [] %}<call>{{ c.function.name }}{{ c.function.arguments | tojson }}</call>{% endfor %}"
+)
+
+WHOLE = ["<think>why</think>two</a>", "<think>how</think>four</a>"]
+IN_LAST = "{% if loop.last %}WHAT{% endif %}"
+
+
+# --- the target never repeats what the prompt already holds
+
+
+@pytest.mark.parametrize("suffix", [" /think", "/no_think", "\n\nBe brief.", " <u>", "</u>"])
+def test_a_suffix_on_the_last_users_text(suffix):
+    assert targets(template(user="<u>{{ m.content }}" + IN_LAST.replace("WHAT", suffix) + "</u>")) == WHOLE
+
+
+@pytest.mark.parametrize("behind", ["<s>tools</s>", "\ntools: probe", "<u>Think first.</u>"])
+def test_tools_or_a_reminder_behind_the_last_message(behind):
+    assert targets(template(user="<u>{{ m.content }}</u>" + IN_LAST.replace("WHAT", behind))) == WHOLE
+
+
+@pytest.mark.parametrize("asked", ["<s>Be kind.</s><a>", "<u>Answer as <a>.</u><a>", "<s>two\nlines</s>\n<a>"])
+def test_a_turn_before_the_generation_prompt(asked):
+    assert targets(template(asked=asked)) == WHOLE
+
+
+@pytest.mark.parametrize(
+    ("header", "asked"),
+    [
+        ("<h>assistant</h>\n", "<h>assistant effort=high</h>\n"),
+        ("<h>assistant\n", "<h>assistant effort=high\n"),
+        ("<h>assistant\n", "<s>Be kind.</s><h>assistant (high)\n"),
+        ("### Assistant:\n", "### Assistant (high):\n"),
+        ("Assistant: ", "Assistant [high]: "),
+    ],
+)
+def test_a_generation_prompt_with_an_attribute(header, asked):
+    assert targets(template(answered=ANSWERED.replace("<a>", header), asked=asked)) == WHOLE
+
+
+def test_a_named_template_for_tools_as_command_r_has_it():
+    said = "<s><h>{{ m.content }}</a>"
+    with_tools = template("<s><u>{{ m.content }}</a>", said, "<s>Write 'Action:' and then your calls.</a><s><h>")
+    tokenizer = own(with_tools)
+    tokenizer.chat_template = {"default": template("<s><u>{{ m.content }}</a>", said, "<s><h>"), "tool_use": with_tools}
+    chat = [user("one"), answer("two"), user("three"), answer("four")]
+    for tools in (None, TOOLS):
+        found = Encoder(tokenizer).encoded(chat, tools).texts
+        assert [turn.target for turn in found] == ["two</a>", "four</a>"]
+        assert ("Action" in found[0].prompt) == (tools is not None)
+
+
+def test_the_users_message_ends_otherwise_while_it_is_last():
+    closes = "<u>{{ m.content }}{% if loop.last %}<last>{% else %}</u>{% endif %}"
+    assert targets(template(user=closes)) == WHOLE
+    header = ANSWERED.replace("<a>", "<h>assistant</h>")
+    assert targets(template(user=closes, answered=header, asked="<h>assistant</h>")) == WHOLE
+
+
+@pytest.mark.parametrize("suffix", ["", " /think"])
+@pytest.mark.parametrize(
+    ("header", "asked"),
+    [
+        ("<h>assistant</h>\n", "<h>model</h>\n"),
+        ("<h>assistant\n", "<h>model\n"),
+        ("<h>assistant\n", "<h>assistant2\n"),
+        ("<a>", "<s>"),
+        ("### Assistant:\n", "### Model:\n"),
+        ("### Assistant:\n", "I am an Assistant.\n### Model:\n"),
+        ("<h>assistant name=bob\n", "<h>assistant\n"),
+    ],
+)
+def test_another_role_in_the_prompt_is_refused(header, asked, suffix):
+    source = template(
+        user="<u>{{ m.content }}" + IN_LAST.replace("WHAT", suffix) + "</u>",
+        answered=ANSWERED.replace("<a>", header),
+        asked=asked,
+    )
+    with pytest.raises(NotAligned, match=r"message 1: .* neither goes on from the other"):
+        targets(source)
+
+
+RUNNING = (  # a loop is one turn: what follows a tool's result has no header, and the prompt has one
+    "{% set ns = namespace(open=false) %}{% for m in messages %}{% if m.role == 'assistant' %}"
+    "{% if not ns.open %}<a>{% endif %}{% set ns.open = true %}"
+    "{{ m.content }}" + CALLS + "{% if not m.tool_calls %}</a>{% set ns.open = false %}{% endif %}"
+    "{% elif m.role == 'tool' %}[{{ m.content }}]{% else %}<u>{{ m.content }}</u>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<a>{% endif %}"
+)
+
+
+def test_messages_of_a_running_turn_without_a_header():
+    plain = [{key: value for key, value in m.items() if key != "reasoning_content"} for m in LOOP]
+    found = targets(RUNNING, plain, TOOLS)
+    assert found == ['<call>search{"key": "k"}</call>', '<call>search{"key": "l"}</call>', "four</a>"]
+    thought = "<think>\n{}\n</think>\n\n"
+    assert targets(RUNNING, LOOP, TOOLS)[0] == thought.format("why") + found[0]
+    assert targets(RUNNING, LOOP, TOOLS)[2] == thought.format("how") + found[2]
+
+
+def test_messages_of_a_running_turn_that_begin_otherwise_than_behind_a_user_are_refused():
+    other = RUNNING.replace("{% if not ns.open %}<a>{% endif %}", "{% if not ns.open %}<a>{% else %}, {% endif %}")
+    with pytest.raises(NotAligned, match="message 3"):
+        targets(other, LOOP, TOOLS)
+
+
+@pytest.mark.parametrize(
+    ("known", "lead", "held"),
+    [
+        (" /think</u><a>", "</u><a>", "</u><a>"),
+        (" /think</u><a>", "</u><a><think>", "</u><a>"),
+        ("</u>\n<h>assistant e=1\n", "</u>\n<h>assistant\n<think>", "</u>\n<h>assistant\n"),
+        ("<last><h>assistant</h>", "</u><h>assistant</h>", "</u><h>assistant</h>"),
+        (" /x Assistant:", " Assistant: ", " Assistant:"),
+        ("<last><h>model</h>", "</u><h>assistant</h>", None),
+        (" assistant<last><s>", "</u><h>assistant", None),
+        ("</u>\n<a>\nExample</u>\n<s>\n", "</u>\n<a>\n\n", None),
+    ],
+)
+def test_the_seam_is_behind_what_the_prompt_holds(known, lead, held):
+    assert find_seam(known, lead, None, "<think>", ADDED) == (None if held is None else Seam(len(held)))
+
+
+# --- the target ends where generation stops
+
+
+@pytest.mark.parametrize("between", ["", "\n", " ", "\n\n"])
+@pytest.mark.parametrize("special", [True, False])
+def test_the_target_ends_at_eos_whatever_stands_before_it(between, special):
+    """Special or not, and with white space between it and the special token before it."""
+    ends = ANSWERED.replace("</a>", f"<r_end>{between}<end>\n")
+    flagged = {"special": TAGS} if special else {"special": [t for t in TAGS if t != "<r_end>"], "plain": ("<r_end>",)}
+    assert targets(template(answered=ends), eos="<end>", **flagged)[0] == f"<think>why</think>two<r_end>{between}<end>"
+
+
+@pytest.mark.parametrize("special", [True, False])
+def test_the_target_ends_at_the_token_that_ends_a_users_message_too(special):
+    """Where eos_token is one that the template never writes."""
+    flagged = {"special": TAGS} if special else {"special": [t for t in TAGS if t != "<end>"], "plain": ("<end>",)}
+    for ends in ("<end>", "<end>\n", "<r_end>\n<end>\n"):
+        source = template("<u>{{ m.content }}<end>\n", ANSWERED.replace("</a>", ends))
+        assert targets(source, eos="<|endoftext|>", **flagged)[0] == "<think>why</think>two" + ends.rstrip()
+
+
+def test_a_tool_call_ends_at_its_first_eos():
+    for ends in ("</a>", "\n</a>", "</a><a></a>"):
+        source = template(answered=f"<a>{{{{ m.content }}}}{CALLS}{{{{ {ends!r} }}}}")
+        assert targets(source, LOOP, TOOLS)[0].endswith("</call>" + ends[: ends.find("</a>") + 4])
+
+
+def test_an_end_of_text_behind_the_whole_conversation_does_not_end_an_answer():
+    source = template(end="{% if not add_generation_prompt %}<last>{% endif %}")
+    assert targets(source, eos="<last>") == WHOLE
+
+
+# --- templates that look into texts, and that throw dice
+
+THOUGHT = "<think>{{ m.reasoning_content }}</think>"
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "{% if m.content|length > 5 %}" + THOUGHT + "{% endif %}{{ m.content }}",
+        "{% if m.reasoning_content|length > 5 %}" + THOUGHT + "{% endif %}{{ m.content }}",
+        THOUGHT + "{% if m.content|length > 5 %}{{ m.content }}{% endif %}",
+        THOUGHT + "{{ m.content[:2] }}",
+        THOUGHT + "{{ m.content.split('o')[0] }}",
+        THOUGHT + "{% if m.content|length > 5 %}long: {% endif %}{{ m.content }}",
+        THOUGHT + "{{ m.content }}{% if m.content|length > 5 %} (long){% endif %}",
+    ],
+)
+def test_a_template_that_goes_by_the_length_of_texts_is_refused(said):
+    with pytest.raises(NotRendered, match=r"message 1: .*looks into the texts"):
+        targets(template(answered=f"<a>{said}</a>"))
+
+
+@pytest.mark.parametrize("wrap", ["{{ m.content | trim }}", "{{ m.content.lstrip() }}", "{{ m.content | tojson }}"])
+def test_a_template_that_changes_the_ends_of_texts_or_quotes_them_is_not(wrap):
+    for text in ("two", " two ", "\n\ntwo\n", '"two"'):
+        found = targets(template(answered=f"<a>{THOUGHT}{wrap}</a>"), [user("one"), answer(text, "why")])
+        whole = own(template(answered=f"<a>{THOUGHT}{wrap}</a>")).apply_chat_template(
+            [user("one"), answer(text, "why")], tokenize=False
+        )
+        assert found == [whole.removeprefix("<u>one</u><a>")]
+
+
+def test_a_template_that_reads_words_is_taken_where_it_shows_what_it_does_with_these():
+    marked = template(answered="<a>{% if 'two' in m.content %}" + THOUGHT + "{% endif %}{{ m.content }}</a>")
+    assert targets(marked, CHAT[:2]) == WHOLE[:1]
+
+
+@pytest.mark.parametrize(
+    "dice",
+    [
+        "{{ ['x', 'y'] | random }}",
+        "{% for x in [['x', 'y']] | map('random') %}{{ x }}{% endfor %}",
+        "{% filter random %}xy{% endfilter %}",
+        "{{ lipsum(n=1) }}",
+        "{% set words = lipsum %}{{ words() }}",
+        "{% if false %}{{ 'xy' | random }}{% endif %}",
+    ],
+)
+def test_a_template_that_throws_dice_is_refused(dice):
+    with pytest.raises(TemplateThrowsDice, match="draws at random"):
+        targets(template(answered=ANSWERED + dice))
+
+
+def test_a_name_that_only_sounds_like_dice_is_not():
+    assert targets(template(answered="{% set random = m.random %}" + ANSWERED)) == WHOLE
