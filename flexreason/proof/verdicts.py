@@ -88,7 +88,7 @@ def _tested(
 
     def test() -> "Result":
         log.warning(
-            f"patch: {cls.__name__} is tested on a tiny model of its structure, for the list of models does not hold "
+            f"{cls.__name__} is tested on a tiny model of its structure, for the list of models does not hold "
             f"it as it is here (transformers {transformers.__version__}, torch {torch.__version__}): about a second, "
             "or some for models of very many layers"
         )
