@@ -6,11 +6,13 @@ that, and are held against what that file computes.
 
 import json
 import os
+import platform
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 import transformers
 from transformers.models.llama import modeling_llama
 
@@ -179,12 +181,19 @@ def asked(newer):
     return ask
 
 
-@pytest.mark.parametrize("which", ["flexreason", "torch", "transformers", "python", "machine"])
+BESIDE = {
+    "flexreason": (kept, "own_source", lambda: "another"),
+    "torch": (torch, "__version__", "1.13.0"),
+    "transformers": (kept.transformers, "__version__", "0.0"),
+    "python": (platform, "python_version", lambda: "2.7"),
+    "machine": (platform, "machine", lambda: "abacus"),
+}
+
+
+@pytest.mark.parametrize("which", BESIDE)
 def test_what_was_found_beside_something_else_is_not_believed(which, asked, monkeypatch, tmp_path):
-    plain = kept.surroundings
-    assert plain()[which]
     with monkeypatch.context() as elsewhere:
-        elsewhere.setattr(kept, "surroundings", lambda: {**plain(), which: "another"})
+        elsewhere.setattr(*BESIDE[which])
         assert asked() == 1
     assert asked() == 2
     assert asked() == 2
@@ -222,6 +231,7 @@ BROKEN = {
     "no dict": lambda written: "[1]",
     "bytes": lambda written: "\x00\xff",
     "another verdict": lambda written: json.dumps({**written, "found": {**written["found"], "verdict": "exact"}}),
+    "one word": lambda written: json.dumps({**written, "found": {**written["found"], "reason": ""}}),
     "no numbers": lambda written: json.dumps({**written, "found": {"verdict": "exact"}}),
     "forged": forged,
     "about another": about_another,
