@@ -108,16 +108,15 @@ def _write(path: Path, about: dict[str, str], found: Result) -> None:
     """All at once: whoever reads meanwhile finds no file, or a whole one."""
     fields = found.to_dict()
     text = json.dumps({"about": about, "found": fields, "digest": _digest([about, fields])}, indent=1)
+    part = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".part", delete=False) as part:
             part.write(text)
-        try:
-            os.replace(part.name, path)
-        except OSError:
-            os.unlink(part.name)
-            raise
+        os.replace(part.name, path)
     except OSError as error:
+        with suppress(OSError):
+            os.unlink(part.name if part else "")
         _say(
             f"the verdict cannot be kept in {path.parent} ({error}), and every process will test again; "
             f'{VARIABLE} names another folder, or "off"'

@@ -108,6 +108,9 @@ def table(written: dict[str, Any]) -> str:
         "*Unpatched* is what a row does to the same model when nobody patched it, with eager and with sdpa attention: "
         "the error raised with labels, and without where that differs.",
         "",
+        "Under another transformers the list holds for the classes whose files are equal to those tested here; the "
+        "others are tested when they are first patched ([patching.md](patching.md)).",
+        "",
         f"{len(models)} classes: {counts['exact']} exact, {counts['refused']} refused, "
         f"{counts['cannot be built tiny']} cannot be built tiny. Of the {len(routed)} whose attention goes through "
         f"transformers' registry, {sum(e['verdict'] == 'exact' for e in routed.values())} are exact.",
