@@ -9,6 +9,7 @@ import os
 import platform
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -267,6 +268,34 @@ def test_where_nothing_can_be_kept_it_goes_on_with_a_word(how, newer, next_proce
     assert sum("cannot be kept" in line for line in newer()) == (how != "off")
     left = {path.name for path in tmp_path.rglob("*")}
     assert left <= {"kept", "verdicts"}
+
+
+def test_who_reads_while_others_write_finds_a_whole_file(newer, tmp_path):
+    about, path = {"name": LFM2.name}, tmp_path / "kept" / "verdicts" / "one.json"
+    kept._write(path, about, LFM2)
+
+    def one(number):
+        if number % 2:
+            return kept._read(path, about)
+        return kept._write(path, about, LFM2)
+
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(one, range(2000)))
+    assert all(result == LFM2 for result in found[1::2])
+    assert newer() == []
+    assert files(tmp_path) == [path]
+
+
+def test_a_rank_that_hangs_is_not_waited_for_for_ever(asked, monkeypatch, tmp_path):
+    fcntl = pytest.importorskip("fcntl")
+    folder = tmp_path / "kept" / "verdicts"
+    folder.mkdir(parents=True)
+    held = os.open(folder, os.O_RDONLY)
+    fcntl.flock(held, fcntl.LOCK_EX)
+    monkeypatch.setattr(kept, "PATIENCE", 0.1)
+    assert asked() == 1
+    os.close(held)
+    assert asked() == 1
 
 
 def test_the_folder_is_the_users_cache_folder_or_the_one_that_is_named(monkeypatch, tmp_path):
