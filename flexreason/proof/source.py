@@ -88,8 +88,8 @@ def modules_of(cls: type[PreTrainedModel], config: PreTrainedConfig) -> list[str
             model = cls(shrink(config))
     except Exception:  # whatever a class raises: then nothing was ever tested of it
         return []
-    configs = [getattr(module, "config", None) for module in model.modules()]
-    kinds = {cls, type(config)} | {type(part) for part in (*model.modules(), *configs) if part is not None}
+    configs = [c for module in model.modules() for c in _configs(getattr(module, "config", None))]
+    kinds = {cls, type(config)} | {type(part) for part in (*model.modules(), *configs)}
     if any(_package(kind.__module__) not in ("transformers", "torch") for kind in kinds):
         return []
     names = {parent.__module__ for kind in kinds for parent in kind.__mro__ if parent.__module__.startswith(MODELS)}
@@ -101,6 +101,14 @@ def modules_of(cls: type[PreTrainedModel], config: PreTrainedConfig) -> list[str
                 names.add(home)
                 waiting.append(home)
     return sorted(names) + [name for name in SHARED if _is_there(name)]
+
+
+def _configs(config: Any) -> Iterator[PreTrainedConfig]:
+    """A config and those in it, also of parts that the model does not build."""
+    if isinstance(config, PreTrainedConfig):
+        yield config
+        for value in vars(config).values():
+            yield from _configs(value)
 
 
 def _is_there(name: str) -> bool:
