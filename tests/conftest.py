@@ -5,8 +5,13 @@ about a GPU.
 """
 
 import os
+import shutil
+import tempfile
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+
+# never the user's own folder, in processes that tests start neither
+os.environ["FLEXREASON_CACHE"] = tempfile.mkdtemp(prefix="flexreason-tests-")
 
 import pytest
 import torch
@@ -19,6 +24,10 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # the workers share the cores
 settings.register_profile("default", deadline=None, max_examples=60, derandomize=True)
 settings.register_profile("thorough", deadline=None, max_examples=1000)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
+
+
+def pytest_unconfigure():
+    shutil.rmtree(os.environ["FLEXREASON_CACHE"], ignore_errors=True)
 
 
 def pytest_addoption(parser):

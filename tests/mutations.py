@@ -258,11 +258,29 @@ MUTATIONS = {  # name: (file, what stands there, what to write instead)
     "self-test: RoPE's threshold is not looked at": (
         "proof/selftest.py", "        _must_refuse(model, straddling)\n", "",
     ),
-    "list: any version's is believed": (
-        "proof/verdicts.py", " or listed()[\"transformers\"] != transformers.__version__", "",
+    "list: any source's is believed": (
+        "proof/verdicts.py", "(known.get(\"structure\"), known.get(\"source\")) == (structure, source)", "known.get(\"structure\") == structure",
     ),
     "list: any structure's is believed": (
-        "proof/verdicts.py", "known and known[\"structure\"] == structure", "known",
+        "proof/verdicts.py", "(known.get(\"structure\"), known.get(\"source\")) == (structure, source)", "known.get(\"source\") == source",
+    ),
+    "list: any torch's is believed": (
+        "proof/verdicts.py", " and _is_listed_torch():", ":",
+    ),
+    "kept: whatever lies there is believed": (
+        "proof/kept.py", "    if written[\"digest\"] != _digest([written[\"about\"], written[\"found\"]]):", "    if False:",
+    ),
+    "kept: a file about something else is believed": (
+        "proof/kept.py", " and written[\"about\"] == about:", ":",
+    ),
+    "kept: another flexreason's is believed": (
+        "proof/kept.py", "        \"flexreason\": own_source(),\n", "        \"flexreason\": \"any\",\n",
+    ),
+    "kept: all ranks test": (
+        "proof/kept.py", "        if found := _read(path, about):  # by another rank, meanwhile\n            return found\n", "",
+    ),
+    "kept: what was put into transformers counts for all": (
+        "proof/verdicts.py", " or edited or replaced_in_memory(cls, structure):", " or edited:",
     ),
     "shrink: windows stay": (
         "proof/shrink.py", "(sliding_window|window_size|", "(window_size|",
@@ -790,7 +808,9 @@ TESTS = {  # where to look for the test that notices, so that all of this takes 
     "proof/selftest.py": ["tests/test_families.py"],
     "proof/shrink.py": ["tests/test_families.py"],
     "proof/testing.py": ["flexreason"],
-    "proof/verdicts.py": ["tests/test_families.py"],
+    "proof/verdicts.py": ["tests/test_newer.py", "tests/test_families.py"],
+    "proof/kept.py": ["tests/test_newer.py"],
+    "proof/source.py": ["tests/test_newer.py"],
     "proof/": ["tests/test_verification.py"],
     "chat/tokens.py": ["tests/test_tokens.py", "tests/test_encode.py"],
     "chat/messages.py": ["tests/test_encode.py", "tests/test_templates.py"],

@@ -26,6 +26,7 @@ from flexreason.cli import main
 from flexreason.proof import gate, scan, selftest, verdicts
 from flexreason.proof import models as proof_models
 from flexreason.proof.shrink import HEADS, ORIGINAL, build, causal_classes, default_config, length_constants, shrink
+from flexreason.proof.source import source_of
 from models import tiny
 from strategies import random_tree, random_turns
 
@@ -283,7 +284,7 @@ def made(cls, *args):
 
 def test_an_unknown_class_is_tested_on_its_own_config_once(monkeypatch):
     calls = []
-    monkeypatch.setattr(selftest, "check", lambda *args, plain=selftest.check: calls.append(args) or plain(*args))
+    monkeypatch.setattr(selftest, "check", lambda *args, plain=selftest.check: calls.append(args[:2]) or plain(*args))
     monkeypatch.setattr(verdicts, "_found", {})
     for _ in range(2):
         model = fr.patch(made(Unchanged))
@@ -367,7 +368,9 @@ def test_what_is_easily_cut_away_is_seen(cls, config):
 
 def test_a_listed_class_whose_other_structure_cannot_be_tried_is_not_believed(monkeypatch):
     monkeypatch.setattr(verdicts, "_found", {})
-    monkeypatch.setattr(selftest, "check", lambda config, cls: selftest.Result(cls.__name__, "cannot be built tiny"))
+    monkeypatch.setattr(
+        selftest, "check", lambda config, cls, backends: selftest.Result(cls.__name__, "cannot be built tiny")
+    )
     with pytest.raises(ValueError, match="Qwen3ForCausalLM is refused: nobody has shown it"):
         fr.patch(tiny("Qwen3", attention_bias=True))
 
@@ -548,22 +551,28 @@ def test_trust_counts_for_nothing_against_a_test_that_failed(monkeypatch):
     assert gate.standing(tiny("Llama")) is None
 
 
-def test_the_list_is_believed_for_the_version_and_structure_it_was_made_with_only(monkeypatch):
+def test_the_list_is_believed_for_the_source_the_structure_and_the_torch_it_was_made_with_only(monkeypatch):
     asked = []
     right = selftest.Result("LlamaForCausalLM", "exact")
     monkeypatch.setattr(verdicts, "_tested", lambda cls, *rest: asked.append(cls.__name__) or right)
-    llama = {**right.to_dict(), "structure": verdicts.structure_of(transformers.LlamaConfig())}
+    structure = verdicts.structure_of(transformers.LlamaConfig())
+    source = source_of(transformers.LlamaForCausalLM, transformers.LlamaConfig(), structure)
+    llama = {**right.to_dict(), "structure": structure, "source": source}
     del llama["name"]
-    written = {"transformers": transformers.__version__, "torch": "", "models": {"LlamaForCausalLM": llama}}
+    written = {"transformers": "0.0", "torch": torch.__version__, "models": {"LlamaForCausalLM": llama}}
     monkeypatch.setattr(verdicts, "listed", lambda: written)
     fr.patch(tiny("Llama"))
     assert not asked
     fr.patch(tiny("Llama", attention_bias=True))
     assert len(asked) == 1
-    other = {**written, "transformers": "0.0"}
-    monkeypatch.setattr(verdicts, "listed", lambda: other)
-    fr.patch(tiny("Llama"))
-    assert len(asked) == 2
+    for other in (
+        {**written, "torch": "1.13.0"},
+        {**written, "models": {"LlamaForCausalLM": {**llama, "source": "x"}}},
+    ):
+        asked.clear()
+        monkeypatch.setattr(verdicts, "listed", lambda other=other: other)
+        fr.patch(tiny("Llama"))
+        assert len(asked) == 1
 
 
 def test_the_self_test_leaves_no_trace_and_takes_none():
@@ -571,9 +580,13 @@ def test_the_self_test_leaves_no_trace_and_takes_none():
     torch.manual_seed(0)
     expected = torch.rand(1)
     torch.manual_seed(0)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(3)
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
         assert check("Phimoe", output_router_logits=True, return_dict=False).verdict == "exact"
         assert not torch.is_grad_enabled()
+    assert torch.get_num_threads() == 3
+    torch.set_num_threads(threads)
     assert torch.equal(torch.rand(1), expected)
 
 
@@ -626,7 +639,7 @@ def test_the_committed_list_is_of_the_locked_transformers_and_long_enough():
 def test_a_new_scan_finds_what_the_list_says():
     for name, entry in scan.scan(causal_classes()):
         listed = verdicts.listed()["models"][name]
-        for key in ("verdict", "unpatched", "structure", "registry"):
+        for key in ("verdict", "unpatched", "structure", "source", "registry"):
             assert entry[key] == listed[key], (name, entry)
 
 
@@ -651,7 +664,7 @@ def test_the_command_says_where_its_list_is_of_another_transformers(monkeypatch,
     written = {**verdicts.listed(), "transformers": "0.0" if other else transformers.__version__}
     monkeypatch.setattr(proof_models, "listed", lambda: written)
     assert main(["models"]) == 0
-    assert ("of which this says nothing" in capsys.readouterr().out) == other
+    assert ("is tested when it is first patched" in capsys.readouterr().out) == other
 
 
 def test_the_command_reads_a_folders_config(tmp_path, capsys):

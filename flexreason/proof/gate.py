@@ -4,6 +4,7 @@ Nobody is asked for anything below this file: patching.py patches whatever does 
 prove it (the self-test, `verify`).
 """
 
+from functools import partial
 from typing import TypeVar
 
 from torch import nn
@@ -40,12 +41,12 @@ def patch(model: Model, backend: str = "auto", mask: str = "interval", loss: str
     >>> model = fr.patch(model)
     >>> model(**row).loss.backward()
     """
-    return apply_patch(model, backend, mask, loss, ask=_ask)
+    return apply_patch(model, backend, mask, loss, ask=partial(_ask, backend=backend))
 
 
-def _ask(root: PreTrainedModel) -> str:
+def _ask(root: PreTrainedModel, backend: str) -> str:
     """Raise if the model is not shown to be exact; where it is, why not in chunks, or nothing."""
-    found = _proof(root)
+    found = _proof(root, backend)
     if doubt := _doubt(root, found):
         raise refusal(root, doubt)
     return _unchunked(found)
@@ -98,6 +99,6 @@ def _kind(root: PreTrainedModel) -> tuple:
     return cls, verdicts.structure_of(root.config, cls), frozenset(parts_of(root))
 
 
-def _proof(root: PreTrainedModel) -> Result:
+def _proof(root: PreTrainedModel, backend: str = "auto") -> Result:
     """What the list of classes says, or else the self-test on a tiny model of the same structure."""
-    return verdicts.proof(model_class(root), root.config, edited=foreign(parts_of(root)))
+    return verdicts.proof(model_class(root), root.config, edited=foreign(parts_of(root)), backend=backend)

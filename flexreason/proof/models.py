@@ -46,7 +46,7 @@ def _overview(options: argparse.Namespace) -> int:
         print(f"{verdict}: {len(names)}\n  " + "\n  ".join(names))
     print(f"with transformers {found['transformers']}, torch {found['torch']}")
     if (here := version("transformers")) != found["transformers"]:
-        print(f"here is transformers {here}, of which this says nothing: a model is tested when it is patched")
+        print(f"here is transformers {here}: a class whose files are others there is tested when it is first patched")
     return 0
 
 

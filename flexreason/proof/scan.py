@@ -65,6 +65,7 @@ def entry_of(name: str) -> dict[str, Any]:
 
     from flexreason.proof.selftest import check, unpatched
     from flexreason.proof.shrink import default_config
+    from flexreason.proof.source import source_of
 
     cls = getattr(transformers, name)
     entry = check(cls).to_dict()
@@ -72,9 +73,11 @@ def entry_of(name: str) -> dict[str, Any]:
     entry["unpatched"] = {how: unpatched(cls, how) for how in IMPLEMENTATIONS}
     entry["registry"] = bool(cls._can_set_attn_implementation())
     try:
-        entry["structure"] = structure_of(default_config(cls), cls)
+        config = default_config(cls)
+        entry["structure"] = structure_of(config, cls)
+        entry["source"] = source_of(cls, config, entry["structure"])
     except Exception as error:
-        entry["structure"] = f"unknown: {type(error).__name__}"
+        entry |= {"structure": f"unknown: {type(error).__name__}", "source": ""}
     return entry
 
 
@@ -104,6 +107,9 @@ def table(written: dict[str, Any]) -> str:
         "a gradient that is zero by construction is measured against all of them together. "
         "*Unpatched* is what a row does to the same model when nobody patched it, with eager and with sdpa attention: "
         "the error raised with labels, and without where that differs.",
+        "",
+        "Under another transformers the list holds for the classes whose files are equal to those tested here; the "
+        "others are tested when they are first patched ([patching.md](patching.md)).",
         "",
         f"{len(models)} classes: {counts['exact']} exact, {counts['refused']} refused, "
         f"{counts['cannot be built tiny']} cannot be built tiny. Of the {len(routed)} whose attention goes through "

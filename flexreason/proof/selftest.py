@@ -3,14 +3,14 @@
 The row holds a conversation and a general tree whose branches leave before and behind every length that the small
 config has (window, chunk, the original maximum of RoPE), packed side by side. Loss, every log-probability and every
 gradient of one pass must be those of the N samples on the untouched model, to `EXACT`. A token that influences
-another it must not see moves that one's log-probability, so leaks of any kind show there. About a second.
+another it must not see moves that one's log-probability, so leaks of any kind show there. 0.1 to 1 s, on one thread.
 """
 
 import inspect
 import random
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -79,15 +79,20 @@ class Result:
         return asdict(self)
 
 
-def check(what: Any, cls: type[PreTrainedModel] | None = None) -> Result:
+def check(what: Any, cls: type[PreTrainedModel] | None = None, backends: Sequence[str] = BACKENDS) -> Result:
     """The verdict on a config, or on a class with its default config. Never raises, and leaves no trace."""
     with _apart():
-        return _check(what, cls)
+        return _check(what, cls, backends)
 
 
 @contextmanager
 def _apart() -> Iterator[None]:
-    """Whatever the caller has set for a model of its own: it is neither used nor changed."""
+    """Whatever the caller has set for a model of its own: it is neither used nor changed.
+
+    One thread is enough for tensors so small. With more, they wait for each other wherever something else uses the
+    cores, other ranks most of all: 0.3 s become 9.
+    """
+    threads = torch.get_num_threads()
     with (
         warnings.catch_warnings(),
         torch.random.fork_rng(devices=[]),
@@ -97,10 +102,14 @@ def _apart() -> Iterator[None]:
         torch.autocast("cpu", enabled=False),
     ):
         warnings.simplefilter("ignore")
-        yield
+        torch.set_num_threads(1)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(threads)
 
 
-def _check(what: Any, cls: type[PreTrainedModel] | None) -> Result:
+def _check(what: Any, cls: type[PreTrainedModel] | None, backends: Sequence[str]) -> Result:
     name = getattr(cls or what, "__name__", type(what).__name__)
     try:
         if isinstance(what, type):
@@ -120,7 +129,7 @@ def _check(what: Any, cls: type[PreTrainedModel] | None) -> Result:
         return Result(name, "refused", against[0], special=notes.special)
     try:
         with true_float64():
-            worst = _held(model, notes, both=cls.__module__.partition(".")[0] != "transformers")
+            worst = _held(model, notes, backends, both=cls.__module__.partition(".")[0] != "transformers")
     except _Wrong as wrong:
         return Result(name, "refused", _cause(model, notes, str(wrong)), special=notes.special)
     except Exception as error:
@@ -152,7 +161,9 @@ class _Notes:
             self.special.append(word)
 
 
-def _held(model: PreTrainedModel, notes: _Notes, both: bool = False) -> dict[str, float]:
+def _held(
+    model: PreTrainedModel, notes: _Notes, backends: Sequence[str] = BACKENDS, both: bool = False
+) -> dict[str, float]:
     """The largest errors of one pass over every row, held against the samples: in training, or in both modes."""
     modes = (True, False) if both else (True,)
     if _is_random(model):
@@ -167,7 +178,7 @@ def _held(model: PreTrainedModel, notes: _Notes, both: bool = False) -> dict[str
             if not torch.cat(expected.logprobs).isfinite().all():
                 raise ValueError("its random weights give log-probabilities that are not finite")
             row = collate(layouts)
-            for backend in BACKENDS:
+            for backend in backends:
                 for key, error in _errors(model, row, expected, backend, notes).items():
                     worst[key] = max(worst[key], error if error == error else torch.inf)  # NaN is not equal to itself
             notes.unchunked = notes.unchunked or _unchunked(model, row, expected)

@@ -1,10 +1,12 @@
 """The verdict on a class and a config: from the list of transformers' classes, or else from the self-test.
 
-The list (models.json) was written by the self-test, class by class. It holds for the versions it names, and for
-configs of the structure that was tested; whatever else there is, the self-test is asked on the spot.
+The list (models.json) was written by the self-test, class by class. It holds for classes whose source is the one that
+was tested, whatever the version is called, and for configs of the structure that was tested; whatever else there is,
+the self-test is asked, once a machine (kept.py).
 """
 
 import json
+import logging
 import re
 from functools import cache
 from pathlib import Path
@@ -17,6 +19,8 @@ if TYPE_CHECKING:
 
 LIST = Path(__file__).parent / "models.json"
 
+log = logging.getLogger("flexreason")
+
 
 @cache
 def listed() -> dict[str, Any]:
@@ -24,30 +28,42 @@ def listed() -> dict[str, Any]:
     return json.loads(LIST.read_text()) if LIST.exists() else {"transformers": "", "torch": "", "models": {}}
 
 
-def proof(cls: "type[PreTrainedModel]", config: "PreTrainedConfig", edited: frozenset[str] = frozenset()) -> "Result":
+def proof(
+    cls: "type[PreTrainedModel]",
+    config: "PreTrainedConfig",
+    edited: frozenset[str] = frozenset(),
+    backend: str = "auto",
+) -> "Result":
     """The verdict on a class with a config: from the list where it speaks of both, else from the self-test.
 
-    `edited`: what is in a model that transformers did not bring; of such a model the list says nothing.
+    `edited`: what is in a model that transformers did not bring; of such a model the list says nothing. `backend`: the
+    one that is to be used, which is the only one that is tested.
     """
-    import transformers
+    from flexreason.proof.source import source_of
 
-    known = listed()["models"].get(cls.__name__)
-    if not _is_transformers(cls) or listed()["transformers"] != transformers.__version__:
-        known = None
     structure = structure_of(config, cls)
-    if known and known["structure"] == structure and not edited:
+    source = source_of(cls, config, structure) if _is_transformers(cls) else ""
+    known = listed()["models"].get(cls.__name__) if source and not edited else None
+    if known and (known.get("structure"), known.get("source")) == (structure, source) and _is_listed_torch():
         return _result(cls.__name__, known)
-    return _tested(cls, structure, config, edited)
+    return _tested(cls, config, structure, source, edited, "dense" if backend == "dense" else "segments")
 
 
 def _is_transformers(cls: type) -> bool:
     return cls.__module__.partition(".")[0] == "transformers"
 
 
+def _is_listed_torch() -> bool:
+    """Whether torch is the list's, but for fixes: its operations are part of what was tested."""
+    import torch
+
+    return torch.__version__.split(".")[:2] == listed()["torch"].split(".")[:2]
+
+
 def _result(name: str, entry: dict[str, Any]) -> "Result":
     from flexreason.proof.selftest import Result
 
-    kept: dict[str, Any] = {k: v for k, v in entry.items() if k not in ("unpatched", "registry", "structure")}
+    kept: dict[str, Any] = {k: v for k, v in entry.items() if k not in ("unpatched", "registry", "structure", "source")}
     return Result(name, **kept)
 
 
@@ -55,14 +71,36 @@ _found: dict[tuple, "Result"] = {}
 
 
 def _tested(
-    cls: "type[PreTrainedModel]", structure: str, config: "PreTrainedConfig", edited: frozenset[str] = frozenset()
+    cls: "type[PreTrainedModel]",
+    config: "PreTrainedConfig",
+    structure: str,
+    source: str,
+    edited: frozenset[str],
+    backend: str,
 ) -> "Result":
-    """The self-test, once a process for each class and structure."""
-    from flexreason.proof.selftest import check
+    """The self-test, once a process; and once a machine where the files of transformers say all of what was tested."""
+    import torch
+    import transformers
 
-    key = (cls, structure, edited)
+    from flexreason.proof import kept
+    from flexreason.proof.selftest import check
+    from flexreason.proof.source import replaced_in_memory
+
+    def test() -> "Result":
+        log.warning(
+            f"{cls.__name__} is tested on a tiny model of its structure, for the list of models does not hold "
+            f"it as it is here (transformers {transformers.__version__}, torch {torch.__version__}): about a second, "
+            "or some for models of very many layers"
+        )
+        return check(config, cls, (backend,))
+
+    key = (cls, structure, edited, backend)
     if key not in _found:
-        _found[key] = check(config, cls)
+        if not source or edited or replaced_in_memory(cls, structure):
+            _found[key] = test()
+        else:
+            about = {"name": cls.__name__, "source": source, "structure": structure, "backend": backend}
+            _found[key] = kept.recall(about, test)
     return _found[key]
 
 
