@@ -51,7 +51,8 @@ def _check_message(number: int, message: Any) -> Message:
         _check_calls(number, message["tool_calls"])
     elif "content" not in message:
         why = "has reasoning but no content" if fields else "has no content"
-        raise BadMessage(f'{role} message {why}; add content (it may be ""), or leave the message out', number)
+        may_be = ' (it may be "")' if fields or role != "assistant" else ""
+        raise BadMessage(f"{role} message {why}; add content{may_be}, or leave the message out", number)
     return message
 
 

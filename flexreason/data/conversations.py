@@ -256,6 +256,8 @@ def as_conversation(entry: Any, format: str, number: int, where: str) -> Convers
             raise ValueError(f"tools: expected a list, found {type(tools).__name__}")
         if not isinstance(options, dict):
             raise ValueError(f"chat_template_kwargs: expected an object, found {type(options).__name__}")
+        if "accept" in options:  # else data would wave its own dirt through
+            raise ValueError("chat_template_kwargs: accept is no option of the template; give it to the command")
         if format == "sharegpt" and isinstance(about.get("system"), str) and about["system"]:
             made = [{"role": "system", "content": about["system"]}, *made]
         return Conversation(made, tools, number, where, format, options)

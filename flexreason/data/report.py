@@ -17,9 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from flexreason.blocks import BLOCK
+from flexreason.chat import dirt
 from flexreason.chat.encoding import HISTORIES
-from flexreason.chat.template import load_tokenizer, option_of
+from flexreason.chat.template import load_tokenizer
 from flexreason.data.conversations import FORMATS, BadInput, Conversation, count_entries, read_all
+from flexreason.data.excerpt import template_options
 from flexreason.data.figures import Figures, figures_of
 from flexreason.data.intake import EntryEncoder, Intake, Refusals, Refused, start_workers
 from flexreason.data.summary import Summary
@@ -140,6 +142,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--history", choices=HISTORIES, default="template", help="what clients send back")
     parser.add_argument("--turns", choices=("last",), help="train on the last turn only")
     parser.add_argument("--option", action="append", default=[], metavar="NAME=VALUE", help="of the template")
+    dirt.add_argument(parser)
     parser.add_argument("--workers", type=int, default=0, help="processes that encode; changes nothing but the time")
     parser.add_argument("--limit", type=int, help="the most conversations to read of each DATA")
     parser.add_argument("--skip-invalid", action="store_true", help="refused conversations are no failure")
@@ -153,8 +156,9 @@ def run(options: argparse.Namespace) -> int:
         from flexreason.data.plot import plot  # tells what is missing before the work, not after
     shape = None if options.model is None else shape_of(options.model)
     tokenizer, notes = (None, []) if options.tokenizer is None else load_tokenizer(options.tokenizer)
-    chosen = dict(map(option_of, options.option))
-    encoder = EntryEncoder(tokenizer, format=options.format, turns=options.turns, history=options.history, **chosen)
+    chosen = template_options(options.option)
+    asked = {"turns": options.turns, "history": options.history, "accept": options.accept or ()}
+    encoder = EntryEncoder(tokenizer, format=options.format, **asked, **chosen)
     made = report(
         options.data,
         encoder,
@@ -198,6 +202,7 @@ def _as_dict(
         "history": options.history,
         "turns": options.turns or "all",
         "options": chosen,
+        "accept": options.accept or [],
         "sources": [
             {
                 "source": source.name,
@@ -226,6 +231,7 @@ def _about(options: argparse.Namespace, tokenizer: Any, chosen: dict[str, Any]) 
     said = ", ".join(f"{name}={value!r}" for name, value in chosen.items()) or "none"
     history = {"template": "as the template shows it", "content": "without reasoning, as plain clients send it"}
     turns = "the last turn only" if options.turns else "all turns"
+    turns += f", accepted: {', '.join(options.accept)}" if options.accept else ""
     return (
         f"tokenizer {options.tokenizer} ({type(tokenizer).__name__}, {len(tokenizer):,} tokens)\n"
         f"history {history[options.history]}, template options: {said}, {turns}"
