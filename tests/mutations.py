@@ -675,8 +675,11 @@ MUTATIONS = {  # name: (file, what stands there, what to write instead)
     "trainer: the Trainer shuffles rows": (
         "train/trainer.py", "return SequentialSampler(data) if isinstance(data, Rows) else super()", "return super()",
     ),
-    "trainer: rows that accelerate repeats count again": (
-        "train/trainer.py", "if self._rows_to_evaluate is None or number < self._rows_to_evaluate:", "if True:",
+    "trainer: accelerate repeats documents of data that do not come out even": (
+        "train/trainer.py", "elif len(dataset) % multiple:", "elif False:",
+    ),
+    "trainer: accelerate repeats items of streams": (
+        "train/filling.py", "for _ in range(-n % self.multiple):", "for _ in range(0):",
     ),
     "trainer: evaluation is what the Trainer says": (
         "train/trainer.py", "output.metrics.update({f\"{prefix}_{name}\": value for name, value in self._evaluated.losses().items()})", "pass",
@@ -688,7 +691,7 @@ MUTATIONS = {  # name: (file, what stands there, what to write instead)
         "train/trainer.py", "return value == value and abs(value) != float(\"inf\")", "return True",
     ),
     "trainer: accelerate reads streams for all ranks": (
-        "train/trainer.py", "accelerator_config.dispatch_batches = False", "accelerator_config.dispatch_batches = None",
+        "train/trainer.py", "dataloader_config.dispatch_batches = False", "dataloader_config.dispatch_batches = None",
     ),
     "trainer: checkpoints are not sealed": (
         "train/trainer.py", "                checkpoints.seal(folder)\n", "",
@@ -786,6 +789,7 @@ TESTS = {  # where to look for the test that notices, so that all of this takes 
     "train/checkpoints.py": ["tests/test_resume.py"],
     "train/along.py": ["tests/test_resume.py", "tests/test_train.py"],
     "train/trainer.py": ["tests/test_row_trainer.py", "tests/test_resume.py"],
+    "train/filling.py": ["tests/test_row_trainer.py"],
     "train/sums.py": ["tests/test_row_trainer.py"],
     "train/": ["tests/test_train.py"],
     "": [*CORE, "tests/test_single_pass.py"],
