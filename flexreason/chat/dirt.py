@@ -11,7 +11,6 @@ as it is written.
 """
 
 import argparse
-import difflib
 import re
 from collections.abc import Iterable, Sequence
 
@@ -52,8 +51,7 @@ def accepted(reasons: str | Iterable[str]) -> frozenset[str]:
     found = (reasons,) if isinstance(reasons, str) else tuple(reasons)
     for reason in found:
         if reason not in REASONS:
-            near = difflib.get_close_matches(str(reason), REASONS, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
+            hint = parts.did_you_mean(reason, REASONS)
             raise ConversationError(f"accept: expected one of {', '.join(REASONS)}, found {reason!r}{hint}")
     return frozenset(found)
 

@@ -8,7 +8,6 @@ lora: 16
 """
 
 import argparse
-import difflib
 import types
 import typing
 from collections.abc import Mapping
@@ -18,6 +17,7 @@ from typing import Any
 
 from flexreason.chat.dirt import REASONS, accepted
 from flexreason.chat.encoding import HISTORIES
+from flexreason.chat.messages import did_you_mean
 from flexreason.data.documents import WEIGHTINGS
 from flexreason.data.intake import OURS
 
@@ -170,8 +170,7 @@ def from_mapping(given: Mapping[str, Any], where: str = "settings") -> Settings:
     """Settings of names and values; a wrong name is told with the nearest right one."""
     for name in given:
         if name not in NAMES:
-            near = difflib.get_close_matches(str(name), NAMES, n=1)
-            raise ValueError(f"{where}: unknown setting {name!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
+            raise ValueError(f"{where}: unknown setting {name!r}{did_you_mean(name, NAMES)}")
     missing = [each.name for each in NAMES.values() if _required(each) and given.get(each.name) is None]
     if missing:
         raise ValueError(f"{where}: {', '.join(missing)} missing")
