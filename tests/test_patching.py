@@ -464,6 +464,21 @@ def test_what_is_not_one_whole_row_is_refused():
         model(**row, past_key_values=cache)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("loss", ["model", "chunked"])
+def test_tokens_that_the_model_has_not_are_told_at_the_door(family, loss):
+    """Wherever they stand: in the prompt, within a target, or last of all, as a stop token that was added."""
+    model = fr.patch(made(family), loss=loss)
+    known = model.get_input_embeddings().num_embeddings
+    assert model(**fr.collate([fr.lay_out([fr.Sample([known - 1, 2], [known - 1])])])).loss > 0
+    for sample in (fr.Sample([known, 2], [3, 4]), fr.Sample([1, 2], [known + 5, 4]), fr.Sample([1, 2], [3, known])):
+        with pytest.raises(ValueError, match=f"row: it has tokens from 0 to .* the model's vocabulary has {known}: "):
+            model(**fr.collate([fr.lay_out([sample])]))
+    row = fr.collate(layouts("paper"))
+    with pytest.raises(ValueError, match="row: it has tokens from -1 to "):
+        model(**{**row, "input_ids": row["input_ids"] - 1})
+
+
 def test_the_configs_default_cache_and_a_dropped_mask_are_no_error():
     model, row = fr.patch(made("Qwen3")), fr.collate(layouts("paper"))
     assert model.config.use_cache

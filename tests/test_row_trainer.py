@@ -406,6 +406,21 @@ def test_what_the_trainer_would_do_to_rows_is_refused_or_set_right(tmp_path):
     assert list(trainer._get_train_sampler()) == list(range(len(trainer.train_dataset)))
 
 
+def test_tokens_that_the_model_has_not_are_told_before_a_row_is_moved(tmp_path):
+    """In the loader, where every row is on the CPU: a GPU would only tell that an assertion failed."""
+    seen = []
+    model = fr.patch(tiny("Qwen3"))
+    model.model.register_forward_pre_hook(lambda *given: seen.append(1))
+    layout = fr.lay_out([fr.Sample([1, 2], [3, 97])])
+    trainer = fr.RowTrainer(
+        model=model, args=arguments(tmp_path), train_dataset=[layout], data_collator=fr.Collator(LENGTH)
+    )
+    for run in (trainer.train, lambda: trainer.evaluate([layout])):
+        with pytest.raises(ValueError, match="tokens from 0 to 97, and the model's vocabulary has 97"):
+            run()
+    assert not seen
+
+
 def test_rows_to_evaluate_may_be_given_late_or_under_names(tmp_path):
     layouts = some_layouts(9)
     held = fr.Rows(layouts, LENGTH)

@@ -11,6 +11,7 @@ from typing import Any
 from torch.utils.data import Dataset, IterableDataset, RandomSampler, Sampler
 
 from flexreason.data.collator import Collator
+from flexreason.refuse import refuse_tokens
 from flexreason.row import Row, collate
 
 
@@ -75,14 +76,16 @@ class FilledStream(IterableDataset):
             self.data.set_epoch(epoch)
 
 
-class WithoutNothing:
-    """A collator that is handed only what is there."""
+class Filling:
+    """A collator that is handed only what is there. Tokens are looked at here, before rows are on a GPU."""
 
-    def __init__(self, collator: Callable[[list[Any]], Row]) -> None:
-        self.collator = collator
+    def __init__(self, collator: Callable[[list[Any]], Row], vocabulary: int | None) -> None:
+        self.collator, self.vocabulary = collator, vocabulary
 
     def __call__(self, batch: list[Any]) -> Row:
         items = [item for item in batch if not isinstance(item, Nothing)]
-        if items or isinstance(self.collator, Collator):  # which makes an empty row of its own length
-            return self.collator(items)
-        return collate([])
+        if not items and not isinstance(self.collator, Collator):  # which makes an empty row of its own length
+            return collate([])
+        row = self.collator(items)
+        refuse_tokens(row["input_ids"], self.vocabulary)
+        return row

@@ -24,9 +24,10 @@ from transformers import Trainer
 
 from flexreason.data.rows import Rows
 from flexreason.data.stream import RowStream
-from flexreason.patching import find_patch
+from flexreason.patching import find_patch, find_root
+from flexreason.refuse import vocabulary_of
 from flexreason.train import checkpoints
-from flexreason.train.filling import Filled, FilledStream, WithoutNothing
+from flexreason.train.filling import Filled, FilledStream, Filling
 from flexreason.train.sums import Sums, total_weight
 
 ROWS = (Rows, RowStream)
@@ -158,7 +159,7 @@ class RowTraining:
             elif len(dataset) % multiple:
                 dataset = filled = Filled(dataset, multiple)
                 sampler_of = lambda _: filled.sampler(sampler_fn and sampler_fn(filled.data))  # noqa: E731
-            me.data_collator = WithoutNothing(before)
+        me.data_collator = Filling(before, vocabulary_of(find_root(me.model)))
         try:
             return super()._get_dataloader(dataset, description, batch_size, sampler_of, *args, **kwargs)  # type: ignore[misc]
         finally:
