@@ -675,6 +675,30 @@ MUTATIONS = {  # name: (file, what stands there, what to write instead)
     "trainer: the Trainer shuffles rows": (
         "train/trainer.py", "return SequentialSampler(data) if isinstance(data, Rows) else super()", "return super()",
     ),
+    "dirt: it is trained in silence": (
+        "chat/dirt.py", "    if error.reason not in accept:", "    if False:",
+    ),
+    "dirt: a block that never ends is closed": (
+        "chat/dirt.py", "        if not closed:\n            return rest, pair\n", "        if not closed:\n            return rest, None\n",
+    ),
+    "dirt: a closing tag needs no opening one": (
+        "chat/dirt.py", "        if closing not in rest:", "        if True:",
+    ),
+    "dirt: prompts open no block": (
+        "chat/encoding.py", "if half and bare and made and dirt.opened_by(", "if False and dirt.opened_by(",
+    ),
+    "row: a mask that was used says nothing of patching": (
+        "row.py", "fr.patch(model) first ", "",
+    ),
+    "report: an empty source stops it": (
+        "data/report.py", "    except (Refused, EmptySource):", "    except Refused:",
+    ),
+    "refuse: tokens that the model has not": (
+        "refuse.py", "    if low < 0 or high >= known:", "    if False:",
+    ),
+    "collator: what a Trainer took out is not told": (
+        "data/collator.py", "    return _lost(item) or ", "    return ",
+    ),
     "trainer: accelerate repeats documents of data that do not come out even": (
         "train/trainer.py", "elif len(dataset) % multiple:", "elif False:",
     ),
@@ -776,8 +800,10 @@ TESTS = {  # where to look for the test that notices, so that all of this takes 
     "proof/": ["tests/test_verification.py"],
     "chat/tokens.py": ["tests/test_tokens.py", "tests/test_encode.py"],
     "chat/messages.py": ["tests/test_encode.py", "tests/test_templates.py"],
-    "chat/encoding.py": ["tests/test_encode.py", "tests/test_templates.py"],
+    "chat/encoding.py": ["tests/test_encode.py", "tests/test_templates.py", "tests/test_dirt.py"],
+    "chat/dirt.py": ["tests/test_dirt.py"],
     "chat/": ["tests/test_templates.py", "tests/test_encode.py"],
+    "data/report.py": ["tests/test_report.py"],
     "data/excerpt.py": ["tests/test_verification.py"],
     "data/splitting.py": ["tests/test_splitting.py", "tests/test_packing_exact.py"],
     "data/pack.py": ["tests/test_pack.py"],

@@ -137,6 +137,14 @@ def test_what_a_model_answers_to_a_prompt_that_opens_the_block_is_reasoning_and_
     assert encode_samples(untrained, tokenizer, history=history)[0].prompt_ids == expected[-1].prompt_ids
 
 
+def test_a_call_behind_reasoning_whose_block_the_prompt_has_opened():
+    said = [user("harbour"), call(1, "granite", "quartz")]
+    half = {**call(1, "granite"), "content": "quartz\n</think>\n\n"}
+    expected = encode_samples(said, NEMOTRON, TOOLS)
+    for content in (half["content"], [{"type": "text", "text": half["content"]}]):
+        assert encode_samples([said[0], {**half, "content": content}], NEMOTRON, TOOLS) == expected
+
+
 def test_there_are_templates_that_open_the_block():
     assert len(OPENING) >= 15
 
@@ -165,6 +173,14 @@ def test_the_users_own_markers_count():
             encode_samples(messages, LLAMA, **own)
         assert error.value.reason == reason
         assert encode_samples(messages, LLAMA, **own, accept=reason)
+
+
+def test_a_known_tag_with_more_before_it_is_that_tag():
+    for text in ("so <think>quartz</think> it is", "<think>quartz</think> it is"):
+        messages = [user("harbour"), answer(text)]
+        assert encode_samples(messages, LLAMA, think=("<|a|>\n<think>\n", "\n</think>\n\n"))
+    with pytest.raises(ConversationError, match=f"accept {UNOPENED}"):
+        encode_samples([user("harbour"), answer("a</think>b")], LLAMA, think=("<|a|>\n<think>\n", "\n</think>\n\n"))
 
 
 def test_the_templates_own_tags_count_and_its_words_do_not():

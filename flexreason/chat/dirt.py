@@ -71,7 +71,8 @@ def pairs_with(markers: Markers) -> list[Pair]:
     """
     own = (markers.opening, markers.closing)
     counts = all(own) if markers.origin == "option" else all(map(TAG.search, own))
-    return list(dict.fromkeys([*([own] if counts else []), *KNOWN_MARKERS]))
+    known = any(closing == own[1] and opening in own[0] for opening, closing in KNOWN_MARKERS)  # with more before it
+    return [*([own] if counts and not known else []), *KNOWN_MARKERS]
 
 
 def unclosed(text: str, pairs: Sequence[Pair]) -> Pair | None:
@@ -82,6 +83,8 @@ def unclosed(text: str, pairs: Sequence[Pair]) -> Pair | None:
 def unopened(text: str, pairs: Sequence[Pair]) -> Pair | None:
     """A pair of which a text has a closing marker with no opening one before it. What stands in blocks that the text
     begins with is reasoning, where anything may stand."""
+    if not any(closing in text for _, closing in pairs):
+        return None
     rest = _past_blocks(text, pairs)[0]
     head = text[: len(text) - len(rest)]
     for opening, closing in pairs:
