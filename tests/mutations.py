@@ -828,7 +828,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         for part in ("flexreason", "tests", "docs"):
             shutil.copytree(ROOT / part, Path(folder, part), ignore=shutil.ignore_patterns("__pycache__"))
-        for part in ("pyproject.toml", "README.md"):
+        for part in ("pyproject.toml", "README.md", "requirements-dev.txt"):  # which tests read
             shutil.copy(ROOT / part, folder)
         for name in chosen:
             file, old, new = MUTATIONS[name]
