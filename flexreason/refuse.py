@@ -147,6 +147,8 @@ def refuse_row(decoder: nn.Module, given: Mapping[str, Any], required: set[str])
     tokens = ids if ids is not None else embeds
     if tokens is None:
         raise ValueError("row: input_ids is missing")
+    if ids is not None:
+        refuse_tokens(ids, vocabulary_of(decoder))
     until = given["until"]
     if until.dim() != 2 or until.shape[0] != 1:
         raise ValueError(
@@ -183,6 +185,25 @@ def refuse_row(decoder: nn.Module, given: Mapping[str, Any], required: set[str])
             "of the samples; set config.output_router_logits = False (trl: router_aux_loss_coef=0.0)"
         )
     refuse_rope(config, given)
+
+
+def vocabulary_of(model: nn.Module) -> int | None:
+    """How many tokens a model's embedding knows, where it says so."""
+    with contextlib.suppress(NotImplementedError, AttributeError):
+        return getattr(model.get_input_embeddings(), "num_embeddings", None)  # type: ignore[operator]
+    return None
+
+
+def refuse_tokens(ids: Tensor, known: int | None) -> None:
+    """Raise if tokens are none of the `known` ones. On a GPU nobody asks: the answer would have to be waited for."""
+    if known is None or ids.device.type != "cpu" or not ids.numel():
+        return
+    low, high = int(ids.min()), int(ids.max())
+    if low < 0 or high >= known:
+        raise ValueError(
+            f"row: it has tokens from {low} to {high}, and the model's vocabulary has {known}: made with another "
+            "tokenizer? If tokens were added to it: model.resize_token_embeddings(len(tokenizer))"
+        )
 
 
 def rope_settings(config: Any) -> list[dict[str, Any]]:

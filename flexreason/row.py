@@ -15,6 +15,8 @@ Shapes: S tokens, T targets.
 
 from collections.abc import Sequence
 from itertools import accumulate
+from multiprocessing.reduction import ForkingPickler
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,7 +48,7 @@ def collate(layouts: Sequence[Layout], length: int | None = None, *, block_size:
     layouts make an empty row, which adds nothing to a loss or gradient.
 
     `attention_mask` is empty in its last dimensions on purpose: a model that is not patched raises on it
-    instead of computing something else.
+    instead of computing something else, and `NoMask` says why.
     """
     _check_layouts(layouts)
     starts = [0, *accumulate(len(layout) for layout in layouts)]
@@ -77,8 +79,53 @@ def collate(layouts: Sequence[Layout], length: int | None = None, *, block_size:
         for name, rest in padding.items()
     }
     row["shift_labels"] = row["labels"]
-    row["attention_mask"] = torch.empty(1, 1, 0, 0, device=device)
+    row["attention_mask"] = torch.empty(1, 1, 0, 0, device=device).as_subclass(NoMask)
     return row
+
+
+class NoMask(Tensor):
+    """A row's attention_mask. All is done with it as with any empty tensor; where that raises, it is told why.
+
+    What comes of it is a plain tensor, unless it is such a mask itself (moved, cast, sliced); what is saved is one too.
+    """
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if torch.compiler.is_compiling():
+            return super().__torch_function__(func, types, args, kwargs or {})
+        try:
+            if func is Tensor.__getitem__ and isinstance(args[1], tuple) and len(args[1]) == 4:
+                raise IndexError("a mask of no tokens is cut to the keys")  # who does so is about to use it
+            made = super().__torch_function__(func, types, args, kwargs or {})
+        except (RuntimeError, ValueError, IndexError) as error:
+            raise RuntimeError(
+                "row: this model is not patched, or no longer, and takes no rows: call fr.patch(model) first "
+                f"({type(error).__name__}: {error})"
+            ) from error
+        return made.plain() if type(made) is cls and (made.dim() != 4 or made.numel()) else made
+
+    def __copy__(self) -> Tensor:
+        return self.clone()
+
+    def __deepcopy__(self, memo: Any) -> Tensor:
+        return self.clone()
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self.plain().__reduce_ex__(protocol)
+
+    def plain(self) -> Tensor:
+        with torch._C.DisableTorchFunctionSubclass():
+            return self.as_subclass(Tensor)
+
+    def to_other_process(self) -> Any:
+        return _from_other_process, (self.plain(),)
+
+
+def _from_other_process(plain: Tensor) -> Tensor:
+    return plain.as_subclass(NoMask)
+
+
+ForkingPickler.register(NoMask, NoMask.to_other_process)
 
 
 def round_up_targets(n_targets: int, length: int) -> int:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 import flexreason as fr
+from flexreason.chat import dirt
 from flexreason.draw import role_name
 from flexreason.proof import oracle
 from flexreason.proof.testing import relative_l2, true_float64
@@ -33,6 +34,7 @@ WIDTH = 64
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", metavar="FILE", help="conversations: a file, a folder or a data set's name")
     parser.add_argument("--tokenizer", metavar="T", help="with its chat template: a folder, tokenizer.json or name")
+    dirt.add_argument(parser)
     parser.add_argument("--conversation", type=int, default=0, metavar="N", help="which one, counted from 0")
     parser.add_argument("--seed", type=int, default=0, help="of the tiny model's random weights, without --data")
 
@@ -41,8 +43,8 @@ def run(options: argparse.Namespace) -> int:
     width = shutil.get_terminal_size((100, 24)).columns
     if options.data is not None:
         return _yours(options, width)
-    if options.tokenizer is not None or options.conversation:
-        raise ValueError("--tokenizer and --conversation say how to read --data, which is not given")
+    if options.tokenizer is not None or options.conversation or options.accept:
+        raise ValueError("--tokenizer, --conversation and --accept say how to read --data, which is not given")
     return _example(options.seed, width)
 
 
@@ -149,7 +151,8 @@ def _read(options: argparse.Namespace) -> tuple[str, fr.Layout, Callable[[list[i
         return found.where, fr.lay_out(found.samples), decode
     if tokenizer is None:
         raise ValueError(f"{options.data}: messages need a tokenizer with a chat template; give --tokenizer")
-    return found.where, fr.encode(found.messages, tokenizer, found.tools, **found.options), decode
+    asked = {"accept": options.accept or (), **found.options}
+    return found.where, fr.encode(found.messages, tokenizer, found.tools, **asked), decode
 
 
 def _sides(sample: Sample, decode: Callable[[list[int]], str], width: int) -> str:

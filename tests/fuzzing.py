@@ -44,7 +44,9 @@ def fault(name, encoder, messages, found, tools):
     for turn, sample, i in zip(found.texts, found.samples, found.messages, strict=True):
         before, message = in_both_fields(messages[:i]), messages[i]
         asked = {"tools": tools, "add_generation_prompt": True}
-        inline = any("<think>" in str(m["content"]) for m in [*before, message] if m["role"] == "assistant")
+        # reasoning that stands in contents; its opening tag is missing where a prompt has written that
+        tag = "think>" if turn.prompt.rstrip().endswith("<think>") else "<think>"
+        inline = any(tag in str(m["content"]) for m in [*before, message] if m["role"] == "assistant")
         prompt = tokenizer.apply_chat_template(before, tokenize=False, **asked)
         if inline and prompt != turn.prompt:
             continue  # taken out of a history that would show it
@@ -57,7 +59,8 @@ def fault(name, encoder, messages, found, tools):
         if both[: len(ids)] == ids and both[len(ids) :] != list(sample.target_ids):
             return f"{i}: the target is not the rest"
         whole = tokenizer.apply_chat_template([*before, *in_both_fields([message])], tools=tools, tokenize=False)
-        own = message["content"].lstrip().startswith("<think>") and "reasoning_content" not in message
+        own = message["content"].lstrip().startswith("<think>") or (tag == "think>" and tag in message["content"])
+        own = own and not message.get("reasoning_content", "").strip()
         plain = turn.how == "rendered" and not own and whole.startswith(prompt)
         calls = bool(message.get("tool_calls"))
         if plain and (wrong := _compare(name, whole[len(prompt) :], turn.target, calls)):

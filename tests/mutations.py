@@ -714,8 +714,35 @@ MUTATIONS = {  # name: (file, what stands there, what to write instead)
     "trainer: the Trainer shuffles rows": (
         "train/trainer.py", "return SequentialSampler(data) if isinstance(data, Rows) else super()", "return super()",
     ),
-    "trainer: rows that accelerate repeats count again": (
-        "train/trainer.py", "if self._rows_to_evaluate is None or number < self._rows_to_evaluate:", "if True:",
+    "dirt: it is trained in silence": (
+        "chat/dirt.py", "    if error.reason not in accept:", "    if False:",
+    ),
+    "dirt: a block that never ends is closed": (
+        "chat/dirt.py", "        if not closed:\n            return rest, pair\n", "        if not closed:\n            return rest, None\n",
+    ),
+    "dirt: a closing tag needs no opening one": (
+        "chat/dirt.py", "        if closing not in rest:", "        if True:",
+    ),
+    "dirt: prompts open no block": (
+        "chat/encoding.py", "if half and bare and made and dirt.opened_by(", "if False and dirt.opened_by(",
+    ),
+    "row: a mask that was used says nothing of patching": (
+        "row.py", "fr.patch(model) first ", "",
+    ),
+    "report: an empty source stops it": (
+        "data/report.py", "    except (Refused, EmptySource):", "    except Refused:",
+    ),
+    "refuse: tokens that the model has not": (
+        "refuse.py", "    if low < 0 or high >= known:", "    if False:",
+    ),
+    "collator: what a Trainer took out is not told": (
+        "data/collator.py", "    return _lost(item) or ", "    return ",
+    ),
+    "trainer: accelerate repeats documents of data that do not come out even": (
+        "train/trainer.py", "elif len(dataset) % multiple:", "elif False:",
+    ),
+    "trainer: accelerate repeats items of streams": (
+        "train/filling.py", "for _ in range(-n % self.multiple):", "for _ in range(0):",
     ),
     "trainer: evaluation is what the Trainer says": (
         "train/trainer.py", "output.metrics.update({f\"{prefix}_{name}\": value for name, value in self._evaluated.losses().items()})", "pass",
@@ -727,7 +754,7 @@ MUTATIONS = {  # name: (file, what stands there, what to write instead)
         "train/trainer.py", "return value == value and abs(value) != float(\"inf\")", "return True",
     ),
     "trainer: accelerate reads streams for all ranks": (
-        "train/trainer.py", "accelerator_config.dispatch_batches = False", "accelerator_config.dispatch_batches = None",
+        "train/trainer.py", "dataloader_config.dispatch_batches = False", "dataloader_config.dispatch_batches = None",
     ),
     "trainer: checkpoints are not sealed": (
         "train/trainer.py", "                checkpoints.seal(folder)\n", "",
@@ -814,8 +841,10 @@ TESTS = {  # where to look for the test that notices, so that all of this takes 
     "proof/": ["tests/test_verification.py"],
     "chat/tokens.py": ["tests/test_tokens.py", "tests/test_encode.py"],
     "chat/messages.py": ["tests/test_encode.py", "tests/test_templates.py"],
-    "chat/encoding.py": ["tests/test_encode.py", "tests/test_templates.py"],
+    "chat/encoding.py": ["tests/test_encode.py", "tests/test_templates.py", "tests/test_dirt.py"],
+    "chat/dirt.py": ["tests/test_dirt.py"],
     "chat/": ["tests/test_seam.py", "tests/test_templates.py", "tests/test_encode.py", "tests/test_inference.py"],
+    "data/report.py": ["tests/test_report.py"],
     "data/excerpt.py": ["tests/test_verification.py"],
     "data/splitting.py": ["tests/test_splitting.py", "tests/test_packing_exact.py"],
     "data/pack.py": ["tests/test_pack.py"],
@@ -827,6 +856,7 @@ TESTS = {  # where to look for the test that notices, so that all of this takes 
     "train/checkpoints.py": ["tests/test_resume.py"],
     "train/along.py": ["tests/test_resume.py", "tests/test_train.py"],
     "train/trainer.py": ["tests/test_row_trainer.py", "tests/test_resume.py"],
+    "train/filling.py": ["tests/test_row_trainer.py"],
     "train/sums.py": ["tests/test_row_trainer.py"],
     "train/": ["tests/test_train.py"],
     "": [*CORE, "tests/test_single_pass.py"],
@@ -839,7 +869,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         for part in ("flexreason", "tests", "docs"):
             shutil.copytree(ROOT / part, Path(folder, part), ignore=shutil.ignore_patterns("__pycache__"))
-        for part in ("pyproject.toml", "README.md"):
+        for part in ("pyproject.toml", "README.md", "requirements-dev.txt"):  # which tests read
             shutil.copy(ROOT / part, folder)
         for name in chosen:
             file, old, new = MUTATIONS[name]

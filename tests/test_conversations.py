@@ -1,10 +1,13 @@
 """Conversations read from files of every kind, in one form; errors name file and line."""
 
 import json
+import re
 
 import pytest
 
-from flexreason.data.conversations import BadInput, read_conversations, read_entries
+from flexreason.chat.messages import check
+from flexreason.chat.render import BadMessage
+from flexreason.data.conversations import BadInput, read_all, read_conversations, read_entries
 from templating import answer, user
 
 CHAT = [user("one"), answer("two", "why")]
@@ -86,7 +89,7 @@ def test_a_folder_of_files(tmp_path):
 
 
 def test_the_kind_can_be_said():
-    with pytest.raises(BadInput, match="entry 0: not of the kind sharegpt: 'from' is missing"):
+    with pytest.raises(BadInput, match="entry 0: not of the kind sharegpt: turn 0: 'from' is missing"):
         list(read_conversations([ENTRIES["messages"]], format="sharegpt"))
     with pytest.raises(BadInput, match="expected one of messages"):
         list(read_conversations([], format="csv"))
@@ -98,6 +101,87 @@ BAD = {
     "messages of another type": ('{"messages": 3}', "line 2: .*expected a list, found int"),
     "unknown speaker": ('{"conversations": [{"from": "cat", "value": "x"}]}', None),
 }
+
+
+@pytest.mark.parametrize("bad", [5, "text", None, True, 0.5, [5], [[1]], ["text"]])
+@pytest.mark.parametrize("kind", [*ENTRIES, "samples"])
+def test_entries_of_another_type_are_told_in_words_of_the_data(kind, bad):
+    """Wherever they stand, and not in Python's words."""
+    good = ENTRIES.get(kind, {"prompt_ids": [1], "target_ids": [2]})
+    for entries, number in ([bad], 0), ([good, bad], 1):
+        found = list(read_all(entries))[number]
+        if isinstance(found, BadInput):
+            assert re.match(
+                rf"entry {number}: (not of the kind {kind}: turn 0: )?expected an? (object|list)", str(found)
+            )
+            assert str(found).endswith(
+                f"found {'null' if bad is None else type(bad[0] if 'turn' in str(found) else bad).__name__}"
+            )
+        else:
+            with pytest.raises(BadMessage, match="message 0: expected a dict with role and content, found"):
+                check(found.messages)
+
+
+NO_JSON = {  # what follows a good line; where its fault is, counted by hand
+    '{"messages": [}': "no JSON: .* at character 15$",
+    '{"messages": [': "no JSON: .* at character 15$",
+    '{"messages": "[x"}': "messages: no JSON: .* at character 2$",
+    '{"messages": [{"role": "user", "content": "x"}], "tools": "[1,\\n]"}': "tools: no JSON: .* at character [45]$",
+    '{"messages": [{"role": "user", "content": "x"}], "chat_template_kwargs": "{x"}': "kwargs: no JSON: .* 2$",
+}
+
+
+@pytest.mark.parametrize("line", NO_JSON)
+def test_no_message_has_two_line_numbers(tmp_path, line):
+    path = tmp_path / "bad.jsonl"
+    path.write_text(f"{json.dumps(ENTRIES['messages'])}\n{line}\n")
+    with pytest.raises(BadInput, match=NO_JSON[line]) as error:
+        list(read_conversations(path))
+    assert re.findall(r"lines? \d+", str(error.value)) == ["line 2"]
+
+
+def test_no_message_about_a_call_or_a_document_has_two_line_numbers(tmp_path):
+    calls = [{"function": {"name": "f", "arguments": '{"a":\n]'}}]
+    messages = [user("x"), {"role": "assistant", "tool_calls": calls}]
+    with pytest.raises(BadMessage, match=r"tool_calls\[0\]: arguments are no JSON: Expecting value at character 7$"):
+        check(messages)
+    turns = [{"from": "human", "value": "x"}, {"from": "function_call", "value": "{x"}]
+    with pytest.raises(BadInput, match=r"turn 1: value: the call is no JSON: .* at character 2$"):
+        list(read_conversations([{"conversations": turns}]))
+    path = tmp_path / "all.json"
+    path.write_text('[\n {"messages":\n  }\n]')
+    with pytest.raises(BadInput, match=r"all.json, line 3: no JSON: Expecting value at character 3$"):
+        list(read_conversations(path))
+
+
+def test_the_nearest_name_is_told():
+    for role, near in (("asistant", "assistant"), ("Assistant", "assistant"), ("usr", "user"), ("Systm", "system")):
+        with pytest.raises(BadMessage, match=f"message 0: unknown role '{role}'; expected .*; did you mean '{near}'"):
+            check([{"role": role, "content": "x"}])
+    for role in ("xyzzy", 5, ["user"]):
+        with pytest.raises(BadMessage, match=r"unknown role .*context$"):
+            check([{"role": role, "content": "x"}])
+    with pytest.raises(BadMessage, match=r"message 0: it has no role; its keys are rol, content$"):
+        check([{"rol": "user", "content": "x"}])
+    for speaker, near in (("GPT", "gpt"), ("asistant", "assistant")):
+        with pytest.raises(BadInput, match=f"unknown speaker '{speaker}'; .*; did you mean '{near}'"):
+            list(read_conversations([{"conversations": [{"from": speaker, "value": "x"}]}]))
+
+
+BAD_SHAPES = {
+    "turn 0: 'value' is missing": {"conversations": [{"from": "human"}]},
+    "turn 0: unknown speaker": {"conversations": [{"from": ["human"], "value": "x"}]},
+    "turn 0: value: expected a call as JSON, found int": {"conversations": [{"from": "tool_call", "value": 5}]},
+    "prompt: expected text or a list of messages, found 5": {"prompt": 5, "completion": "x"},
+    r"prompt: expected text or a list of messages, found \['x'\]": {"prompt": ["x"], "completion": "x"},
+    "completion: expected text or a list of messages, found {'": {"prompt": "x", "completion": answer("x")},
+}
+
+
+@pytest.mark.parametrize("words", BAD_SHAPES)
+def test_wrong_shapes_are_told(words):
+    with pytest.raises(BadInput, match=words):
+        list(read_conversations([BAD_SHAPES[words]]))
 
 
 @pytest.mark.parametrize("name", BAD)

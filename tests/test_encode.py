@@ -11,6 +11,7 @@ from tokenizers import AddedToken
 import flexreason as fr
 from flexreason import Role
 from flexreason.chat import render
+from flexreason.chat.dirt import REASONS
 from flexreason.chat.encoding import Encoder, encode, encode_samples
 from flexreason.chat.render import (
     BadMessage,
@@ -150,8 +151,9 @@ def test_none_is_as_if_it_were_not_there():
 
 
 def test_a_think_tag_that_begins_no_block_is_text():
-    for text in ("so <think>\nquartz\n</think> it is", "<think> is where it begins"):
-        (sample,) = encode_samples([user("harbour"), answer(text)], trl_tokenizer("llama3"))
+    cut_off = {"accept": "unclosed-reasoning"}  # what begins with an opening tag is text only for who says so
+    for text, more in (("so <think>\nquartz\n</think> it is", {}), ("<think> is where it begins", cut_off)):
+        (sample,) = encode_samples([user("harbour"), answer(text)], trl_tokenizer("llama3"), **more)
         assert words(sample, trl_tokenizer("llama3"))[1] == f"{text}<|eot_id|>"
 
 
@@ -354,7 +356,7 @@ def fuzz(numbers):
         name, draw = TRL_TEMPLATES[number % len(TRL_TEMPLATES)], random.Random(number)
         if name.startswith(("idefics3", "llava", "smolvlm")):  # these take contents in parts
             continue
-        encoder = ENCODERS.setdefault(name, Encoder(trl_tokenizer(name)))
+        encoder = ENCODERS.setdefault(name, Encoder(trl_tokenizer(name), accept=REASONS))  # any text may be anything
         tools = TOOLS if draw.random() < 0.4 else None
         messages = conversation(draw, tools is not None)
         if name == "deepseekv3":

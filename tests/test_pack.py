@@ -6,11 +6,15 @@ import random
 import pytest
 import torch
 from torch.utils.data import DataLoader
+from transformers import Trainer
 
 import flexreason as fr
 from flexreason.data.collator import Collator
+from flexreason.data.intake import EntryEncoder
 from flexreason.data.pack import Packer
+from models import tiny
 from strategies import random_turns
+from training import trainer_arguments
 
 
 def sizes_of(n, longest, seed=0):
@@ -116,5 +120,38 @@ def test_columns_of_a_table_and_things_to_encode():
     expected = fr.collate([layout])
     for row in (Collator()([columns]), made):
         assert all(torch.equal(row[key], expected[key]) for key in row)
-    with pytest.raises(ValueError, match="expected layouts, found dict; give encode="):
+    with pytest.raises(ValueError, match="expected layouts, found dict with the keys messages; give encode="):
         Collator()([{"messages": []}])
+
+
+def test_columns_that_a_trainer_took_out_are_told_with_its_argument(tmp_path):
+    """By the stock Trainer, whose default it is: columns of layouts, of conversations, and rows."""
+    [layout] = layouts(1)
+    columns = {name: tensor.tolist() for name, tensor in vars(layout).items()}
+    argument = "unless its arguments say remove_unused_columns=False"
+    for item, encode, words in (
+        (columns, None, f"found a layout without its columns role, target_ids, .*, until; .* {argument}"),
+        (
+            columns,
+            EntryEncoder(None),
+            f"neither messages, .*; Collator: found a layout without its columns .* {argument}",
+        ),
+        ({"messages": []}, None, f"found an item without any columns; .* {argument}"),
+        ({"messages": []}, EntryEncoder(None), f"found an item without any columns; .* {argument}"),
+        (fr.collate([layout]), None, argument),
+    ):
+        trainer = Trainer(
+            model=fr.patch(tiny("Qwen3")),
+            args=trainer_arguments(tmp_path),
+            train_dataset=[item],
+            data_collator=Collator(encode=encode),
+        )
+        with pytest.raises(ValueError, match=words):
+            trainer.train()
+    with pytest.raises(ValueError, match=r"found a row of fr\.collate, .* data_collator=lambda rows: rows\[0\]"):
+        Collator()([fr.collate([layout])])
+    with pytest.raises(ValueError, match="entry: neither messages") as error:
+        Collator(encode=EntryEncoder(None))([{"text": "x"}])
+    assert "remove_unused_columns" not in str(error.value)
+    own = Collator(encode=lambda entry: fr.lay_out([fr.Sample(entry["input_ids"], [7])]))  # keys of a layout, and none
+    assert own([{"input_ids": [5, 6]}])["input_ids"][0, :3].tolist() == [5, 6, 7]

@@ -1,8 +1,10 @@
 """A patched model takes rows exactly, does all else as before, and refuses what it cannot do."""
 
 import copy
+import pickle
 import subprocess
 import sys
+from multiprocessing.reduction import ForkingPickler
 
 import pytest
 import torch
@@ -412,8 +414,17 @@ def test_a_row_given_to_a_model_that_is_not_patched_raises(family, implementatio
     row = fr.collate(layouts("paper"))
     if not with_labels:
         del row["labels"], row["shift_labels"]
-    with pytest.raises((RuntimeError, ValueError, IndexError, AttributeError)):
-        model(**row)
+    for given in (row, pickled_by_a_loader(row)):
+        with (
+            torch.set_grad_enabled(implementation != "flex_attention"),  # which has no backward on CPUs
+            pytest.raises(RuntimeError, match=r"this model is not patched, .*: call fr\.patch\(model\) first"),
+        ):
+            model(**given)
+
+
+def pickled_by_a_loader(row):
+    """As a worker process hands it over."""
+    return pickle.loads(ForkingPickler.dumps(row))
 
 
 def test_a_recurrent_model_raises_through_the_size_of_the_loss():
@@ -462,6 +473,21 @@ def test_what_is_not_one_whole_row_is_refused():
     cache = transformers.DynamicCache(config=model.config)
     with pytest.raises(ValueError, match="past_key_values; a row is whole in itself"):
         model(**row, past_key_values=cache)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("loss", ["model", "chunked"])
+def test_tokens_that_the_model_has_not_are_told_at_the_door(family, loss):
+    """Wherever they stand: in the prompt, within a target, or last of all, as a stop token that was added."""
+    model = fr.patch(made(family), loss=loss)
+    known = model.get_input_embeddings().num_embeddings
+    assert model(**fr.collate([fr.lay_out([fr.Sample([known - 1, 2], [known - 1])])])).loss > 0
+    for sample in (fr.Sample([known, 2], [3, 4]), fr.Sample([1, 2], [known + 5, 4]), fr.Sample([1, 2], [3, known])):
+        with pytest.raises(ValueError, match=f"row: it has tokens from 0 to .* the model's vocabulary has {known}: "):
+            model(**fr.collate([fr.lay_out([sample])]))
+    row = fr.collate(layouts("paper"))
+    with pytest.raises(ValueError, match="row: it has tokens from -1 to "):
+        model(**{**row, "input_ids": row["input_ids"] - 1})
 
 
 def test_the_configs_default_cache_and_a_dropped_mask_are_no_error():

@@ -347,7 +347,8 @@ def test_the_command_prints_json(capsys, tmp_path, folder, tokenizer):
     found["too_long"]["examples"] = made["all"]["too_long"]["examples"]
     assert {key: value for key, value in made["all"].items() if key != "seconds"} == found
     assert made.keys() == {
-        "ok", "tokenizer", "notes", "history", "turns", "options", "sources", "read", "refused", "all", "seconds",
+        "ok", "tokenizer", "notes", "history", "turns", "options", "accept", "sources", "read",
+            "empty", "refused", "all", "seconds",
     }  # fmt: skip
     assert (made["ok"], made["history"], made["read"]) == (True, "content", 6)
     assert [(source["source"], source["format"]) for source in made["sources"]] == [(path, "messages")]
@@ -469,7 +470,7 @@ def test_what_cannot_be_read(capsys, tmp_path, folder):
     path, empty = write(tmp_path / "chats.jsonl", CHATS), write(tmp_path / "empty.jsonl", [])
     wrong = {
         "no such file": [tmp_path / "none.jsonl", "--tokenizer", folder],
-        "nothing in it": [path, empty, "--tokenizer", folder],
+        "empty.jsonl: nothing in it": [empty, "--tokenizer", folder],
         "--tokenizer is needed": [path],
         "multiple of 128, found 1000; try 1024": [path, "--tokenizer", folder, "--length", "1000"],
         "multiple of 128, found 0; try 128": [path, "--tokenizer", folder, "--length", "0"],
@@ -485,6 +486,30 @@ def test_what_cannot_be_read(capsys, tmp_path, folder):
         printed = capsys.readouterr()
         assert words in printed.err
         assert printed.out == ""
+
+
+def test_an_empty_source_is_told_and_counted_and_stops_nothing(capsys, tmp_path, folder):
+    one, two = write(tmp_path / "one.jsonl", CHATS), write(tmp_path / "two.json", CHATS[:1])
+    empty = [tmp_path / name for name in ("none.jsonl", "none.json", "none.parquet", "blank.json")]
+    for path in empty:
+        path.write_text("\n\n" if path.stem == "blank" else "")
+    empty = [str(path) for path in empty]
+    given = [empty[0], one, *empty[1:], two, "--tokenizer", folder]
+    for workers in (0, 1):
+        code, made = run_json(capsys, *given, "--workers", workers)
+        assert (code, made["ok"], made["read"], made["empty"]) == (1, False, 7, empty)
+        assert [source["read"] for source in made["sources"]] == [0, 6, 0, 0, 0, 1]
+    assert main(["report", *map(str, given)]) == 1
+    printed = capsys.readouterr().out
+    assert all(f"{path}: nothing in it\n" in printed for path in empty)
+    assert "No conversation is refused.\n4 of 6 sources have nothing in them.\n" in printed
+    assert run_json(capsys, *given, "--skip-invalid")[0] == 0
+    (tmp_path / "folder").mkdir()
+    write(tmp_path / "folder" / "one.jsonl", CHATS)
+    (tmp_path / "folder" / "none.json").write_text("")
+    assert run_json(capsys, tmp_path / "folder", "--tokenizer", folder)[0] == 0
+    assert main(["report", *empty, "--tokenizer", str(folder)]) == 2
+    assert "nothing in it" in capsys.readouterr().err
 
 
 def test_a_limit_is_said(capsys, tmp_path, folder):

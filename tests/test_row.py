@@ -1,13 +1,20 @@
 """Rows: what `collate` makes of layouts."""
 
+import copy
+import pickle
+import tempfile
+
 import pytest
 import torch
+from accelerate.utils import concatenate, convert_to_fp32, find_batch_size, send_to_device, slice_tensors
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
+from torch.utils.data import DataLoader
 
 import flexreason as fr
 from flexreason import Role, Sample
-from flexreason.row import round_up_targets
+from flexreason.row import NoMask, round_up_targets
 from strategies import random_turns, samples
 
 S_KEYS = {"input_ids", "position_ids", "until", "turn", "role", "document"}
@@ -106,3 +113,75 @@ def test_bad_rows_are_refused():
         ValueError, match="collate: expected all tensors on one device, found layout 0 on cpu and layout 1"
     ):
         fr.collate([layout, layout.to("meta")])
+
+
+# --- the mask that says that the model is not patched
+
+
+def a_mask():
+    return fr.collate([fr.lay_out_turns([([1], [2], [3])])])["attention_mask"]
+
+
+def test_the_mask_stays_what_it_is_wherever_rows_go():
+    mask = a_mask()
+    kept = [mask.to(torch.bfloat16), mask.to("meta"), mask.clone(), mask.detach(), mask[:1], mask.contiguous()]
+    kept += [copy.copy(mask), copy.deepcopy(mask), torch.cat([mask, mask]), mask.requires_grad_(False)]
+    kept += [send_to_device({"m": mask}, "cpu")["m"], concatenate([{"m": mask}, {"m": mask}])["m"]]
+    kept += [slice_tensors({"m": mask}, slice(0, 1))["m"], convert_to_fp32({"m": mask.half()})["m"]]
+    for found in kept:
+        assert type(found) is NoMask
+        assert found.dim() == 4
+        assert not found.numel()
+    for found in (mask.sum(), mask.reshape(-1), mask[0]):
+        assert type(found) is torch.Tensor
+    assert find_batch_size({"m": mask}) == 1
+    assert torch.equal(mask, torch.empty(1, 1, 0, 0))
+
+
+def test_what_is_saved_is_a_plain_tensor(tmp_path):
+    """torch.load takes no classes of others, and who reads it need not have us."""
+    row = fr.collate([fr.lay_out_turns([([1], [2], [3])])])
+    torch.save(row, tmp_path / "row.pt")
+    for found in (torch.load(tmp_path / "row.pt", weights_only=True), pickle.loads(pickle.dumps(row))):
+        assert type(found["attention_mask"]) is torch.Tensor
+        assert all(torch.equal(found[key], row[key]) for key in row)
+
+
+@pytest.mark.parametrize("context", ["fork", "spawn"])
+def test_workers_hand_the_mask_over(context):
+    layouts = [fr.lay_out_turns([([1], [2], [3])])] * 2
+    asked = {"num_workers": 1, "multiprocessing_context": context, "collate_fn": fr.Collator(128)}
+    assert [type(row["attention_mask"]) for row in DataLoader(layouts, **asked)] == [NoMask, NoMask]
+
+
+def test_ranks_hand_the_mask_on():
+    """In a group of one, over gloo, as accelerate does between ranks."""
+    with tempfile.NamedTemporaryFile() as file:
+        torch.distributed.init_process_group("gloo", init_method=f"file://{file.name}", rank=0, world_size=1)
+    try:
+        mask, found = a_mask(), [a_mask()]
+        torch.distributed.broadcast(mask, 0)
+        torch.distributed.all_gather(found, mask)
+        told = [mask]
+        torch.distributed.broadcast_object_list(told, 0)
+    finally:
+        torch.distributed.destroy_process_group()
+    assert (type(mask), type(found[0]), told[0].shape) == (NoMask, NoMask, (1, 1, 0, 0))
+
+
+def test_whoever_uses_the_mask_is_told_to_patch():
+    """In the ways of attention: added to scores, handed to the kernel, cut to the keys."""
+    mask, scores = a_mask(), torch.zeros(1, 2, 8, 8)
+    for use in (
+        lambda: scores + mask,
+        lambda: mask + scores,
+        lambda: scores.masked_fill(mask.bool(), 0),
+        lambda: torch.where(mask > 0, scores, scores),
+        lambda: nn.functional.scaled_dot_product_attention(scores, scores, scores, attn_mask=mask),
+        lambda: mask[:, :, :, :8],
+        lambda: mask.expand(1, 2, 8, 8),
+    ):
+        with pytest.raises(
+            RuntimeError, match=r"^row: this model is not patched, .*: call fr\.patch\(model\) first \("
+        ):
+            use()

@@ -113,15 +113,7 @@ def test_lora_takes_the_steps_of_the_loop(tmp_path):
 def test_two_processes_take_the_steps_of_the_loop(how, weighting, accumulate, tmp_path):
     """Two real gloo processes; rows fall on ranks unevenly, and the last of an epoch are empty."""
     told = {"how": how, "folder": str(tmp_path), "weighting": weighting, "accumulate": accumulate}
-    command = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(free_port())]
-    done = subprocess.run(
-        [sys.executable, *command, str(HERE / "ranks.py"), json.dumps(told)],
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
+    on_two_processes("ranks.py", told)
     said = json.loads((tmp_path / "found.json").read_text())
     assert said["world"] == 2
     assert said["sharded"] == (how == "fsdp2")
@@ -147,6 +139,80 @@ def test_two_processes_take_the_steps_of_the_loop(how, weighting, accumulate, tm
     assert said["metrics"]["eval_targets"] == sum(len(layout.target_ids) for layout in layouts[:9])
     for name, value in by_hand.items():
         assert said["metrics"][f"eval_{name}"] == pytest.approx(value, rel=1e-6), name
+
+
+UNEVEN = {
+    "list": ("list", 5, 1, 1, {}),
+    "list in larger batches": ("list", 9, 3, 2, {"train_sampling_strategy": "sequential"}),
+    "one document": ("list", 1, 1, 1, {}),
+    "fewer documents than a batch": ("map", 3, 4, 1, {}),
+    "dataset": ("map", 7, 2, 1, {}),
+    "by length": ("table", 7, 2, 1, {"train_sampling_strategy": "group_by_length"}),
+    "table": ("table", 5, 1, 2, {}),
+    "stream": ("stream", 7, 2, 1, {"max_steps": 2}),
+    "streamed table": ("streamed table", 5, 1, 1, {"max_steps": 3}),
+    "rows": ("rows", 3, 1, 1, {"train_sampling_strategy": "sequential"}),
+}
+
+
+@pytest.fixture(scope="module")
+def uneven(tmp_path_factory):
+    """A folder of what two processes trained on and evaluated, case by case."""
+    folder = tmp_path_factory.mktemp("uneven")
+    names = ("kind", "n", "batch", "accumulate")
+    cases = [
+        {"name": name, "folder": str(folder), **dict(zip(names, told, strict=True)), **more}
+        for name, (*told, more) in UNEVEN.items()
+    ]
+    on_two_processes("uneven.py", cases)
+    return folder
+
+
+@pytest.mark.parametrize("name", UNEVEN)
+def test_two_processes_train_on_every_document_once_whatever_holds_them(name, uneven):
+    """accelerate repeats the first documents where the last step or evaluation does not come out even."""
+    _, n, batch, accumulate, _ = UNEVEN[name]
+    found = [torch.load(uneven / f"{name}-{rank}.pt") for rank in range(2)]
+    layouts = some_layouts()[:n]
+    number_of = {tuple(layout.target_ids.tolist()): number for number, layout in enumerate(layouts)}
+    assert len(number_of) == n
+
+    def seen(when):
+        """By process and row, the numbers of its documents."""
+        return [[[number_of[tuple(ids)] for ids in row] for row in each["told"][when]] for each in found]
+
+    for when in ("training", "evaluation"):
+        one, other = seen(when)
+        rounds = -(-n // (2 * batch))
+        assert max(len(one), len(other)) == rounds  # no more than there must be
+        assert all(len(row) <= batch for row in one + other)
+        assert sorted(number for row in one + other for number in row) == list(range(n)), when
+    one, other = seen("training")
+    one, other = (rows + [[]] * (rounds - len(rows)) for rows in (one, other))
+    both = [mine + its for mine, its in zip(one, other, strict=True)]
+    steps = [[n for row in both[at : at + accumulate] for n in row] for at in range(0, rounds, accumulate)]
+    stock = tiny("Qwen3").double()
+    start = start_of(stock)
+    with true_float64():
+        expected = fit_by_hand(stock, [[layouts[number] for number in step] for step in steps])
+        by_hand = evaluated_by_hand(stock, some_turns()[:n])
+    for each in found:
+        assert_same_training("token", each["losses"], expected, each["parameters"], start_of(stock), start)
+        assert each["told"]["metrics"]["eval_targets"] == sum(len(layout.target_ids) for layout in layouts)
+        for name, value in by_hand.items():
+            assert each["told"]["metrics"][f"eval_{name}"] == pytest.approx(value, rel=1e-6), name
+
+
+def on_two_processes(script, told):
+    command = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(free_port())]
+    done = subprocess.run(
+        [sys.executable, *command, str(HERE / script), json.dumps(told)],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
 
 
 def evaluated_by_hand(stock, conversations, weighting="token"):
@@ -338,6 +404,21 @@ def test_what_the_trainer_would_do_to_rows_is_refused_or_set_right(tmp_path):
     assert sorted(order) == list(range(9))
     assert order != list(range(9))  # what is not `Rows` is shuffled as ever
     assert list(trainer._get_train_sampler()) == list(range(len(trainer.train_dataset)))
+
+
+def test_tokens_that_the_model_has_not_are_told_before_a_row_is_moved(tmp_path):
+    """In the loader, where every row is on the CPU: a GPU would only tell that an assertion failed."""
+    seen = []
+    model = fr.patch(tiny("Qwen3"))
+    model.model.register_forward_pre_hook(lambda *given: seen.append(1))
+    layout = fr.lay_out([fr.Sample([1, 2], [3, 97])])
+    trainer = fr.RowTrainer(
+        model=model, args=arguments(tmp_path), train_dataset=[layout], data_collator=fr.Collator(LENGTH)
+    )
+    for run in (trainer.train, lambda: trainer.evaluate([layout])):
+        with pytest.raises(ValueError, match="tokens from 0 to 97, and the model's vocabulary has 97"):
+            run()
+    assert not seen
 
 
 def test_rows_to_evaluate_may_be_given_late_or_under_names(tmp_path):

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from flexreason.chat import dirt
 from flexreason.chat import messages as parts
 from flexreason.chat.filled import places_of
 from flexreason.chat.messages import Message
@@ -45,6 +46,7 @@ def encode(
     history: str = "template",
     turns: Any = None,
     think: tuple[str, str] | None = None,
+    accept: str | Iterable[str] = (),
     **template_options: Any,
 ) -> Layout:
     """The layout of a conversation: one sample for each assistant message that is trained on.
@@ -52,9 +54,11 @@ def encode(
     `history="template"` leaves reasoning in earlier messages, and the template decides what is seen of it;
     `"content"` takes it out first, as clients do that send back answers only. `turns` chooses turns: "last", or
     their numbers among the assistant messages. `think` is what stands before and behind reasoning, for templates that
-    do not render it. All other options go to the template.
+    do not render it. `accept` names reasons for which an answer is refused as dirty ("unclosed-reasoning",
+    "unopened-reasoning", "empty-message"), and is then trained as it is written. All other options go to the template.
     """
-    return encoder_of(tokenizer, history=history, think=think, **template_options).layout(messages, tools, turns)
+    options = {"history": history, "think": think, "accept": accept, **template_options}
+    return encoder_of(tokenizer, **options).layout(messages, tools, turns)
 
 
 def encode_samples(
@@ -85,6 +89,7 @@ class Encoder:
         *,
         history: str = "template",
         think: tuple[str, str] | None = None,
+        accept: str | Iterable[str] = (),
         **template_options: Any,
     ) -> None:
         if history not in HISTORIES:
@@ -92,6 +97,7 @@ class Encoder:
         if think is not None and not (len(think) == 2 and all(isinstance(text, str) and text for text in think)):
             raise ConversationError(f"think: expected (before, behind), two texts, found {think!r}")
         self.tokenizer, self.history, self.think, self.options = tokenizer, history, think, template_options
+        self.accept = dirt.accepted(accept)
         self._forget()
 
     def _forget(self) -> None:
@@ -145,7 +151,7 @@ class Encoder:
         with frozen_clock():
             render = Renderer(self.tokenizer, function_tools(tools), self.options)
             template, finder = self._template(render)
-            made = [template.in_form(parts.without_training_keys(message)) for message in checked]
+            made = self._made(render, template, checked, set(trained))
             past = [parts.without_reasoning(message) for message in made] if self.history == "content" else made
             found = [self._turn(render, finder, past, made, number) for number in trained]
             spans = self._history(render, past, trained[-1], found[-1].prompt)
@@ -153,6 +159,22 @@ class Encoder:
         how = [turn.how for turn in found]
         self._tell(set(how))
         return Encoded(samples, how, trained, found, render.seconds, render.n_calls)
+
+    def _made(self, render: Renderer, template: Template, checked: Messages, trained: set[int]) -> Messages:
+        """The messages as the template takes them. Raises where one that is trained on is dirty."""
+        made: Messages = []
+        pairs, end = dirt.pairs_with(template.markers), template.prompt_end
+        for number, message in enumerate(checked):
+            message = parts.without_training_keys(message)
+            if message["role"] == "assistant":
+                half = dirt.unopened(parts.text_of(message.get("content")), pairs)
+                bare = not parts.reasoning_of(message).strip()
+                if half and bare and made and dirt.opened_by(render.attempt(made, True) or "", end, half):
+                    message = dirt.with_reasoning_before(message, half[1])
+                if number in trained:
+                    dirt.refuse(message, number, pairs, self.accept)
+            made.append(template.in_form(message))
+        return made
 
     def _turn(self, render: Renderer, finder: Turns, past: Messages, made: Messages, number: int) -> Turn:
         before = past[:number]

@@ -4,8 +4,9 @@ Reasoning stands in a field (`reasoning_content`, `reasoning`, `thinking`) or in
 very beginning of the content. What stands elsewhere in a text is text.
 """
 
+import difflib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from flexreason.chat.render import BadMessage, Messages
@@ -37,6 +38,9 @@ def _check_message(number: int, message: Any) -> Message:
     role = message.get("role")
     if role not in ROLES:
         hint = "; data with from/value is read by flexreason.data.conversations" if "from" in message else ""
+        hint = hint or did_you_mean(role, ROLES)
+        if role is None:
+            raise BadMessage(f"it has no role; its keys are {', '.join(map(str, message)) or 'none'}{hint}", number)
         raise BadMessage(f"unknown role {role!r}; expected one of {', '.join(ROLES)}{hint}", number)
     _check_content(number, message)
     fields = [name for name in REASONING_FIELDS if name in message]
@@ -51,7 +55,8 @@ def _check_message(number: int, message: Any) -> Message:
         _check_calls(number, message["tool_calls"])
     elif "content" not in message:
         why = "has reasoning but no content" if fields else "has no content"
-        raise BadMessage(f'{role} message {why}; add content (it may be ""), or leave the message out', number)
+        may_be = ' (it may be "")' if fields or role != "assistant" else ""
+        raise BadMessage(f"{role} message {why}; add content{may_be}, or leave the message out", number)
     return message
 
 
@@ -79,10 +84,21 @@ def _check_calls(number: int, calls: Any) -> None:
             try:
                 arguments = json.loads(arguments or "{}")
             except json.JSONDecodeError as error:
-                raise BadMessage(f"tool_calls[{at}]: arguments are no JSON: {error}", number) from error
+                raise BadMessage(f"tool_calls[{at}]: arguments are no JSON: {json_words(error)}", number) from error
         if arguments is not None and not isinstance(arguments, dict):
             kind = type(arguments).__name__
             raise BadMessage(f"tool_calls[{at}]: expected arguments as an object or its JSON, found {kind}", number)
+
+
+def did_you_mean(found: Any, known: Iterable[str]) -> str:
+    """A hint at the name that is nearest to a wrong one, if any is near."""
+    near = difflib.get_close_matches(found.lower(), known, n=1) if isinstance(found, str) else []
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def json_words(error: Exception) -> str:
+    """What is wrong with a JSON text, and where in it: by character, since its line is no line of the file."""
+    return f"{error.msg} at character {error.pos + 1}" if isinstance(error, json.JSONDecodeError) else str(error)
 
 
 def is_trained(number: int, message: Message) -> bool:

@@ -35,15 +35,35 @@ class Collator:
             return [item if isinstance(item, Layout) else _from_columns(item)]
         if isinstance(item, list) and all(map(_is_document, item)):
             return [layout for part in item for layout in self._layouts(part)]
-        if self.encode is None:
-            raise ValueError(
-                f"Collator: expected layouts, found {type(item).__name__}; give encode=, which makes a layout of it"
-            )
-        return [self.encode(item)]
+        if self.encode is None or item == {}:
+            raise ValueError(f"Collator: expected layouts, found {_found(item)}")
+        try:
+            return [self.encode(item)]
+        except ValueError as error:
+            if words := _lost(item):
+                raise ValueError(f"{error}; Collator: found {words}") from error
+            raise
 
 
 def _is_document(item: Any) -> bool:
     return isinstance(item, Layout) or (isinstance(item, Mapping) and item.keys() >= {*PER_TOKEN, *PER_TARGET})
+
+
+def _lost(item: Any) -> str | None:
+    """What an item was before a Trainer took columns out, and how to keep them."""
+    columns = {*PER_TOKEN, *PER_TARGET}
+    if not isinstance(item, Mapping) or (item and not columns & item.keys()):
+        return None
+    missing = ", ".join(sorted(columns - item.keys()))
+    what = f"a layout without its columns {missing}" if item else "an item without any columns"
+    return f"{what}; a Trainer takes columns out unless its arguments say remove_unused_columns=False"
+
+
+def _found(item: Any) -> str:
+    if isinstance(item, Mapping) and {"document", "labels"} <= item.keys():
+        return "a row of fr.collate, which is a batch by itself; give data_collator=lambda rows: rows[0]"
+    keys = f" with the keys {', '.join(map(str, item))}" if isinstance(item, Mapping) else ""
+    return _lost(item) or f"{type(item).__name__}{keys}; give encode=, which makes a layout of it"
 
 
 def _from_columns(item: Mapping[str, Any]) -> Layout:

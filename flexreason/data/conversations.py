@@ -17,6 +17,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from flexreason.chat.messages import did_you_mean, json_words
 from flexreason.chat.render import ConversationError
 from flexreason.sample import Sample
 
@@ -51,6 +52,10 @@ class BadInput(ConversationError):
     """A file or entry that is no conversation; the text names where."""
 
     reason = "bad input"
+
+
+class EmptySource(BadInput):
+    """A source without a single entry."""
 
 
 @dataclass(frozen=True)
@@ -111,7 +116,7 @@ def read_all(
     if waiting:
         yield Conversation([], None, number, waiting[2], "samples", samples=waiting[1])
     elif number == 0:
-        raise BadInput(f"{_name(source)}: nothing in it")
+        raise EmptySource(f"{_name(source)}: nothing in it")
 
 
 def count_entries(source: Any) -> int | None:
@@ -144,6 +149,8 @@ def read_entries(source: str | Path | Iterable[Any], split: str = "train") -> It
 
 
 def _from_file(path: Path) -> Iterator[tuple[str, Any]]:
+    if not path.stat().st_size:
+        return
     if path.suffix.lower() == ".parquet":
         data = _loaded_set(path, "parquet", data_files=str(path), split="train", streaming=True)
         yield from _rows(data, str(path))
@@ -159,9 +166,9 @@ def _from_file(path: Path) -> Iterator[tuple[str, Any]]:
                     continue
                 where = f"{path}, line {number}"
                 try:
-                    yield where, json.loads(line)
+                    yield where, json.loads(line.strip())
                 except (json.JSONDecodeError, RecursionError) as error:
-                    yield where, BadInput(f"{where}: no JSON: {error}")
+                    yield where, BadInput(f"{where}: no JSON: {json_words(error)}")
     except (OSError, UnicodeDecodeError) as error:
         raise BadInput(f"{path}: cannot be read: {error}") from error
 
@@ -169,14 +176,18 @@ def _from_file(path: Path) -> Iterator[tuple[str, Any]]:
 def _json_document(path: Path) -> list[Any] | None:
     """The entries of a file that is one JSON document; None where it is JSON line by line."""
     text = path.read_text(encoding="utf-8-sig")
+    if not text.strip():
+        return []
     try:
         whole = json.loads(text)
+    except RecursionError as error:
+        raise BadInput(f"{path}: no JSON: {error}") from error
     except json.JSONDecodeError as error:
-        first = text.lstrip().splitlines()[0] if text.strip() else ""
         try:
-            json.loads(first)
+            json.loads(text.lstrip().splitlines()[0])
         except json.JSONDecodeError:
-            raise BadInput(f"{path}, line {error.lineno}: no JSON: {error}") from error
+            found = f"{error.msg} at character {error.colno}"
+            raise BadInput(f"{path}, line {error.lineno}: no JSON: {found}") from error
         return None
     if isinstance(whole, dict):
         whole = next((whole[key] for key in ("data", "rows") if key in whole), whole)
@@ -229,8 +240,7 @@ def detect(entry: Any, where: str) -> str:
     """The kind of an entry, by its keys."""
     if isinstance(entry, list):
         return "sharegpt" if entry and isinstance(entry[0], dict) and "from" in entry[0] else "messages"
-    if not isinstance(entry, dict):
-        raise BadInput(f"{where}: expected an object or a list of messages, found {type(entry).__name__}")
+    _check_kind(entry, "messages", where)
     if "prompt_ids" in entry and "target_ids" in entry:
         return "samples"
     for key in MESSAGE_KEYS:
@@ -244,18 +254,30 @@ def detect(entry: Any, where: str) -> str:
     )
 
 
+def _check_kind(entry: Any, format: str, where: str) -> None:
+    """Raise unless an entry is what can hold something of this kind at all."""
+    lists = format in ("messages", "sharegpt")
+    if not isinstance(entry, dict) and not (lists and isinstance(entry, list)):
+        wanted = "an object or a list of messages" if lists else f"an object of the kind {format}"
+        raise BadInput(f"{where}: expected {wanted}, found {'null' if entry is None else type(entry).__name__}")
+
+
 def as_conversation(entry: Any, format: str, number: int, where: str) -> Conversation:
     """One entry of kind messages, sharegpt or pairs."""
+    _check_kind(entry, format, where)
     try:
         made = {"messages": _messages, "sharegpt": _sharegpt, "pairs": _pairs}[format](entry)
         if format == "messages" and made and isinstance(made[0], dict) and "from" in made[0]:
             raise ValueError("from and value, as ShareGPT has them, where role and content are expected")
         about = entry if isinstance(entry, dict) else {}
-        tools, options = _loaded(about.get("tools")), _loaded(about.get("chat_template_kwargs")) or {}
+        tools = _loaded(about.get("tools"), "tools")
+        options = _loaded(about.get("chat_template_kwargs"), "chat_template_kwargs") or {}
         if tools is not None and not isinstance(tools, list):
             raise ValueError(f"tools: expected a list, found {type(tools).__name__}")
         if not isinstance(options, dict):
             raise ValueError(f"chat_template_kwargs: expected an object, found {type(options).__name__}")
+        if "accept" in options:  # else data would wave its own dirt through
+            raise ValueError("chat_template_kwargs: accept is no option of the template; give it to the command")
         if format == "sharegpt" and isinstance(about.get("system"), str) and about["system"]:
             made = [{"role": "system", "content": about["system"]}, *made]
         return Conversation(made, tools, number, where, format, options)
@@ -265,10 +287,8 @@ def as_conversation(entry: Any, format: str, number: int, where: str) -> Convers
 
 
 def as_sample(entry: Any, where: str) -> Sample:
-    try:
-        prompt, target = entry["prompt_ids"], entry["target_ids"]
-    except (KeyError, TypeError) as error:
-        raise BadInput(f"{where}: expected prompt_ids and target_ids, lists of token ids: {error!r}") from error
+    _check_kind(entry, "samples", where)
+    prompt, target = entry.get("prompt_ids"), entry.get("target_ids")
     for ids in (prompt, target):
         if not isinstance(ids, list | tuple) or not all(type(token) is int for token in ids):
             raise BadInput(f"{where}: expected prompt_ids and target_ids, lists of token ids, found {str(ids)[:80]}")
@@ -281,7 +301,7 @@ def _messages(entry: Any) -> list[Any]:
     found = entry if isinstance(entry, list) else next((entry[k] for k in MESSAGE_KEYS if k in entry), None)
     if found is None:
         raise ValueError("messages is missing")
-    if not isinstance(found := _loaded(found), list):
+    if not isinstance(found := _loaded(found, "messages"), list):
         raise ValueError(f"messages: expected a list, found {type(found).__name__}")
     if isinstance(entry, dict) and found and isinstance(found[0], dict) and not {"role", "from"} & found[0].keys():
         raise ValueError(f"messages: expected objects with role and content, found keys {', '.join(found[0])}")
@@ -291,13 +311,18 @@ def _messages(entry: Any) -> list[Any]:
 def _sharegpt(entry: Any) -> list[Any]:
     made: list[Any] = []
     for at, turn in enumerate(_messages(entry)):
+        if not isinstance(turn, dict):
+            raise ValueError(f"turn {at}: expected an object with from and value, found {type(turn).__name__}")
+        if missing := [key for key in ("from", "value") if key not in turn]:
+            raise ValueError(f"turn {at}: {missing[0]!r} is missing")
         speaker = turn["from"]
-        if speaker not in SPEAKERS:
-            raise ValueError(f"turn {at}: unknown speaker {speaker!r}; expected one of {', '.join(SPEAKERS)}")
+        if not isinstance(speaker, str) or speaker not in SPEAKERS:
+            hint = did_you_mean(speaker, SPEAKERS)
+            raise ValueError(f"turn {at}: unknown speaker {speaker!r}; expected one of {', '.join(SPEAKERS)}{hint}")
         role = SPEAKERS[speaker]
         extra = {key: value for key, value in turn.items() if key not in ("from", "value")}
         if role == "call":
-            call = json.loads(turn["value"])
+            call = _call(turn["value"], at)
             calls = [{"type": "function", "function": one} for one in (call if isinstance(call, list) else [call])]
             made.append({"role": "assistant", "content": "", "tool_calls": calls, **extra})
         else:
@@ -305,17 +330,33 @@ def _sharegpt(entry: Any) -> list[Any]:
     return made
 
 
+def _call(value: Any, at: int) -> Any:
+    if not isinstance(value, str):
+        raise ValueError(f"turn {at}: value: expected a call as JSON, found {type(value).__name__}")
+    try:
+        return json.loads(value)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise ValueError(f"turn {at}: value: the call is no JSON: {json_words(error)}") from error
+
+
 def _pairs(entry: Any) -> list[Any]:
-    prompt, completion = entry["prompt"], entry["completion"]
-    before = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [*prompt]
-    after = [{"role": "assistant", "content": completion}] if isinstance(completion, str) else [*completion]
+    before, after = (
+        [{"role": role, "content": entry[name]}] if isinstance(entry[name], str) else entry[name]
+        for name, role in (("prompt", "user"), ("completion", "assistant"))
+    )
+    for name, found in (("prompt", before), ("completion", after)):
+        if not isinstance(found, list) or not all(isinstance(message, dict) for message in found):
+            raise ValueError(f"{name}: expected text or a list of messages, found {str(found)[:80]}")
     earlier = [{**m, "train": False} if m.get("role") == "assistant" else m for m in before]  # part of the prompt
     return earlier + after
 
 
-def _loaded(value: Any) -> Any:
+def _loaded(value: Any, name: str) -> Any:
     """A value that may have been stored as its JSON."""
-    return json.loads(value) if isinstance(value, str) and value.strip()[:1] in ("[", "{") else value
+    try:
+        return json.loads(value) if isinstance(value, str) and value.strip()[:1] in ("[", "{") else value
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise ValueError(f"{name}: no JSON: {json_words(error)}") from error
 
 
 def without_none(value: Any) -> Any:

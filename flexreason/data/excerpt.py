@@ -6,11 +6,12 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
+from flexreason.chat import dirt
 from flexreason.chat.encoding import HISTORIES
 from flexreason.chat.render import ConversationError
 from flexreason.chat.template import load_tokenizer, option_of
 from flexreason.data.conversations import FORMATS, BadInput, Conversation, read_all
-from flexreason.data.intake import EntryEncoder, Refusals, Refused
+from flexreason.data.intake import OURS, EntryEncoder, Refusals, Refused
 from flexreason.sample import Sample
 
 READ = 2000
@@ -19,7 +20,7 @@ READ = 2000
 LOOKED_AT = 32
 """The most of them that are encoded."""
 
-OF_DATA = ("tokenizer", "format", "split", "history", "option", "skip_invalid", "limit")
+OF_DATA = ("tokenizer", "format", "split", "history", "option", "accept", "skip_invalid", "limit")
 
 T = TypeVar("T")
 
@@ -32,6 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     data.add_argument("--split", help="of a data set; train if not given")
     data.add_argument("--history", choices=HISTORIES, help="what clients send back; template if not given")
     data.add_argument("--option", action="append", metavar="NAME=VALUE", help="of the template")
+    dirt.add_argument(data)
     data.add_argument("--skip-invalid", action="store_true", help="go on without conversations that are refused")
     data.add_argument("--limit", type=int, help=f"the most conversations to read; {READ} if not given")
 
@@ -50,9 +52,7 @@ def conversations(options: argparse.Namespace, vocabulary: int) -> tuple[list[st
 
     A refusal ends it, once all others have been looked at; or it is left out, and listed.
     """
-    template = dict(map(option_of, options.option or ()))
-    if own := template.keys() & {"tokenizer", "format", "turns", "history"}:
-        raise ValueError(f"--option {min(own)}: expected an option of the template")
+    template = template_options(options.option or ())
     refusals, n_read = Refusals(), 0
 
     def readable() -> Iterator[Conversation]:
@@ -73,7 +73,8 @@ def conversations(options: argparse.Namespace, vocabulary: int) -> tuple[list[st
     if any(one.samples is None for one in kept):
         tokenizer, more = load_tokenizer(options.tokenizer) if options.tokenizer else _own_tokenizer(options.model)
         notes += more
-    encoder = EntryEncoder(tokenizer, history=options.history or HISTORIES[0], **template)
+    chosen: dict[str, Any] = {"history": options.history or HISTORIES[0], "accept": options.accept or ()}
+    encoder = EntryEncoder(tokenizer, **chosen, **template)
     wheres, found = [], []
     for one in kept:
         try:
@@ -89,6 +90,14 @@ def conversations(options: argparse.Namespace, vocabulary: int) -> tuple[list[st
     for reason, examples in refusals.examples.items():
         notes.append(f"left out, {refusals.counts[reason]} ({reason}): {'; '.join(examples)}")
     return wheres, found, notes
+
+
+def template_options(given: Iterable[str]) -> dict[str, Any]:
+    """Options of the template, of texts such as "enable_thinking=false"."""
+    found = dict(map(option_of, given))
+    if own := found.keys() & OURS:
+        raise ValueError(f"--option {min(own)}: expected an option of the template")
+    return found
 
 
 def spread(items: Iterable[T], most: int) -> list[T]:

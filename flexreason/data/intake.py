@@ -38,6 +38,9 @@ from flexreason.tree import lay_out
 EXAMPLES = 3
 """Refused conversations that are named a class of reasons."""
 
+OURS = {"tokenizer", "format", "turns", "history", "accept"}
+"""What `EntryEncoder` takes itself, and is no option of a template."""
+
 CHUNK = 8
 """Conversations that a worker takes at a time."""
 

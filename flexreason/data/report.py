@@ -10,16 +10,18 @@ import json
 import sys
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from flexreason.blocks import BLOCK
+from flexreason.chat import dirt
 from flexreason.chat.encoding import HISTORIES
-from flexreason.chat.template import load_tokenizer, option_of
-from flexreason.data.conversations import FORMATS, BadInput, Conversation, count_entries, read_all
+from flexreason.chat.template import load_tokenizer
+from flexreason.data.conversations import FORMATS, BadInput, Conversation, EmptySource, count_entries, read_all
+from flexreason.data.excerpt import template_options
 from flexreason.data.figures import Figures, figures_of
 from flexreason.data.intake import EntryEncoder, Intake, Refusals, Refused, start_workers
 from flexreason.data.summary import Summary
@@ -59,6 +61,11 @@ class Report:
     seconds: float = 0.0
 
     @property
+    def empty(self) -> list[str]:
+        """The sources that nothing was in."""
+        return [source.name for source in self.sources if not source.n_read]
+
+    @property
     def n_read(self) -> int:
         return sum(source.n_read for source in self.sources)
 
@@ -73,7 +80,8 @@ def report(
     workers: int = 0,
     limit: int | None = None,
 ) -> Report:
-    """Go over all sources. Refused conversations are counted, and stop nothing; a source without any raises."""
+    """Go over all sources. Refused conversations, and sources without any, are counted and stop nothing. Raises where
+    all are empty."""
     start, sources = time.perf_counter(), list(sources)
     made = Report(Summary(length, shape), [], Refusals())
     for source in sources:
@@ -95,6 +103,8 @@ def report(
                 seen = intake.n_read
             made.sources.append(found)
             made.refusals.merge(intake.refusals)
+    if sources and not made.n_read:
+        raise EmptySource(f"{', '.join(source.name for source in made.sources)}: nothing in it")
     made.seconds = time.perf_counter() - start
     return made
 
@@ -102,7 +112,7 @@ def report(
 def _all_of(intake: Intake) -> Iterator[Figures]:
     try:
         yield from intake
-    except Refused:  # all of them; the refusals say so
+    except (Refused, EmptySource):  # refused are all of them; the refusals say so
         return
 
 
@@ -111,7 +121,9 @@ def _look_at(source: Any, encoder: EntryEncoder, split: str) -> None:
     if not isinstance(source, str | Path) and iter(source) is source:
         return  # what is looked at would be gone
     entries = read_all(source, encoder.format, split)
-    first = next((found for found in entries if isinstance(found, Conversation)), None)
+    first = None
+    with suppress(EmptySource):
+        first = next((found for found in entries if isinstance(found, Conversation)), None)
     if encoder.tokenizer is None and first is not None and first.format != "samples":
         raise BadInput(f"{source}: of the kind {first.format}; --tokenizer is needed to encode it")
 
@@ -140,6 +152,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--history", choices=HISTORIES, default="template", help="what clients send back")
     parser.add_argument("--turns", choices=("last",), help="train on the last turn only")
     parser.add_argument("--option", action="append", default=[], metavar="NAME=VALUE", help="of the template")
+    dirt.add_argument(parser)
     parser.add_argument("--workers", type=int, default=0, help="processes that encode; changes nothing but the time")
     parser.add_argument("--limit", type=int, help="the most conversations to read of each DATA")
     parser.add_argument("--skip-invalid", action="store_true", help="refused conversations are no failure")
@@ -153,8 +166,9 @@ def run(options: argparse.Namespace) -> int:
         from flexreason.data.plot import plot  # tells what is missing before the work, not after
     shape = None if options.model is None else shape_of(options.model)
     tokenizer, notes = (None, []) if options.tokenizer is None else load_tokenizer(options.tokenizer)
-    chosen = dict(map(option_of, options.option))
-    encoder = EntryEncoder(tokenizer, format=options.format, turns=options.turns, history=options.history, **chosen)
+    chosen = template_options(options.option)
+    asked = {"turns": options.turns, "history": options.history, "accept": options.accept or ()}
+    encoder = EntryEncoder(tokenizer, format=options.format, **asked, **chosen)
     made = report(
         options.data,
         encoder,
@@ -165,7 +179,7 @@ def run(options: argparse.Namespace) -> int:
         limit=options.limit,
     )
     left = made.summary.conversations
-    ok = bool(left) and (options.skip_invalid or not made.refusals.total)
+    ok = bool(left) and (options.skip_invalid or not (made.refusals.total or made.empty))
     if options.plot is not None and left:
         plot(made.summary, options.plot)
     if options.json:
@@ -198,6 +212,7 @@ def _as_dict(
         "history": options.history,
         "turns": options.turns or "all",
         "options": chosen,
+        "accept": options.accept or [],
         "sources": [
             {
                 "source": source.name,
@@ -209,6 +224,7 @@ def _as_dict(
             for source in made.sources
         ],
         "read": made.n_read,
+        "empty": made.empty,
         "refused": {
             "number": refusals.total,
             "classes": {
@@ -226,6 +242,7 @@ def _about(options: argparse.Namespace, tokenizer: Any, chosen: dict[str, Any]) 
     said = ", ".join(f"{name}={value!r}" for name, value in chosen.items()) or "none"
     history = {"template": "as the template shows it", "content": "without reasoning, as plain clients send it"}
     turns = "the last turn only" if options.turns else "all turns"
+    turns += f", accepted: {', '.join(options.accept)}" if options.accept else ""
     return (
         f"tokenizer {options.tokenizer} ({type(tokenizer).__name__}, {len(tokenizer):,} tokens)\n"
         f"history {history[options.history]}, template options: {said}, {turns}"
@@ -235,6 +252,9 @@ def _about(options: argparse.Namespace, tokenizer: Any, chosen: dict[str, Any]) 
 def _words(made: Report, options: argparse.Namespace, notes: list[str]) -> Iterator[str]:
     how = "as told" if options.format else "detected"
     for source in made.sources:
+        if not source.n_read:
+            yield f"{source.name}: nothing in it"
+            continue
         refused = f", {source.refusals.total:,} refused" if source.refusals.total else ""
         line = f"{source.name}: {source.format} ({how}), {source.n_read:,} read{refused}"
         if len(made.sources) > 1 and source.summary.conversations:
@@ -251,6 +271,8 @@ def _words(made: Report, options: argparse.Namespace, notes: list[str]) -> Itera
         yield from made.refusals.lines()
     else:
         yield "No conversation is refused."
+    if made.empty:
+        yield f"{len(made.empty):,} of {len(made.sources):,} sources have nothing in them."
     if options.limit is not None:
         yield f"Of each source no more was read than --limit {options.limit} says."
     seconds, rendering = made.summary.seconds, made.summary.render_seconds

@@ -121,9 +121,8 @@ class _Run:
         start = time.monotonic()
         settings, grouped = self.settings, torch.distributed.is_initialized()
         tokenizer = self.load_tokenizer()
-        encoder = EntryEncoder(
-            tokenizer, format=settings.format, turns=settings.turns, history=settings.history, **settings.template
-        )
+        asked = {"turns": settings.turns, "history": settings.history, "accept": settings.accept}
+        encoder = EntryEncoder(tokenizer, format=settings.format, **asked, **settings.template)
         model = self.load_model()
         self.arguments(0)  # what is wrong with these is told before data are encoded
         refuse_other_settings(self.folder, settings)

@@ -8,7 +8,6 @@ lora: 16
 """
 
 import argparse
-import difflib
 import types
 import typing
 from collections.abc import Mapping
@@ -16,8 +15,11 @@ from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from flexreason.chat.dirt import REASONS, accepted
 from flexreason.chat.encoding import HISTORIES
+from flexreason.chat.messages import did_you_mean
 from flexreason.data.documents import WEIGHTINGS
+from flexreason.data.intake import OURS
 
 PRECISIONS = ("auto", "fp32", "bf16", "bf16-weights", "fp16")
 CHOICES = {
@@ -57,6 +59,9 @@ class Settings:
     )
     turns: str | None = _said('which turns are trained on: all, or "last"', None)
     template: dict[str, Any] = _said("options for the chat template, such as enable_thinking", {})
+    accept: list[str] = _said(
+        "reasons for which dirty answers are refused, and which are then trained as written: " + ", ".join(REASONS), []
+    )
     skip_invalid: bool = _said("go on without conversations that are refused, and list them", False)
     too_long: str = _said("a sample that is longer than a row: refuse, or drop that sample", "refuse")
     length: int = _said("tokens in a row", 16384)
@@ -99,7 +104,7 @@ class Settings:
     trainer: dict[str, Any] = _said("further arguments of transformers' TrainingArguments: fsdp, deepspeed, ...", {})
 
     def __post_init__(self) -> None:
-        for name in ("data", "report_to"):
+        for name in ("data", "report_to", "accept"):
             if isinstance(getattr(self, name), str):
                 setattr(self, name, [getattr(self, name)])
         for each in fields(self):
@@ -127,6 +132,9 @@ class Settings:
             raise ValueError(f"steps and epochs contradict each other: found {self.steps} and {self.epochs}; give one")
         if self.evaluate_every is not None and self.evaluation is None:
             raise ValueError("evaluate_every: there is nothing to evaluate on; give evaluation")
+        self.accept = sorted(accepted(self.accept))
+        if own := self.template.keys() & OURS:
+            raise ValueError(f"template: {min(own)} is no option of the template; it is a setting of its own")
         if self.turns not in (None, "last"):
             raise ValueError(f'turns: expected "last" or nothing, found {self.turns!r}')
 
@@ -162,8 +170,7 @@ def from_mapping(given: Mapping[str, Any], where: str = "settings") -> Settings:
     """Settings of names and values; a wrong name is told with the nearest right one."""
     for name in given:
         if name not in NAMES:
-            near = difflib.get_close_matches(str(name), NAMES, n=1)
-            raise ValueError(f"{where}: unknown setting {name!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
+            raise ValueError(f"{where}: unknown setting {name!r}{did_you_mean(name, NAMES)}")
     missing = [each.name for each in NAMES.values() if _required(each) and given.get(each.name) is None]
     if missing:
         raise ValueError(f"{where}: {', '.join(missing)} missing")
@@ -212,7 +219,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         if kind is bool:
             parser.add_argument(name, action=argparse.BooleanOptionalAction, default=None, help=words)
         elif kind == list[str]:
-            parser.add_argument(name, nargs="+", metavar="X", help=words)
+            parser.add_argument(name, action="extend", nargs="+", metavar="X", help=words)
         else:
             parser.add_argument(name, metavar="X", help=words.replace("%", "%%"))
 

@@ -7,10 +7,10 @@ What differs from the Trainer: a step's loss is the mean over all its targets by
 reasoning, responses and turns apart (the Trainer's is the mean of the rows' means); logs tell these of training, and
 tokens a second, of trees and of the samples they stand for; a checkpoint is whole or is none; a loss that is no
 number stops the run before anything is saved. What `Rows` gives comes in its order, since it has shuffled, and one of
-its items is a batch.
+its items is a batch. Other data (a list, a table, a stream) may be of any length: over several ranks they are filled up
+with empty rows, and nothing is trained on or evaluated twice.
 """
 
-import inspect
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,11 +24,11 @@ from transformers import Trainer
 
 from flexreason.data.rows import Rows
 from flexreason.data.stream import RowStream
-from flexreason.patching import find_patch
+from flexreason.patching import find_patch, find_root
+from flexreason.refuse import vocabulary_of
 from flexreason.train import checkpoints
+from flexreason.train.filling import Filled, FilledStream, Filling
 from flexreason.train.sums import Sums, total_weight
-
-DATASETS = ("train_dataset", "eval_dataset")
 
 ROWS = (Rows, RowStream)
 """Data sets one of whose items is a row."""
@@ -42,12 +42,10 @@ class RowTraining:
     """To stand before a trainer class: `class MyTrainer(RowTraining, SFTTrainer)`."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        given = inspect.signature(super().__init__).bind_partial(*args, **kwargs).arguments
-        if given.get("args") is not None and any(isinstance(given.get(name), IterableDataset) for name in DATASETS):
-            # else accelerate has one rank read, and cuts up what it has read: rows of different shapes
-            given["args"].accelerator_config.dispatch_batches = False
         super().__init__(*args, **kwargs)
         me: Any = self
+        # else accelerate has one rank read streams, and cuts up what it has read: rows of different shapes
+        me.args.accelerator_config.dispatch_batches = me.accelerator.dataloader_config.dispatch_batches = False
         self._refuse()
         if isinstance(me.train_dataset, ROWS):
             me.args.per_device_train_batch_size = me._train_batch_size = 1
@@ -147,6 +145,26 @@ class RowTraining:
         me: Any = self
         return me.accelerator.reduce(values, "sum") if me.args.world_size > 1 else values
 
+    def _get_dataloader(
+        self, dataset: Any, description: str, batch_size: int, sampler_fn: Any = None, *args: Any, **kwargs: Any
+    ) -> Any:
+        """As the Trainer's, of data that come out even over all ranks."""
+        me: Any = self
+        multiple = batch_size * (1 if me.args.accelerator_config.split_batches else me.args.world_size)
+        by_ranks = me.args.train_sampling_strategy == "batch_rebalance"  # whose sampler gives each rank its own
+        before, sampler_of = me.data_collator, sampler_fn
+        if me.args.world_size > 1 and not me.args.dataloader_drop_last and not by_ranks:
+            if isinstance(dataset, IterableDataset):
+                dataset = FilledStream(dataset, multiple)
+            elif len(dataset) % multiple:
+                dataset = filled = Filled(dataset, multiple)
+                sampler_of = lambda _: filled.sampler(sampler_fn and sampler_fn(filled.data))  # noqa: E731
+        me.data_collator = Filling(before, vocabulary_of(find_root(me.model)))
+        try:
+            return super()._get_dataloader(dataset, description, batch_size, sampler_of, *args, **kwargs)  # type: ignore[misc]
+        finally:
+            me.data_collator = before
+
     # --- evaluation
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
@@ -161,10 +179,10 @@ class RowTraining:
 
     @contextmanager
     def _one_at_a_time(self, data: Any) -> Iterator[None]:
-        """An item is a batch where it is a row, and where ranks must tell which items are repeated."""
+        """An item is a batch where it is a row."""
         me: Any = self
         before = me.args.per_device_eval_batch_size
-        if isinstance(data, ROWS) or me.args.world_size > 1:
+        if isinstance(data, ROWS):
             me.args.per_device_eval_batch_size = 1
         try:
             yield
@@ -173,8 +191,7 @@ class RowTraining:
 
     def evaluation_loop(self, dataloader: Any, *args: Any, **kwargs: Any) -> Any:
         me: Any = self
-        self._evaluated, self._n_evaluated = Sums(me.args.device), 0
-        self._rows_to_evaluate = len(dataloader.dataset) if hasattr(dataloader.dataset, "__len__") else None
+        self._evaluated = Sums(me.args.device)
         prefix, start = kwargs.get("metric_key_prefix", "eval"), time.perf_counter()
         try:
             output = super().evaluation_loop(dataloader, *args, **kwargs)  # type: ignore[misc]
@@ -194,17 +211,13 @@ class RowTraining:
         inputs = me._prepare_inputs(inputs)
         with torch.no_grad(), me.compute_loss_context_manager():
             loss = model(**inputs).loss
-        # accelerate fills the last round of ranks up with rows from the beginning: these do not count again
-        number = self._n_evaluated * me.args.world_size + me.args.process_index
-        self._n_evaluated += 1
-        if self._rows_to_evaluate is None or number < self._rows_to_evaluate:
-            logprobs = self._logprobs()
-            if logprobs is None:
-                raise ValueError(
-                    "RowTrainer: the loss was replaced, so evaluation cannot tell targets apart; evaluate with the "
-                    "model's own loss"
-                )
-            self._evaluated.add(inputs, logprobs)
+        logprobs = self._logprobs()
+        if logprobs is None:
+            raise ValueError(
+                "RowTrainer: the loss was replaced, so evaluation cannot tell targets apart; evaluate with the model's "
+                "own loss"
+            )
+        self._evaluated.add(inputs, logprobs)
         return loss.detach(), None, None
 
     # --- checkpoints

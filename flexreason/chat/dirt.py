@@ -1,0 +1,145 @@
+"""Answers that are none: cut off while the model was thinking, stored by halves, or empty.
+
+Each kind is refused in messages that are trained on, under a reason of its own; who accepts that reason trains the text
+as it is written.
+
+>>> PAIRS = [("<think>", "</think>")]
+>>> unclosed("<think>\\nLet me se", PAIRS), unclosed("<think>a</think>b", PAIRS), unclosed("write <think> so", PAIRS)
+(('<think>', '</think>'), None, None)
+>>> unopened("why</think>so", PAIRS), unopened("<think>a</think>b", PAIRS), unopened("<think>a</think>b</think>", PAIRS)
+(('<think>', '</think>'), None, ('<think>', '</think>'))
+"""
+
+import argparse
+import re
+from collections.abc import Iterable, Sequence
+
+from flexreason.chat import messages as parts
+from flexreason.chat.messages import Message
+from flexreason.chat.render import ConversationError
+from flexreason.chat.templates import KNOWN_MARKERS, Markers
+
+Pair = tuple[str, str]
+
+TAG = re.compile(r"<[^<>\s]+>|\[[^\[\]\s]+\]")
+
+
+class UnclosedReasoning(ConversationError):
+    reason = "unclosed-reasoning"
+
+
+class UnopenedReasoning(ConversationError):
+    reason = "unopened-reasoning"
+
+
+class EmptyMessage(ConversationError):
+    reason = "empty-message"
+
+
+REASONS = {
+    UnclosedReasoning.reason: "content that begins a reasoning block and never closes it",
+    UnopenedReasoning.reason: "content that closes a reasoning block which nothing has opened",
+    EmptyMessage.reason: "no reasoning, no content and no calls",
+}
+"""What can be accepted."""
+
+
+def accepted(reasons: str | Iterable[str]) -> frozenset[str]:
+    """The reasons as a set, or an error that names the one that is none."""
+    if not isinstance(reasons, str | Iterable):
+        raise ConversationError(f"accept: expected reasons ({', '.join(REASONS)}), found {reasons!r}")
+    found = (reasons,) if isinstance(reasons, str) else tuple(reasons)
+    for reason in found:
+        if reason not in REASONS:
+            hint = parts.did_you_mean(reason, REASONS)
+            raise ConversationError(f"accept: expected one of {', '.join(REASONS)}, found {reason!r}{hint}")
+    return frozenset(found)
+
+
+def add_argument(parser: argparse._ActionsContainer) -> None:
+    """--accept, of every command that reads data."""
+    words = "; ".join(f"{reason}: {what}" for reason, what in REASONS.items())
+    parser.add_argument(
+        "--accept", action="append", metavar="REASON", help=f"train such answers as they are written ({words})"
+    )
+
+
+def pairs_with(markers: Markers) -> list[Pair]:
+    """The pairs that surround reasoning: the template's or the user's own, and those that people use.
+
+    Markers that the template shows count where they are tags: words like "Answer:" may begin any line of an answer.
+    """
+    own = (markers.opening, markers.closing)
+    counts = all(own) if markers.origin == "option" else all(map(TAG.search, own))
+    known = any(closing == own[1] and opening in own[0] for opening, closing in KNOWN_MARKERS)  # with more before it
+    return [*([own] if counts and not known else []), *KNOWN_MARKERS]
+
+
+def unclosed(text: str, pairs: Sequence[Pair]) -> Pair | None:
+    """The pair whose block a text begins with, be it behind others, and never closes."""
+    return _past_blocks(text, pairs)[1]
+
+
+def unopened(text: str, pairs: Sequence[Pair]) -> Pair | None:
+    """A pair of which a text has a closing marker with no opening one before it. What stands in blocks that the text
+    begins with is reasoning, where anything may stand."""
+    if not any(closing in text for _, closing in pairs):
+        return None
+    rest = _past_blocks(text, pairs)[0]
+    head = text[: len(text) - len(rest)]
+    for opening, closing in pairs:
+        if closing not in rest:
+            continue
+        depth = max(0, head.count(opening) - head.count(closing))
+        longest_first = sorted((opening, closing), key=len, reverse=True)
+        for found in re.findall("|".join(map(re.escape, longest_first)), rest):
+            depth += 1 if found == opening else -1
+            if depth < 0:
+                return opening, closing
+    return None
+
+
+def _past_blocks(text: str, pairs: Sequence[Pair]) -> tuple[str, Pair | None]:
+    """What stands behind the blocks that a text begins with, and the pair of one that does not end."""
+    rest = text.lstrip()
+    while pair := next((pair for pair in pairs if rest.startswith(pair[0])), None):
+        _, closed, behind = rest[len(pair[0]) :].partition(pair[1])
+        if not closed:
+            return rest, pair
+        rest = behind.lstrip()
+    return rest, None
+
+
+def opened_by(prompt: str, end: str, pair: Pair) -> bool:
+    """Whether a prompt leaves a block open. `end` is what the template ends prompts with; before it stand texts."""
+    opening, closing = pair
+    return prompt.rstrip().endswith(opening) or (
+        bool(end) and prompt.endswith(end) and end.rfind(opening) > end.rfind(closing)
+    )
+
+
+def with_reasoning_before(message: Message, closing: str) -> Message:
+    """The message of a model whose prompt had opened the block, with what stands before `closing` as its reasoning."""
+    reasoning, _, response = parts.text_of(message["content"]).partition(closing)
+    bare = parts.with_text(parts.without_reasoning(message), response.lstrip("\n"))
+    return {**bare, parts.REASONING_FIELDS[0]: reasoning.strip("\n")}
+
+
+def refuse(message: Message, number: int, pairs: Sequence[Pair], accept: frozenset[str]) -> None:
+    """Raise if an answer is dirty in a way that is not accepted."""
+    text = parts.text_of(message.get("content"))
+    error: type[ConversationError]
+    if pair := unclosed(text, pairs):
+        error, words = UnclosedReasoning, f"its content begins with {pair[0]} and never closes it"
+    elif pair := unopened(text, pairs):
+        error, words = UnopenedReasoning, f"its content has {pair[1]}, and no {pair[0]} before it, nor has the prompt"
+    elif _is_empty(message):
+        error, words = EmptyMessage, "it has no reasoning, no content and no calls"
+    else:
+        return
+    if error.reason not in accept:
+        raise error(f"{words}; mend it, say train: false, or accept {error.reason} (--accept, accept=)", number)
+
+
+def _is_empty(message: Message) -> bool:
+    return not (parts.calls_of(message) or (parts.reasoning_of(message) + parts.response_of(message)).strip())

@@ -1,0 +1,91 @@
+"""Data that do not come out even over several ranks: filled up with nothing.
+
+All ranks take equally many batches of equally many items. accelerate makes up what is missing by giving out the first
+items again, which are then trained on twice. Here it finds nothing missing: behind the data come items that are none,
+and a batch of none is an empty row, which adds nothing.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from torch.utils.data import Dataset, IterableDataset, RandomSampler, Sampler
+
+from flexreason.data.collator import Collator
+from flexreason.refuse import refuse_tokens
+from flexreason.row import Row, collate
+
+
+class Nothing:
+    """An item that is none."""
+
+
+class Filled(Dataset):
+    """Data of a length, and nothing behind them, up to a multiple."""
+
+    def __init__(self, data: Any, multiple: int) -> None:
+        self.data, self.n = data, len(data)
+        self.length = -(-self.n // multiple) * multiple
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, number: int) -> Any:
+        if not 0 <= number < self.length:
+            raise IndexError(f"Filled: no item {number} of {self.length}")
+        return self.data[number] if number < self.n else Nothing()
+
+    def sampler(self, of_data: Sampler | None) -> Any:
+        """What a sampler of the data is, for these. Nothing is shuffled among them, or comes last."""
+        if isinstance(of_data, RandomSampler):  # which accelerate knows, and makes the same on all ranks
+            of_data.data_source = self
+            return of_data
+        return None if of_data is None else _Then(of_data, range(self.n, self.length))
+
+
+class _Then(Sampler):
+    def __init__(self, first: Sampler, then: range) -> None:
+        self.first, self.then = first, then
+
+    def __len__(self) -> int:
+        return len(self.first) + len(self.then)  # type: ignore[arg-type]
+
+    def __iter__(self) -> Iterator[int]:
+        yield from self.first
+        yield from self.then
+
+
+class FilledStream(IterableDataset):
+    """The same for data that come one after the other."""
+
+    def __init__(self, data: Any, multiple: int) -> None:
+        self.data, self.multiple = data, multiple
+
+    def __len__(self) -> int:
+        return -(-len(self.data) // self.multiple) * self.multiple
+
+    def __iter__(self) -> Iterator[Any]:
+        n = 0
+        for item in self.data:
+            yield item
+            n += 1
+        for _ in range(-n % self.multiple):
+            yield Nothing()
+
+    def set_epoch(self, epoch: int) -> None:
+        if hasattr(self.data, "set_epoch"):
+            self.data.set_epoch(epoch)
+
+
+class Filling:
+    """A collator that is handed only what is there. Tokens are looked at here, before rows are on a GPU."""
+
+    def __init__(self, collator: Callable[[list[Any]], Row], vocabulary: int | None) -> None:
+        self.collator, self.vocabulary = collator, vocabulary
+
+    def __call__(self, batch: list[Any]) -> Row:
+        items = [item for item in batch if not isinstance(item, Nothing)]
+        if not items and not isinstance(self.collator, Collator):  # which makes an empty row of its own length
+            return collate([])
+        row = self.collator(items)
+        refuse_tokens(row["input_ids"], self.vocabulary)
+        return row
