@@ -175,7 +175,7 @@ MUTATIONS = {  # name: (file, what stands there, what to write instead)
         "patching.py", "with_states(output, output[0][:, source])", "with_states(output, output[0][:, source - 1])",
     ),
     "patch: no mask function is registered": (
-        "attention/registry.py", "        AttentionMaskInterface.register(name, _mask(ALL_MASK_ATTENTION_FUNCTIONS[previous]))\n", "",
+        "attention/registry.py", "            AttentionMaskInterface.register(f\"{NAME}_{plain}\", _mask(ALL_MASK_ATTENTION_FUNCTIONS[plain]))\n", "",
     ),
     "patch: the hook before the decoder is not there": (
         "patching.py", "            decoder.register_forward_pre_hook(self.before, with_kwargs=True),\n", "",
@@ -220,13 +220,13 @@ MUTATIONS = {  # name: (file, what stands there, what to write instead)
         "attention/registry.py", "    if q.dtype != v.dtype:", "    if q.dtype is None:",
     ),
     "patch: unpatch leaves the loss": (
-        "patching.py", "        self.root.loss_function.undo()\n", "",
+        "patching.py", "        self.row_loss.undo()\n", "",
     ),
     "loss: the mean is over targets, not over weights": (
-        "loss.py", "total = w.sum() if n_items is None", "total = (w > 0).sum() if n_items is None",
+        "loss.py", "divisor = w.sum() if n_items is None", "divisor = (w > 0).sum() if n_items is None",
     ),
     "loss: ignored labels count in the mean": (
-        "loss.py", " * (labels[0] != IGNORED)\n", "\n",
+        "loss.py", ".where(real, 0.0)\n", "\n",
     ),
     "segments: a second backward is silently wrong": (
         "attention/segments.py", "        if torch.is_grad_enabled():  #", "        if False:  #",
@@ -235,7 +235,7 @@ MUTATIONS = {  # name: (file, what stands there, what to write instead)
         "attention/segments.py", "torch.autocast(q.device.type, enabled=False)", "torch.autocast(q.device.type, enabled=torch.is_autocast_enabled(q.device.type))",
     ),
     "loss: an empty row divides by nothing": (
-        "loss.py", "return w, torch.where(total > 0, total, 1)", "return w, total",
+        "loss.py", "torch.where(real.any(), torch.nan, 1.0))", "divisor)",
     ),
     "refuse: samples may straddle a RoPE threshold": (
         "refuse.py", "        if not short and (", "        if False and (",
@@ -286,7 +286,7 @@ MUTATIONS = {  # name: (file, what stands there, what to write instead)
         "head.py", "        setattr(decoder, name, OrderedDict())", "        pass",
     ),
     "head: only what is outside the decoder trains": (
-        "head.py", "if p.requires_grad and id(p) in leaves]", "if p.requires_grad and id(p) in leaves and all(p is not q for q in self.root.base_model.parameters())]",
+        "head.py", "return list(leaves.values())", "return [leaf for leaf in leaves.values() if all(leaf is not q for q in self.root.base_model.parameters())]",
     ),
     "head: the second sweep draws anew": (
         "head.py", "            torch.set_rng_state(ctx.random[0])", "            pass",
@@ -679,7 +679,7 @@ MUTATIONS = {  # name: (file, what stands there, what to write instead)
         "train/trainer.py", "if self._rows_to_evaluate is None or number < self._rows_to_evaluate:", "if True:",
     ),
     "trainer: evaluation is what the Trainer says": (
-        "train/trainer.py", "output.metrics.update({f\"{prefix}_{name}\": value for name, value in self._evaluated.losses().items()})", "pass",
+        "train/trainer.py", "output.metrics.update({f\"{prefix}_{name}\": value for name, value in losses.items()})", "pass",
     ),
     "trainer: weights that are no numbers are saved": (
         "train/trainer.py", "not bool(torch.isfinite(_local(p)).all())), None)", "False), None)",
