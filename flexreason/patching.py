@@ -58,7 +58,7 @@ from flexreason.refuse import (
     trainers_count,
     warn_of_dropout,
 )
-from flexreason.row import NOBODY, ROW_KEYS
+from flexreason.row import IGNORED, NOBODY, ROW_KEYS
 
 ATTRIBUTE = "_flexreason"
 """Where a model keeps its `Patch`."""
@@ -226,12 +226,17 @@ class Patch:
         """The backend that computes rows on a device."""
         return choose_backend(self.backend, device, next(self.root.parameters()).dtype)
 
-    def called(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    def called(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
         """Before the model, or what holds it, is called."""
-        if "target_source" in kwargs:
-            refuse_call(kwargs)
-            if against := reason_against_adapter(module):
-                raise refusal(self.root, against)
+        if "target_source" not in kwargs:
+            return None
+        refuse_call(kwargs)
+        if against := reason_against_adapter(module):
+            raise refusal(self.root, against)
+        labels, document = kwargs.get("shift_labels"), kwargs.get("target_document")
+        if labels is None or document is None or torch.compiler.is_compiling() or not replaced_forward(self.root):
+            return None
+        return args, {**kwargs, "target_document": document.where(labels != IGNORED, NOBODY)}  # it keeps the labels
 
     @torch.compiler.disable
     def before(self, decoder: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
@@ -345,13 +350,30 @@ class Patch:
         if by:
             why = f"the model's forward was replaced (by {by}), whose loss takes none", "the model's own forward"
         elif computes_own_loss(self.root):
+            self.refuse_divisor(given)
             why = f"{type(self.root).__name__} computes its loss in its own forward, which takes none", "another model"
         elif trainers_count(n_items):
             why = "the Trainer divides a step by its number of targets", "fr.RowTrainer, which divides by their weight"
         else:
             return
-        if is_weighted(given["target_weight"], given["target_document"] != NOBODY):
+        if is_weighted(given["target_weight"], _real(given)):
             raise ValueError(f"row: it has target weights other than 1, and {why[0]}; use weights of 1, or {why[1]}")
+
+    def refuse_divisor(self, given: dict[str, Any]) -> None:
+        """A forward with a loss of its own divides by the targets of its row."""
+        n_items, n_targets = given.get("num_items_in_batch"), int(_real(given).sum())
+        if not n_targets or (n_items is not None and float(n_items) != n_targets):
+            raise ValueError(
+                f"row: {type(self.root).__name__} computes its loss in its own forward, as the mean over a row's own "
+                f"targets: here {n_targets}, while num_items_in_batch is {n_items}; give it one row a step, and no empty "
+                "one"
+            )
+
+
+def _real(given: dict[str, Any]) -> Tensor:
+    """[1, T] which targets are not ignored; labels do not come as far as the decoder everywhere."""
+    labels = given.get("shift_labels")
+    return given["target_document"] != NOBODY if labels is None else labels != IGNORED
 
 
 def replaced_forward(root: PreTrainedModel) -> str | None:

@@ -15,6 +15,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast, Trainer, TrainingArguments
 from trl import SFTConfig, SFTTrainer
+from trl.trainer.utils import add_fused_lm_head
 
 import flexreason as fr
 from exact import EXACT
@@ -145,6 +146,11 @@ def with_forward_of_another(model):
     return model
 
 
+def with_fused_head(model):
+    add_fused_lm_head(model)
+    return model
+
+
 def with_loss_of_another(model):
     model.loss_function = lambda logits, labels, vocab_size, **kwargs: torch.nn.functional.cross_entropy(
         logits[0], kwargs["shift_labels"][0]
@@ -174,13 +180,29 @@ def test_0_is_another_weight_where_the_loss_cannot_weigh(make, kind):
     ones = float(model(**row).loss.detach())  # those that only fill the row up have 0
     assert ones == ones
     row["target_weight"][0, : len(LAYOUTS[0].target_ids)] = some_weights(kind, len(LAYOUTS[0].target_ids))
-    for divisor in ({}, {"num_items_in_batch": 9}):
+    n_targets = len(LAYOUTS[0].target_ids)
+    for divisor in ({}, {"num_items_in_batch": n_targets}):
         with pytest.raises(ValueError, match=OTHER):
             model(**row, **divisor)
 
 
-def test_an_ignored_target_may_have_any_weight_where_the_loss_cannot_weigh():
-    model, row = with_loss_of_another(fr.patch(tiny("Qwen3"))), fr.collate(LAYOUTS[:1])
+def test_a_class_with_a_loss_of_its_own_divides_by_the_targets_of_a_row():
+    model, row = fr.patch(of_another_class()), fr.collate(LAYOUTS[:1])
+    row["input_ids"] = row["input_ids"] % model.config.get_text_config().vocab_size
+    row["labels"] = row["shift_labels"] = row["labels"].where(row["labels"] < 0, row["labels"] % 30)
+    n_targets = len(LAYOUTS[0].target_ids)
+    assert model(**row, num_items_in_batch=torch.tensor(n_targets)).loss == model(**row).loss
+    with pytest.raises(ValueError, match=f"mean over a row's own targets: here {n_targets}, while .* is 7"):
+        model(**row, num_items_in_batch=7)
+    with pytest.raises(ValueError, match="no empty one"):
+        model(**fr.collate([], 128))
+
+
+@pytest.mark.parametrize("make", [with_loss_of_another, with_forward_of_another, lambda model: with_fused_head(model)])
+def test_an_ignored_target_may_have_any_weight_where_the_loss_cannot_weigh(make):
+    model, row = make(fr.patch(tiny("Qwen3"))), fr.collate(LAYOUTS[:1])
+    if make not in (with_loss_of_another, with_forward_of_another):
+        row["fused_lm_head"] = True
     row["labels"] = row["shift_labels"] = row["labels"].clone()
     row["labels"][0, 3:6] = -100
     expected = model(**row).loss
