@@ -271,8 +271,8 @@ class Patch:
         if self.looked != _listened.count:
             self.look()
         if not self.row_loss.in_place:
-            temperature = self.row_loss.temperature
-            self.row_loss = TreeLoss(self.root)
+            temperature, now = self.row_loss.temperature, self.root.loss_function
+            self.row_loss = now if isinstance(now, TreeLoss) and now.root is self.root else TreeLoss(self.root)
             self.row_loss.temperature = temperature
         for _, _, config in [*self.makers, *self.views]:
             if (name := attention_of(config)) not in (None, *IMPLEMENTATIONS):
@@ -284,11 +284,6 @@ class Patch:
         if list(hooks)[-2:] != [hook.id for hook in self.hooks[1:3]]:
             for hook in self.hooks[1:3]:  # behind whoever else changes what the decoder gives
                 hooks.move_to_end(hook.id)
-        if self.runs_head and (decoder._backward_hooks or decoder._backward_pre_hooks):
-            raise ValueError(
-                f'row: {type(decoder).__name__} has backward hooks, which loss="chunked" and token_logprobs go past; '
-                'use loss="model"'
-            )
 
     def after(self, decoder: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
         """Keep the hidden states of the tokens that predict a target, [1, T, D]."""
@@ -302,6 +297,11 @@ class Patch:
         source = kwargs[TREE].target_source[0]
         output = with_states(output, output[0][:, source])
         if self.runs_head:
+            if isinstance(output, tuple) and (decoder._backward_hooks or decoder._backward_pre_hooks):
+                raise ValueError(  # of other outputs torch does not call them
+                    f'row: {type(decoder).__name__} has backward hooks, which loss="chunked" and token_logprobs go '
+                    'past; use loss="model"'
+                )
             self.row_loss.states = output
             return with_states(output, output[0][:, :0])  # so that the model's own forward makes no logits
         return output
@@ -365,8 +365,8 @@ class Patch:
         if not n_targets or (n_items is not None and float(n_items) != n_targets):
             raise ValueError(
                 f"row: {type(self.root).__name__} computes its loss in its own forward, as the mean over a row's own "
-                f"targets: here {n_targets}, while num_items_in_batch is {n_items}; give it one row a step, and no empty "
-                "one"
+                f"targets: here {n_targets}, while num_items_in_batch is {n_items}; give it one row a step, and no "
+                "empty one"
             )
 
 
@@ -400,6 +400,8 @@ class _Listened:
         self.listening = False
 
     def __call__(self, holder: nn.Module, name: str, module: nn.Module | None) -> None:
+        if isinstance(holder, nn.ModuleList):  # forwards take slices of their layers, which are new lists
+            return
         self.count += 1
         patch = getattr(module, "__dict__", {}).get(ATTRIBUTE)
         if isinstance(patch, Patch):

@@ -82,7 +82,7 @@ def reason_against_adapters(model: nn.Module) -> Reason | None:
 
 def reason_against_adapter(module: nn.Module) -> Reason | None:
     """What speaks against the adapters that one module knows of."""
-    found = vars(module).get("peft_config")
+    found = getattr(module, "peft_config", None)
     for adapter in found.values() if isinstance(found, Mapping) else [found]:
         name = type(adapter).__name__
         if getattr(adapter, "alora_invocation_tokens", None):
