@@ -92,6 +92,15 @@ class Renamed:
         """Not the config's own, which would make a new kind of config of a view."""
 
     @property
+    def _attn_implementation_internal(self) -> str | None:
+        return vars(self)["_attn_implementation_internal"]
+
+    @_attn_implementation_internal.setter
+    def _attn_implementation_internal(self, name: str | None) -> None:
+        """A model built from a view reads our name and writes it back, into what is the config's too."""
+        vars(self)["_attn_implementation_internal"] = name and name.removeprefix(f"{NAME}_")
+
+    @property
     def _attn_implementation(self: Any) -> str | None:
         plain = self._attn_implementation_internal
         return f"{NAME}_{plain}" if plain in IMPLEMENTATIONS else plain
@@ -118,15 +127,28 @@ def renamed(config: PreTrainedConfig) -> Any:
         if plain in ALL_MASK_ATTENTION_FUNCTIONS and f"{NAME}_{plain}" not in ALL_ATTENTION_FUNCTIONS:
             AttentionInterface.register(f"{NAME}_{plain}", _attention(plain))
             AttentionMaskInterface.register(f"{NAME}_{plain}", _mask(ALL_MASK_ATTENTION_FUNCTIONS[plain]))
-    view: Any = object.__new__(_renamed_class(type(config)))  # type: ignore[arg-type]
+    parts = tuple(name for name, value in vars(config).items() if isinstance(value, PreTrainedConfig))
+    view: Any = object.__new__(_renamed_class(type(config), parts))  # type: ignore[arg-type]
     object.__setattr__(view, "__dict__", vars(config))
     object.__setattr__(view, "plain_config", config)
     return view
 
 
 @cache
-def _renamed_class(cls: Any) -> type:
-    return type(cls.__name__, (Renamed, cls), {"__slots__": ("plain_config",), "__module__": cls.__module__})
+def _renamed_class(cls: Any, parts: tuple[str, ...]) -> type:
+    """`parts` are the configs within a config, such as that of a text model: seen through the view, they are views."""
+    own = {"__slots__": ("plain_config",), "__module__": cls.__module__}
+    return type(cls.__name__, (Renamed, cls), {**own, **{name: _part(name) for name in parts}})
+
+
+def _part(name: str) -> property:
+    def get(self: Any) -> Any:
+        return renamed(vars(self)[name])
+
+    def put(self: Any, value: Any) -> None:
+        vars(self)[name] = value
+
+    return property(get, put)
 
 
 def _mask(stock: Callable) -> Callable:
