@@ -150,9 +150,9 @@ class Patch:
     loss: str = "model"
     unchunked: str = ""  # why its logits cannot be made a chunk at a time
     views: list[tuple[nn.Module, str, Any]] = field(default_factory=list)  # what layers had before, by module and name
-    makers: list[tuple[nn.Module, str, Any]] = field(
-        default_factory=list
-    )  # of masks, whose config is a view during a row
+    # models, which make masks: their config is a view while a row is on its way
+    makers: list[tuple[nn.Module, str, Any, Any]] = field(default_factory=list)
+    configs: list[Any] = field(default_factory=list)  # each once
     hooks: list[Any] = field(default_factory=list)
     warned: bool = False
     looked: int = -1  # how many modules had been put somewhere at the last look
@@ -185,10 +185,12 @@ class Patch:
                 if not isinstance(config, PreTrainedConfig) or isinstance(config, Renamed):
                     continue
                 if isinstance(module, PreTrainedModel):
-                    self.makers.append((module, name, config))
+                    self.makers.append((module, name, config, renamed(config)))
                 elif attention_of(config) is not None:
                     self.views.append((module, name, config))
                     vars(module)[name] = renamed(config)
+        configs = [held[2] for held in (*self.makers, *self.views)]
+        self.configs = list({id(config): config for config in configs}.values())
 
     def held_by(self, holder: nn.Module) -> None:
         """Ask what holds the model too: it may change a row, or have the adapters."""
@@ -209,7 +211,7 @@ class Patch:
             hook.remove()
         self.row_loss.undo()
         del self.root.__dict__[ATTRIBUTE]
-        self.views, self.makers, self.hooks = [], [], []
+        self.views, self.makers, self.configs, self.hooks = [], [], [], []
 
     @contextmanager
     def suspended(self) -> Iterator[None]:
@@ -262,8 +264,8 @@ class Patch:
         current_tree.set(kwargs[TREE])
         kwargs["use_cache"] = False
         kwargs["attention_mask"] = empty_mask(given["until"].device)
-        for module, name, config in self.makers:
-            vars(module)[name] = renamed(config)
+        for module, name, _, view in self.makers:
+            vars(module)[name] = view
         return args, kwargs
 
     def as_it_is_now(self, decoder: nn.Module) -> None:
@@ -274,7 +276,7 @@ class Patch:
             temperature, now = self.row_loss.temperature, self.root.loss_function
             self.row_loss = now if isinstance(now, TreeLoss) and now.root is self.root else TreeLoss(self.root)
             self.row_loss.temperature = temperature
-        for _, _, config in [*self.makers, *self.views]:
+        for config in self.configs:
             if (name := attention_of(config)) not in (None, *IMPLEMENTATIONS):
                 raise ValueError(
                     f"row: the attention implementation is {name!r} by now, which flexreason is not reached through; "
@@ -320,7 +322,7 @@ class Patch:
     def done(self, *forward: Any) -> None:
         """Behind the decoder, also when it raised."""
         current_tree.set(None)
-        for module, name, config in self.makers:
+        for module, name, config, _ in self.makers:
             vars(module)[name] = config
 
     @property
@@ -349,7 +351,7 @@ class Patch:
             )
         if by:
             why = f"the model's forward was replaced (by {by}), whose loss takes none", "the model's own forward"
-        elif computes_own_loss(self.root):
+        elif computes_own_loss(type(self.root).forward):
             self.refuse_divisor(given)
             why = f"{type(self.root).__name__} computes its loss in its own forward, which takes none", "another model"
         elif trainers_count(n_items):

@@ -10,6 +10,7 @@ import inspect
 import sys
 import warnings
 from collections.abc import Mapping
+from functools import cache
 from typing import Any
 
 import torch
@@ -57,16 +58,17 @@ def refuse_own_loss(root: PreTrainedModel, what: str, unchunked: str) -> None:
     """Raise if the model's logits cannot be made a chunk at a time: its forward computes its loss itself, or a test
     of its class found why (`unchunked`) what comes out is not the samples'."""
     name = model_class(root).__name__
-    if computes_own_loss(root):
+    if computes_own_loss(type(root).forward):
         raise ValueError(f'{what}: {name} computes its loss in its own forward, from all logits; use loss="model"')
     if unchunked:
         raise ValueError(f'{what}: {name} takes no chunked loss: {unchunked}; use loss="model"')
 
 
-def computes_own_loss(root: PreTrainedModel) -> bool:
-    """Whether a model's forward computes its loss itself, and asks no loss function."""
+@cache
+def computes_own_loss(forward: Any) -> bool:
+    """Whether a model's forward, as its class has it, computes its loss itself, and asks no loss function."""
     with contextlib.suppress(OSError, TypeError):  # no source to read
-        return "loss_function" not in inspect.getsource(type(root).forward)
+        return "loss_function" not in inspect.getsource(forward)
     return False
 
 
