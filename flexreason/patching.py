@@ -137,7 +137,8 @@ def _roots(model: nn.Module, name: str = "") -> dict[str, PreTrainedModel]:
         with contextlib.suppress(OSError, TypeError):  # no source to read
             source = inspect.getsource(type(model).forward)
             below = {own: found for own, found in below.items() if re.search(rf"\bself\.{own}\b", source)} or below
-    return {name.lstrip("."): root for found in below.values() for name, root in found.items()}
+    each = {id(root): (name.lstrip("."), root) for found in below.values() for name, root in found.items()}
+    return dict(each.values())
 
 
 @dataclass(eq=False)

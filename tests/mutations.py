@@ -750,21 +750,81 @@ MUTATIONS = {  # name: (file, what stands there, what to write instead)
     "collator: no documents are no row": (
         "data/collator.py", "if isinstance(item, list) and all(map(_is_document, item)):", "if isinstance(item, list) and item and all(map(_is_document, item)):",
     ),
+    "patch: adapters are looked for once": (
+        "patching.py", "        if self.looked != _listened.count:", "        if False:",
+    ),
+    "patch: what holds a model is not asked": (
+        "patching.py", "            patch.held_by(holder)\n", "            pass\n",
+    ),
+    "patch: a loss function set later is lost": (
+        "patching.py", "        if not self.row_loss.in_place:", "        if False:",
+    ),
+    "patch: hooks registered later come too late": (
+        "patching.py", "                hooks.move_to_end(hook.id)", "                pass",
+    ),
+    "patch: a row leaves the models' configs renamed": (
+        "patching.py", "        for module, name, config, _ in self.makers:", "        for module, name, config, _ in ():",
+    ),
+    "patch: of two models any will do": (
+        "patching.py", "if len(found) > 1 and len(patched) != 1:", "if False:",
+    ),
+    "registry: a config within a config keeps its name": (
+        "attention/registry.py", "return renamed(vars(self)[name])", "return vars(self)[name]",
+    ),
+    "registry: a model built from a view renames the config": (
+        "attention/registry.py", "= name and name.removeprefix(f\"{NAME}_\")", "= name",
+    ),
+    "loss: 0 is no other weight": (
+        "loss.py", "return bool(((weight != 1) & real).any())", "return bool(((weight != 1) & (weight != 0) & real).any())",
+    ),
+    "loss: a divisor may be negative": (
+        "loss.py", "good = (divisor > 0) & divisor.isfinite()", "good = divisor.isfinite()",
+    ),
+    "refuse: the Trainer's count is a weight": (
+        "refuse.py", "return n_items is count or (count is not None and handed_on)", "return False",
+    ),
+    "refuse: whoever is a Trainer counts": (
+        "refuse.py", "if any(getattr(kind, way, None) is not getattr(trainer, way, None) for way in ways):", "if False:",
+    ),
+    "refuse: labels may be taken out": (
+        "refuse.py", "if given.get(\"labels\") is None and given.get(\"shift_labels\") is not None:", "if False:",
+    ),
+    "head: what is outside the model is not trained": (
+        "head.py", "return list(leaves.values())", "return [leaf for leaf in leaves.values() if any(leaf is p for p in self.root.parameters())]",
+    ),
+    "trainer: a step may weigh nothing": (
+        "train/trainer.py", "total <= 0 and any(", "False and any(",
+    ),
+    "trainer: a row is evaluated by its own weight": (
+        "train/trainer.py", "model(**inputs, num_items_in_batch=1).loss", "model(**inputs).loss",
+    ),
 }  # fmt: skip
 
 
 CORE = ["tests/test_layout.py", "tests/test_mask.py", "tests/test_blocks.py", "tests/test_row.py"]
 TESTS = {  # where to look for the test that notices, so that all of this takes minutes
-    "attention/registry.py": ["tests/test_families.py", "tests/test_patching.py", "tests/test_integrations.py"],
+    "attention/registry.py": [
+        "tests/test_after_patch.py",
+        "tests/test_families.py",
+        "tests/test_patching.py",
+        "tests/test_integrations.py",
+    ],
     "attention/segments.py": ["tests/test_attention.py", "tests/test_patching.py", "tests/test_integrations.py"],
     "attention/flash.py": ["tests/test_flash.py"],
     "attention/cover.py": ["tests/test_cover.py", "tests/test_flash.py", "tests/test_attention.py"],
     "attention/": ["tests/test_attention.py"],
     "bench/": ["tests/test_bench.py"],
-    "patching.py": ["tests/test_head.py", "tests/test_patching.py", "tests/test_integrations.py"],
-    "loss.py": ["tests/test_patching.py"],
-    "refuse.py": ["tests/test_patching.py", "tests/test_families.py"],
-    "head.py": ["tests/test_head.py"],
+    "patching.py": [
+        *("tests/test_after_patch.py", "tests/test_head.py", "tests/test_patching.py", "tests/test_integrations.py")
+    ],
+    "loss.py": ["tests/test_weights.py", "tests/test_patching.py"],
+    "refuse.py": [
+        "tests/test_weights.py",
+        "tests/test_after_patch.py",
+        "tests/test_patching.py",
+        "tests/test_families.py",
+    ],
+    "head.py": ["tests/test_head.py", "tests/test_after_patch.py"],
     "proof/gate.py": ["tests/test_patching.py", "tests/test_families.py"],
     "proof/selftest.py": ["tests/test_families.py"],
     "proof/shrink.py": ["tests/test_families.py"],
@@ -785,7 +845,7 @@ TESTS = {  # where to look for the test that notices, so that all of this takes 
     "data/stream.py": ["tests/test_row_trainer.py"],
     "train/checkpoints.py": ["tests/test_resume.py"],
     "train/along.py": ["tests/test_resume.py", "tests/test_train.py"],
-    "train/trainer.py": ["tests/test_row_trainer.py", "tests/test_resume.py"],
+    "train/trainer.py": ["tests/test_weights.py", "tests/test_row_trainer.py", "tests/test_resume.py"],
     "train/sums.py": ["tests/test_row_trainer.py"],
     "train/": ["tests/test_train.py"],
     "": [*CORE, "tests/test_single_pass.py"],

@@ -572,6 +572,13 @@ def test_of_two_models_the_one_that_is_called_is_patched(kind, wrap):
     assert not any(patching.ATTRIBUTE in vars(root) for root in roots)
 
 
+def test_one_model_that_is_held_twice_is_one():
+    root = tiny("Qwen3")
+    held = First(First(root, nn.Linear(1, 1)), root)
+    assert torch.isfinite(fr.patch(held)(**a_row()).loss)
+    assert patching.find_root(Both(held, root)) is root
+
+
 @pytest.mark.parametrize("kind", [Both, Listed])
 def test_of_two_models_that_may_be_called_none_is_guessed(kind):
     stocks = [tiny("Qwen3", seed).double() for seed in range(2)]
