@@ -177,7 +177,6 @@ class Patch:
 
     def look(self) -> None:
         """Give layers their view of the config, and refuse adapters; both also where they are new."""
-        self.looked = _listened.count
         if against := reason_against_adapters(self.root):
             raise refusal(self.root, against)
         self.makers = []
@@ -192,6 +191,7 @@ class Patch:
                     vars(module)[name] = renamed(config)
         configs = [held[2] for held in (*self.makers, *self.views)]
         self.configs = list({id(config): config for config in configs}.values())
+        self.looked = _listened.count
 
     def held_by(self, holder: nn.Module) -> None:
         """Ask what holds the model too: it may change a row, or have the adapters."""
@@ -236,10 +236,10 @@ class Patch:
         refuse_call(kwargs)
         if against := reason_against_adapter(module):
             raise refusal(self.root, against)
-        labels, document = kwargs.get("shift_labels"), kwargs.get("target_document")
-        if labels is None or document is None or torch.compiler.is_compiling() or not replaced_forward(self.root):
+        if torch.compiler.is_compiling() or "target_document" not in kwargs or not replaced_forward(self.root):
             return None
-        return args, {**kwargs, "target_document": document.where(labels != IGNORED, NOBODY)}  # it keeps the labels
+        document = kwargs["target_document"]  # what replaced the forward may keep the labels to itself
+        return args, {**kwargs, "target_document": document.where(_real(kwargs), NOBODY)}
 
     @torch.compiler.disable
     def before(self, decoder: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
@@ -375,8 +375,8 @@ class Patch:
 
 def _real(given: dict[str, Any]) -> Tensor:
     """[1, T] which targets are not ignored; labels do not come as far as the decoder everywhere."""
-    labels = given.get("shift_labels")
-    return given["target_document"] != NOBODY if labels is None else labels != IGNORED
+    labels, document = given.get("shift_labels"), given["target_document"]
+    return document != NOBODY if labels is None or labels.shape != document.shape else labels != IGNORED
 
 
 def replaced_forward(root: PreTrainedModel) -> str | None:

@@ -494,8 +494,20 @@ def test_a_second_adapter_is_looked_at_too(how):
             peft.inject_adapter_in_model(peft.LoraConfig(**ALORA), model)
         else:
             model.add_adapter(peft.LoraConfig(**ALORA))
-    with pytest.raises(ValueError, match="activated LoRA"):
-        model(**a_row())
+    for _ in range(2):
+        with pytest.raises(ValueError, match="activated LoRA"):
+            model(**a_row())
+
+
+def test_an_adapter_that_only_a_part_knows_of_is_refused_at_every_row():
+    model = fr.patch(tiny("Qwen3"))
+    model(**a_row())
+    layer = model.model.layers[0].self_attn
+    layer.q_proj = nn.Sequential(layer.q_proj)
+    layer.q_proj.peft_config = peft.LoraConfig(**ALORA)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="activated LoRA"):
+            model(**a_row())
 
 
 def test_rows_do_not_look_for_adapters_unless_modules_were_put_somewhere(monkeypatch):

@@ -204,8 +204,10 @@ def _attention(previous: str) -> Callable:
 
 def _eager_of(cls: type) -> Callable:
     """The eager attention of a layer's module, or of the module of the class that it was derived from."""
-    modules = [sys.modules[kind.__module__] for kind in cls.__mro__]
-    return next(found for module in modules if (found := getattr(module, "eager_attention_forward", None)))
+    for kind in cls.__mro__:
+        if found := getattr(sys.modules[kind.__module__], "eager_attention_forward", None):
+            return found
+    raise ValueError(f'the eager attention of {cls.__name__} is not found; use set_attn_implementation("sdpa")')
 
 
 def _tree_attention(
