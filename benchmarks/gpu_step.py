@@ -89,7 +89,7 @@ def cells(small: bool) -> list[Cell]:
 
 # ---- models and their attention
 
-PACKED, QUERIES, OURS = "packed_samples", "queries_returned", "flexreason_sdpa"
+PACKED, QUERIES, PLAIN = "packed_samples", "queries_returned", "sdpa"
 
 
 def packed_attention(module, query, key, value, attention_mask, packed: Packed, **kwargs):
@@ -158,7 +158,7 @@ Step = Callable[[], Tensor]
 def over_row(m: Qwen3ForCausalLM, row: dict[str, Tensor], backend: str) -> Step:
     def step() -> Tensor:
         find_patch(m).backend = backend
-        m.config._attn_implementation = OURS
+        m.config._attn_implementation = PLAIN
         m.zero_grad()
         loss = m(**row).loss
         loss.backward()

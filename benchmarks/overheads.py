@@ -32,7 +32,7 @@ from transformers import Qwen3ForCausalLM
 import flexreason as fr
 from flexreason.attention import flex
 from flexreason.patching import find_patch
-from gpu_step import OURS, Step, backends, make, over_packs, over_row, plain
+from gpu_step import PLAIN, Step, backends, make, over_packs, over_row, plain
 from kernel import Bench, Cell, checked, conversation, scaled, turns_of, work_list
 from measure import Budget, free, on_a_gpu, print_json, print_table, tell, timed
 
@@ -61,7 +61,7 @@ def step_over(m: Qwen3ForCausalLM, way: str, row: dict[str, Tensor]) -> Step:
 def forward_over(m: Qwen3ForCausalLM, row: dict[str, Tensor]) -> Step:
     def step() -> Tensor:
         find_patch(m).backend = "flex"
-        m.config._attn_implementation = OURS
+        m.config._attn_implementation = PLAIN
         with torch.no_grad():
             return m(**row).loss
 

@@ -44,18 +44,22 @@ class Head:
             return self.root.forward(input_ids=ids, use_cache=False, return_dict=True).logits[0]
 
     def parameters(self, hidden: Tensor) -> list[nn.Parameter]:
-        """Those that train and that logits depend on, wherever they are: found by following one token's graph."""
+        """Those that train and that logits depend on, wherever they are, also outside the model: found by following one
+        token's graph."""
         devices = [hidden.device] if hidden.device.type == "cuda" else []
         with torch.enable_grad(), torch.random.fork_rng(devices):  # dropout is to draw as if nobody had asked
-            graph = [self(hidden[:1].detach().requires_grad_()).grad_fn]
-        seen, leaves = set(), set()
+            state = hidden[:1].detach().requires_grad_()
+            graph = [self(state).grad_fn]
+        seen: set[Any] = set()
+        leaves: dict[int, Any] = {}
         while graph:
             node = graph.pop()
             if node is not None and node not in seen:
                 seen.add(node)
-                leaves.add(id(getattr(node, "variable", None)))
+                if (leaf := getattr(node, "variable", state)) is not state:
+                    leaves[id(leaf)] = leaf
                 graph += [following for following, _ in node.next_functions]
-        return [p for p in self.root.parameters() if p.requires_grad and id(p) in leaves]
+        return list(leaves.values())
 
     def projection(self, hidden: Tensor) -> nn.Linear | None:
         """The output embeddings, if they are one plain matrix product: then its gradients are made in place, which

@@ -1,4 +1,15 @@
-"""The loss of a row: weighted, and nothing for an empty row.
+"""The loss of a row, which is the same formula everywhere:
+
+    loss = sum of w x nll over the row's targets / divisor
+
+The divisor is `num_items_in_batch` where that is said: the weight of all targets of an optimizer step, or whatever
+else is to divide it. Else it is the sum of w over the row's targets. Weights may be of any sign, as advantages are; a
+divisor is above 0, so a row whose weights sum to 0 or less needs one that is said. An ignored target (label -100) has
+no weight, whatever the row says of it. A row without targets adds exactly nothing, whatever divides it. A loss that
+knows no weights is refused unless all of them are 1; 0 is another.
+
+What is refused is said in words on the CPU, where that costs nothing. On other devices nobody waits for numbers, and
+compiled code does not branch on them: there the loss is not a number.
 
 Shapes: T targets, V vocabulary.
 """
@@ -17,10 +28,8 @@ LOSSES = ("model", "chunked")
 
 
 class TreeLoss:
-    """The model's loss function; for a row, the sum of w x nll over its targets by the sum of w, or by
-    `num_items_in_batch` where that is given. An empty row has loss 0.
-
-    In place of logits it can be left what the decoder gave: then it runs the head itself, a chunk at a time.
+    """Stands in the place of a model's loss function, for rows. In place of logits it can be left what the decoder
+    gave: then it runs the head itself, a chunk at a time.
     """
 
     def __init__(self, root: PreTrainedModel) -> None:
@@ -30,12 +39,18 @@ class TreeLoss:
         self.states: Any = None  # what the decoder gave, where the loss runs the head
         self.temperature: float | None = None  # set while log-probabilities are wanted in place of a loss
         self.logprobs: Tensor | None = None  # [T] of the last row's targets, without gradient: for whoever logs
+        vars(root)["_loss_function"] = self  # past torch, which keeps a loss that is a module in another place
+
+    @property
+    def in_place(self) -> bool:
+        """Whether nobody has put another loss function there since."""
+        return vars(self.root).get("_loss_function") is self
 
     def undo(self) -> None:
-        if self.own is None:
-            del self.root._loss_function
-        else:
-            self.root._loss_function = self.own
+        if self.in_place:
+            del vars(self.root)["_loss_function"]
+            if self.own is not None:
+                vars(self.root)["_loss_function"] = self.own
 
     def __call__(self, logits: Tensor, labels: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if "target_weight" not in kwargs:
@@ -60,7 +75,7 @@ class TreeLoss:
                 f"row: expected logits for its {weight.shape[1]} targets, found logits of shape {list(logits.shape)}"
             )
         if self.previous is not ForCausalLMLoss:
-            if is_weighted(weight):
+            if is_weighted(weight, labels != IGNORED):
                 raise ValueError(
                     f"row: it has target weights other than 1, and the loss function was replaced (by {self.previous}) "
                     "and takes none; use weights of 1, or the model's own loss"
@@ -89,11 +104,20 @@ def _labels(labels: Tensor | None, shifted: Tensor | None, weight: Tensor) -> Te
 
 def _weights(weight: Tensor, labels: Tensor, like: Tensor, n_items: Tensor | float | None) -> tuple[Tensor, Tensor]:
     """The weight of every target, [T], in the precision of a loss from what is `like`; and what the loss divides by."""
-    w = weight[0].to(like.device, torch.promote_types(like.dtype, torch.float32)) * (labels[0] != IGNORED)
-    total = w.sum() if n_items is None else torch.as_tensor(n_items, device=w.device)
-    return w, torch.where(total > 0, total, 1)
+    real = labels[0].to(like.device) != IGNORED
+    w = weight[0].to(like.device, torch.promote_types(like.dtype, torch.float32)).where(real, 0.0)
+    divisor = w.sum() if n_items is None else torch.as_tensor(n_items, dtype=w.dtype, device=w.device)
+    good = (divisor > 0) & divisor.isfinite()
+    if w.device.type == "cpu" and not torch.compiler.is_compiling() and not bool((good | ~real.any()).all()):
+        if n_items is None:
+            raise ValueError(
+                f"row: its target weights sum to {float(divisor):.6g}, and a mean by weight needs a sum above 0; say "
+                "what the loss is to be divided by: model(**row, num_items_in_batch=...)"
+            )
+        raise ValueError(f"row: num_items_in_batch: expected a number above 0 to divide the loss by, found {n_items}")
+    return w, torch.where(good, divisor, torch.where(real.any(), torch.nan, 1.0))
 
 
-def is_weighted(weight: Tensor) -> bool:
-    """Whether any target has a weight other than 1; ignored ones have 0."""
-    return bool(((weight != 1) & (weight != 0)).any())
+def is_weighted(weight: Tensor, real: Tensor | bool = True) -> bool:
+    """Whether any target that is not ignored has a weight other than 1."""
+    return bool(((weight != 1) & real).any())

@@ -7,19 +7,18 @@ Shapes: S tokens, T targets.
 
 import contextlib
 import inspect
+import sys
 import warnings
 from collections.abc import Mapping
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from flexreason.attention.registry import before_patching
+from flexreason.attention.registry import IMPLEMENTATIONS, attention_of
 from flexreason.mask import interval_rule, turn_role_rule
-
-IMPLEMENTATIONS = ("sdpa", "eager", "flex_attention")
-"""What a model may have used before, and goes on using for ordinary batches."""
 
 ATTENTION_DROPOUTS = ("attention_dropout", "attn_pdrop", "attn_dropout", "attention_probs_dropout_prob")
 
@@ -59,11 +58,18 @@ def refuse_own_loss(root: PreTrainedModel, what: str, unchunked: str) -> None:
     """Raise if the model's logits cannot be made a chunk at a time: its forward computes its loss itself, or a test
     of its class found why (`unchunked`) what comes out is not the samples'."""
     name = model_class(root).__name__
-    with contextlib.suppress(OSError, TypeError):  # no source to read
-        if "loss_function" not in inspect.getsource(type(root).forward):
-            raise ValueError(f'{what}: {name} computes its loss in its own forward, from all logits; use loss="model"')
+    if computes_own_loss(type(root).forward):
+        raise ValueError(f'{what}: {name} computes its loss in its own forward, from all logits; use loss="model"')
     if unchunked:
         raise ValueError(f'{what}: {name} takes no chunked loss: {unchunked}; use loss="model"')
+
+
+@cache
+def computes_own_loss(forward: Any) -> bool:
+    """Whether a model's forward, as its class has it, computes its loss itself, and asks no loss function."""
+    with contextlib.suppress(OSError, TypeError):  # no source to read
+        return "loss_function" not in inspect.getsource(forward)
+    return False
 
 
 def model_class(root: nn.Module) -> type:
@@ -73,21 +79,25 @@ def model_class(root: nn.Module) -> type:
 
 def reason_against_adapters(model: nn.Module) -> Reason | None:
     """What speaks against the adapters of peft that are in a model or around it."""
-    for module in model.modules():
-        found = getattr(module, "peft_config", None)
-        for adapter in found.values() if isinstance(found, Mapping) else [found]:
-            name = type(adapter).__name__
-            if getattr(adapter, "alora_invocation_tokens", None):
-                return (
-                    f"its adapter is an activated LoRA ({name}.alora_invocation_tokens), which looks for its "
-                    "invocation in storage and not on a token's path",
-                    "train it as a LoRA without alora_invocation_tokens",
-                )
-            if getattr(adapter, "is_prompt_learning", False):
-                return (
-                    f"its adapter ({name}) puts virtual tokens before the batch, which are no tokens of the row",
-                    "train a LoRA",
-                )
+    return next((against for module in model.modules() if (against := reason_against_adapter(module))), None)
+
+
+def reason_against_adapter(module: nn.Module) -> Reason | None:
+    """What speaks against the adapters that one module knows of."""
+    found = getattr(module, "peft_config", None)
+    for adapter in found.values() if isinstance(found, Mapping) else [found]:
+        name = type(adapter).__name__
+        if getattr(adapter, "alora_invocation_tokens", None):
+            return (
+                f"its adapter is an activated LoRA ({name}.alora_invocation_tokens), which looks for its "
+                "invocation in storage and not on a token's path",
+                "train it as a LoRA without alora_invocation_tokens",
+            )
+        if getattr(adapter, "is_prompt_learning", False):
+            return (
+                f"its adapter ({name}) puts virtual tokens before the batch, which are no tokens of the row",
+                "train a LoRA",
+            )
     return None
 
 
@@ -97,14 +107,14 @@ def reason_against(root: PreTrainedModel) -> Reason | None:
         return against
     for module in root.modules():
         config = getattr(module, "config", None)
-        used = getattr(config, "_attn_implementation", None)
-        if used is not None and before_patching(used) not in IMPLEMENTATIONS:
+        used = attention_of(config)
+        if used is not None and used not in IMPLEMENTATIONS:
             return (
                 f"its attention implementation is {used!r}, which reads its own name",
                 'load it with attn_implementation="sdpa"; rows do not use it anyway',
             )
         # transformers below 5.21 lets sdpa drop a softcap without a word; later ones raise
-        if used is not None and before_patching(used) == "sdpa" and getattr(config, SOFTCAP, None):
+        if used == "sdpa" and getattr(config, SOFTCAP, None):
             return (
                 "its attention implementation is 'sdpa', which leaves out the softcap of its scores",
                 'load it with attn_implementation="eager", as transformers 5.21 and later do by themselves',
@@ -133,6 +143,40 @@ def is_recurrent(cls: type, config: Any) -> bool:
     kinds = getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None) or ["unknown"]
     attention_only = all(kind.endswith("attention") and "linear" not in kind for kind in kinds)
     return getattr(cls, "_is_stateful", False) and not attention_only
+
+
+def refuse_call(given: Mapping[str, Any]) -> None:
+    """Raise if somebody took a row's labels out, to compute a loss of the logits that shifts them."""
+    if given.get("labels") is None and given.get("shift_labels") is not None:
+        raise ValueError(
+            "row: it came with shift_labels and without labels, as a Trainer gives it that has label_smoothing_factor "
+            "or compute_loss_func: these take the labels out, and shift them, which are in their places; leave both "
+            "out. For a loss of your own, in which line t of the logits belongs to target t, leave out shift_labels too"
+        )
+
+
+def trainers_count(n_items: Any) -> bool:
+    """Whether what is to divide a loss is a number of targets that transformers' Trainer counted.
+
+    It is a number like any other, so it is known by where it comes from: the Trainers that are at work above.
+    """
+    trainer: Any = getattr(sys.modules.get("transformers.trainer"), "Trainer", None)
+    if n_items is None or trainer is None:
+        return False
+    found, frame = [], sys._getframe(1)
+    while frame is not None:
+        if "num_items_in_batch" in frame.f_code.co_varnames and isinstance(frame.f_locals.get("self"), trainer):
+            found.append(frame)
+        frame = frame.f_back  # type: ignore[assignment]
+    if not found:
+        return False
+    ways = ("get_batch_samples", "_get_num_items_in_batch")
+    kind = type(found[-1].f_locals["self"])
+    if any(getattr(kind, way, None) is not getattr(trainer, way, None) for way in ways):
+        return False  # somebody counts differently, as RowTrainer does
+    count, passed = (frame.f_locals.get("num_items_in_batch") for frame in (found[-1], found[0]))
+    handed_on = passed is count and found[0].f_code is trainer.compute_loss.__code__
+    return n_items is count or (count is not None and handed_on)
 
 
 def refuse_row(decoder: nn.Module, given: Mapping[str, Any], required: set[str]) -> None:

@@ -1,9 +1,12 @@
-"""How a model's layers find a tree: an attention implementation under a name of our own.
+"""How a model's layers find a tree: attention implementations under names of our own, which only they read.
 
-It computes a tree where it is handed one, and otherwise does what the implementation before it did. The mask
-function under its name does likewise: for a row it makes no mask, but notes what kind of mask the model asked
+Ours compute a tree where they are handed one, and otherwise do what the implementation of the plain name does. The mask
+function under each name does likewise: for a row it makes no mask, but notes what kind of mask the model asked
 for. The model hands that on to its layers in the mask's place, so a layer's window is the one that its own mask
 would have had, whatever its config or its keywords say.
+
+A layer reads the name from its config, and so does everybody else. So the config is left as it is, and layers are given
+a `Renamed` view of it: the same attributes, in the same dict, and another name of the implementation.
 
 Shapes: S tokens, H query heads, G key heads, D head size.
 """
@@ -14,15 +17,19 @@ import sys
 from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, PreTrainedModel
+from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from flexreason.attention.tree_row import TreeRow
+
+IMPLEMENTATIONS = ("sdpa", "eager", "flex_attention")
+"""What a model may use, and goes on using for ordinary batches."""
 
 NAME = "flexreason"
 """What the names of our attention implementations begin with."""
@@ -33,11 +40,6 @@ TREE = "flexreason_tree"
 
 current_tree: ContextVar[TreeRow | None] = ContextVar("flexreason_tree", default=None)
 """The row that is on its way through a decoder, for its mask function to find. Layers are handed it instead."""
-
-
-def before_patching(implementation: str) -> str:
-    """The name without ours, of a config that a patched model has."""
-    return implementation.removeprefix(f"{NAME}_")
 
 
 @dataclass(frozen=True)
@@ -80,13 +82,73 @@ def empty_mask(device: torch.device) -> Tensor:
     return torch.empty(1, 0, device=device)
 
 
-def register(previous: str) -> str:
-    """The name under which attention does what `previous` did, and trees."""
-    name = f"{NAME}_{previous}"
-    if name not in ALL_ATTENTION_FUNCTIONS:
-        AttentionInterface.register(name, _attention(previous))
-        AttentionMaskInterface.register(name, _mask(ALL_MASK_ATTENTION_FUNCTIONS[previous]))
-    return name
+class Renamed:
+    """A view of a config for a patched model's layers: it names our attention implementation, and is else the config
+    itself, also when that is changed. Views are made by `renamed`."""
+
+    __slots__ = ()
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Not the config's own, which would make a new kind of config of a view."""
+
+    @property
+    def _attn_implementation_internal(self) -> str | None:
+        return vars(self)["_attn_implementation_internal"]
+
+    @_attn_implementation_internal.setter
+    def _attn_implementation_internal(self, name: str | None) -> None:
+        """A model built from a view reads our name and writes it back, into what is the config's too."""
+        vars(self)["_attn_implementation_internal"] = name and name.removeprefix(f"{NAME}_")
+
+    @property
+    def _attn_implementation(self: Any) -> str | None:
+        plain = self._attn_implementation_internal
+        return f"{NAME}_{plain}" if plain in IMPLEMENTATIONS else plain
+
+    @_attn_implementation.setter
+    def _attn_implementation(self: Any, value: Any) -> None:
+        super(Renamed, type(self))._attn_implementation.fset(self, value)  # type: ignore[misc]
+
+    def __eq__(self: Any, other: object) -> bool:
+        return self.plain_config == getattr(other, "plain_config", other)
+
+    def __reduce_ex__(self: Any, protocol: Any) -> tuple:
+        return renamed, (self.plain_config,)
+
+
+def attention_of(config: Any) -> str | None:
+    """The attention implementation that a config names, by its plain name."""
+    return getattr(config, "_attn_implementation_internal", getattr(config, "_attn_implementation", None))
+
+
+def renamed(config: PreTrainedConfig) -> Any:
+    """The view of a config that a patched model's layers are given."""
+    for plain in IMPLEMENTATIONS:
+        if plain in ALL_MASK_ATTENTION_FUNCTIONS and f"{NAME}_{plain}" not in ALL_ATTENTION_FUNCTIONS:
+            AttentionInterface.register(f"{NAME}_{plain}", _attention(plain))
+            AttentionMaskInterface.register(f"{NAME}_{plain}", _mask(ALL_MASK_ATTENTION_FUNCTIONS[plain]))
+    parts = tuple(name for name, value in vars(config).items() if isinstance(value, PreTrainedConfig))
+    view: Any = object.__new__(_renamed_class(type(config), parts))  # type: ignore[arg-type]
+    object.__setattr__(view, "__dict__", vars(config))
+    object.__setattr__(view, "plain_config", config)
+    return view
+
+
+@cache
+def _renamed_class(cls: Any, parts: tuple[str, ...]) -> type:
+    """`parts` are the configs within a config, such as that of a text model: seen through the view, they are views."""
+    own = {"__slots__": ("plain_config",), "__module__": cls.__module__}
+    return type(cls.__name__, (Renamed, cls), {**own, **{name: _part(name) for name in parts}})
+
+
+def _part(name: str) -> property:
+    def get(self: Any) -> Any:
+        return renamed(vars(self)[name])
+
+    def put(self: Any, value: Any) -> None:
+        vars(self)[name] = value
+
+    return property(get, put)
 
 
 def _mask(stock: Callable) -> Callable:
@@ -134,13 +196,18 @@ def _attention(previous: str) -> Callable:
                 f"row: it reached {type(module).__name__} without its tree; the model is not patched, or makes "
                 "masks in a way of its own, and cannot take rows"
             )
-        if previous == "eager":
-            stock = sys.modules[type(module).__module__].eager_attention_forward
-        else:
-            stock = ALL_ATTENTION_FUNCTIONS[previous]
+        stock = _eager_of(type(module)) if previous == "eager" else ALL_ATTENTION_FUNCTIONS[previous]
         return stock(module, query, key, value, attention_mask, *args, **kwargs)
 
     return attention
+
+
+def _eager_of(cls: type) -> Callable:
+    """The eager attention of a layer's module, or of the module of the class that it was derived from."""
+    for kind in cls.__mro__:
+        if found := getattr(sys.modules[kind.__module__], "eager_attention_forward", None):
+            return found
+    raise ValueError(f'the eager attention of {cls.__name__} is not found; use set_attn_implementation("sdpa")')
 
 
 def _tree_attention(

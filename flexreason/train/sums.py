@@ -82,7 +82,7 @@ class Sums:
         cells = self.targets.cpu()
         by_role, by_turn = cells.sum(1), cells.sum(0)
         weight, nll = cells.sum((0, 1))[:2].tolist()
-        found = {"loss": nll / weight} if weight else {}
+        found = {"loss": nll / weight} if weight > 0 else {}
         for name, (_, _, n, nll) in zip(("reasoning", "response"), by_role.tolist(), strict=True):
             if n:
                 found[f"loss_{name}"] = nll / n

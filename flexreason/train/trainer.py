@@ -26,6 +26,7 @@ from flexreason.data.rows import Rows
 from flexreason.data.stream import RowStream
 from flexreason.patching import find_patch, find_root
 from flexreason.refuse import vocabulary_of
+from flexreason.row import IGNORED
 from flexreason.train import checkpoints
 from flexreason.train.filling import Filled, FilledStream, Filling
 from flexreason.train.sums import Sums, total_weight
@@ -101,7 +102,13 @@ class RowTraining:
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> Any:
         """The rows of one optimizer step, and the weight of all targets in them, on all ranks."""
         rows, _ = super().get_batch_samples(epoch_iterator, num_batches, device)  # type: ignore[misc]
-        return rows, self._over_ranks(total_weight(rows).to(device))
+        total = self._over_ranks(total_weight(rows).to(device))
+        if total.device.type == "cpu" and total <= 0 and any((row["labels"] != IGNORED).any() for row in rows):
+            raise ValueError(
+                f"RowTrainer: the target weights of a step sum to {float(total):.6g}, and its loss is a mean by "
+                "weight; use weights above 0, or more rows a step; for advantages a loop that says what divides them"
+            )
+        return rows, total
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         loss = super().training_step(model, inputs, *args, **kwargs)  # type: ignore[misc]
@@ -119,7 +126,8 @@ class RowTraining:
             if bad:
                 raise Broken(
                     f"step {me.state.global_step}: {bad[0]} is {logs[bad[0]]}; nothing was saved since, and the last "
-                    "checkpoint is as it was. A lower learning rate, or a look at the data of these steps, may help"
+                    "checkpoint is as it was. A lower learning rate may help, or a look at the data of these steps, "
+                    "whose weights must sum to more than 0"
                 )
         super().log(logs, *args, **kwargs)  # type: ignore[misc]
 
@@ -137,7 +145,7 @@ class RowTraining:
     def _logprobs(self) -> Tensor | None:
         """Of the last row's targets, where the loss was the model's own."""
         me: Any = self
-        loss = getattr(find_patch(me.model), "root", me.model).loss_function
+        loss = find_patch(me.model).row_loss  # type: ignore[union-attr]
         found, loss.logprobs = loss.logprobs, None
         return found
 
@@ -196,7 +204,11 @@ class RowTraining:
         try:
             output = super().evaluation_loop(dataloader, *args, **kwargs)  # type: ignore[misc]
             self._evaluated.put(self._over_ranks(self._evaluated.all()))
-            output.metrics.update({f"{prefix}_{name}": value for name, value in self._evaluated.losses().items()})
+            if "loss" not in (losses := self._evaluated.losses()) and self._evaluated.n_targets:
+                raise ValueError(
+                    "RowTrainer: the target weights of what is evaluated sum to 0 or less: no mean by weight"
+                )
+            output.metrics.update({f"{prefix}_{name}": value for name, value in losses.items()})
             output.metrics[f"{prefix}_targets"] = self._evaluated.n_targets
         finally:
             self._evaluated = None
@@ -210,7 +222,7 @@ class RowTraining:
         assert self._evaluated is not None
         inputs = me._prepare_inputs(inputs)
         with torch.no_grad(), me.compute_loss_context_manager():
-            loss = model(**inputs).loss
+            loss = model(**inputs, num_items_in_batch=1).loss  # what divides it is known when all rows are summed
         logprobs = self._logprobs()
         if logprobs is None:
             raise ValueError(
