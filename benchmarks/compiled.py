@@ -51,7 +51,7 @@ from torch.nn.attention.flex_attention import BlockMask
 
 import flexreason as fr
 from flexreason.attention import dense, flex
-from flexreason.blocks import BLOCK
+from flexreason.tree.blocks import BLOCK
 from measure import print_json, print_table
 
 CAPABILITY = (9, 0)

@@ -24,7 +24,7 @@ from tokenizers import AddedToken, Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import flexreason as fr
-from flexreason.chat.encoding import Encoder
+from flexreason.chat.encode import Encoder
 from measure import interleaved, median_ratio, print_json, print_table
 
 TOOL = {

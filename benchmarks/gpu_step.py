@@ -8,7 +8,7 @@
 Random weights in bf16 (fp32 on a CPU), gradient checkpointing of every layer as users have it, forward and backward
 and no optimizer unless asked for. The N samples are one sequence through torch's variable-length flash attention, or
 as few as fit the card (*packs*). The head is the same in all: logits for target rows only, a chunk at a time, by the
-functions of `flexreason.head`. Loss and gradients of the first and the last layer are compared before anything is
+functions of `flexreason.model.head`. Loss and gradients of the first and the last layer are compared before anything is
 timed.
 
 *plain* is one causal sequence of as many tokens and targets as the row. *queries* is attention replaced by a function
@@ -33,9 +33,9 @@ from transformers import AttentionInterface, Qwen3Config, Qwen3ForCausalLM
 import flexreason as fr
 from flexreason.attention import flex, segments
 from flexreason.attention.tree_row import BACKENDS
-from flexreason.head import Head, weighted_nll
-from flexreason.patching import find_patch
-from flexreason.proof.testing import relative_l2
+from flexreason.model.head import Head, weighted_nll
+from flexreason.model.hooks import find_patch
+from flexreason.proof.float64 import relative_l2
 from kernel import SHAPES, Packed, causal, conversation, flash, flash_name, last_tokens, packed_paths, pairs_of, scaled
 from measure import (
     Budget,

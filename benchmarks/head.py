@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from transformers import Qwen3Config, Qwen3ForCausalLM
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from flexreason import head
+from flexreason.model import head
 from measure import interleaved, median_ratio, peak_mib, print_json, print_table
 
 

@@ -46,8 +46,8 @@ from torch.nn.attention.varlen import varlen_attn
 
 import flexreason as fr
 from flexreason.attention import dense, flex, segments
-from flexreason.mask import turn_role_rule
-from flexreason.proof.testing import relative_l2
+from flexreason.proof.float64 import relative_l2
+from flexreason.tree.mask import turn_role_rule
 from measure import Budget, free, in_words, on_a_gpu, print_json, print_table, tell, timed
 
 SHAPES = {

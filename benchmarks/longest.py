@@ -29,8 +29,8 @@ from transformers import Qwen3ForCausalLM
 import flexreason as fr
 from flexreason.attention import dense, flex
 from flexreason.attention.tree_row import BACKENDS
-from flexreason.mask import turn_role_rule
-from flexreason.proof.testing import relative_l2
+from flexreason.proof.float64 import relative_l2
+from flexreason.tree.mask import turn_role_rule
 from gpu_step import WRONG, Step, flops, gradients, make, over_packs, over_row, pack_samples, plain
 from kernel import conversation, flash_name, in_order, last_tokens, listed, pairs_of
 from measure import Budget, free, on_a_gpu, peak_gib, print_json, print_table, seconds_of, tell, timed

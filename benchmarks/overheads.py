@@ -31,7 +31,7 @@ from transformers import Qwen3ForCausalLM
 
 import flexreason as fr
 from flexreason.attention import flex
-from flexreason.patching import find_patch
+from flexreason.model.hooks import find_patch
 from gpu_step import PLAIN, Step, backends, make, over_packs, over_row, plain
 from kernel import Bench, Cell, checked, conversation, scaled, turns_of, work_list
 from measure import Budget, free, on_a_gpu, print_json, print_table, tell, timed

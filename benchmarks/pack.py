@@ -109,9 +109,9 @@ def encoded(files, tokenizer):
     """The layouts of all conversations, and how many were refused."""
     from transformers import AutoTokenizer
 
-    from flexreason.chat.encoding import Encoder
+    from flexreason.chat.encode import Encoder
     from flexreason.chat.render import ConversationError
-    from flexreason.data.conversations import read_conversations
+    from flexreason.data.files import read_conversations
 
     encoder = Encoder(AutoTokenizer.from_pretrained(tokenizer))
     layouts, refused = [], 0

@@ -21,7 +21,7 @@ from transformers import AttentionInterface, Qwen3Config, Qwen3ForCausalLM
 
 import flexreason as fr
 from flexreason.attention import segments
-from flexreason.proof.testing import relative_l2, saved_bytes
+from flexreason.proof.float64 import relative_l2, saved_bytes
 from measure import interleaved, median_ratio, print_json, print_table
 
 SHAPES = {

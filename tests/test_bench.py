@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from flexreason import cli
-from flexreason.bench import command, ways
-from flexreason.proof.testing import relative_l2
+from flexreason.bench import ways
+from flexreason.commands import bench as command
+from flexreason.proof.float64 import relative_l2
 from models import TINY, tiny
 
 CONFIG = {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], **TINY}

@@ -12,7 +12,7 @@ import torch
 
 import flexreason as fr
 from flexreason.attention.tree_row import BACKENDS
-from flexreason.proof.testing import relative_l2
+from flexreason.proof.float64 import relative_l2
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 CPU = torch.device("cpu")

@@ -18,8 +18,9 @@ import transformers
 from transformers.models.llama import modeling_llama
 
 import flexreason as fr
-from flexreason.proof import kept, selftest, source, verdicts
-from flexreason.proof.shrink import default_config
+from flexreason.proof import evidence as verdicts
+from flexreason.proof import kept, selftest, source
+from flexreason.proof.tiny import default_config
 from models import tiny
 
 LLAMA = transformers.LlamaForCausalLM

@@ -10,7 +10,7 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, processors
 from transformers import PreTrainedTokenizer, PreTrainedTokenizerFast
 
-from flexreason.chat.encoding import Encoder
+from flexreason.chat.encode import Encoder
 from flexreason.chat.render import ConversationError
 from flexreason.chat.tokens import Running, Tokens
 from fuzzing import conversation

@@ -12,11 +12,11 @@ from transformers import PreTrainedModel
 from flexreason.attention.tree_row import choose_backend
 from flexreason.bench import ways
 from flexreason.bench.report import Found
-from flexreason.layout import Layout, unmerge
 from flexreason.memory import peak_bytes
-from flexreason.patching import find_root
-from flexreason.proof.gate import patch
-from flexreason.row import collate
+from flexreason.model.hooks import find_root
+from flexreason.patching import patch
+from flexreason.tree.layout import Layout, unmerge
+from flexreason.tree.row import collate
 
 Step = Callable[[], float]
 """Forward and backward; the loss."""

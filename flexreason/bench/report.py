@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from flexreason.data.work import Amount, Shape
-from flexreason.draw import draw_table
-from flexreason.layout import Layout
+from flexreason.tree.draw import draw_table
+from flexreason.tree.layout import Layout
 
 SAME = {torch.float64: 1e-6, torch.float32: 1e-3, torch.bfloat16: 0.03, torch.float16: 0.01}
 """How far losses of two ways may be apart, relative: no nonsense is to be timed. `flexreason verify` is the proof."""

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
 from flexreason.attention.registry import find_decoder
-from flexreason.head import Head, weighted_nll
-from flexreason.patching import find_patch
+from flexreason.model.head import Head, weighted_nll
+from flexreason.model.hooks import find_patch
 from flexreason.proof.conditions import suspended
-from flexreason.sample import Sample
+from flexreason.tree.sample import Sample
 
 PACKED = "packed_samples"
 """The name of attention over sequences that lie side by side."""

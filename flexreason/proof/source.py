@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from flexreason.proof.shrink import shrink
+from flexreason.proof.tiny import shrink
 
 MODELS = "transformers.models."
 

@@ -24,7 +24,7 @@ from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 
 from flexreason.attention.registry import find_decoder
-from flexreason.row import IGNORED
+from flexreason.tree.row import IGNORED
 
 CHUNK_LOGITS = 2**26
 """Logits at a time: 256 MiB in fp32. Halving or doubling it changes the time by a few percent."""

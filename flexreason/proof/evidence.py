@@ -120,7 +120,7 @@ def structure_of(config: "PreTrainedConfig", cls: type | None = None) -> str:
     left out too; for any other, everything that is left counts."""
     import hashlib
 
-    from flexreason.proof.shrink import shrink
+    from flexreason.proof.tiny import shrink
 
     known = cls is None or _is_transformers(cls)
 

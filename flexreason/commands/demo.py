@@ -110,10 +110,10 @@ class Goal:
 def demo(out: Path, steps: int, held_out: int, seed: int, device: str, say: Any) -> tuple[dict[str, Any], list[Goal]]:
     """Data, some steps beside the N samples, training, answers, and a table of what came of it."""
     started = time.perf_counter()
+    from flexreason.commands.train import check_installed
     from flexreason.demo import material
     from flexreason.demo.telling import transcript
-    from flexreason.draw import draw_table
-    from flexreason.train.command import check_installed
+    from flexreason.tree.draw import draw_table
 
     check_installed()
     data = material.make(steps, held_out, seed)
@@ -179,7 +179,7 @@ def beside_the_samples(data: Any, out: Path, steps: int, seed: int, device: str,
     so that whatever else the machine does slows both."""
     from flexreason.demo.fit import fit, start
     from flexreason.demo.ways import N_SAMPLES, SINGLE_PASS
-    from flexreason.draw import draw_table
+    from flexreason.tree.draw import draw_table
 
     batches = data.batches(SINGLE_PASS, steps, seed)
     one, many = (fit(start(out, seed, device), way, batches) for way in (SINGLE_PASS, N_SAMPLES))

@@ -1,7 +1,7 @@
 """Who sees whom: the rule, stated once from the tree and once in the paper's words.
 
 Each rule is a FlexAttention `mask_mod(b, h, q, kv)` over indices in storage; `dense_mask` renders it as a
-matrix of bools, `flexreason.blocks` as block lists.
+matrix of bools, `flexreason.tree.blocks` as block lists.
 
 Shapes: S tokens; `q` and `kv` broadcast.
 """
@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flexreason.layout import Layout
-from flexreason.sample import Role
+from flexreason.tree.layout import Layout
+from flexreason.tree.sample import Role
 
 Tree = Layout | Mapping[str, Any]
 """One document, or a row of `collate`."""

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from flexreason.attention.registry import IMPLEMENTATIONS, attention_of
-from flexreason.mask import interval_rule, turn_role_rule
+from flexreason.tree.mask import interval_rule, turn_role_rule
 
 ATTENTION_DROPOUTS = ("attention_dropout", "attn_pdrop", "attn_dropout", "attention_probs_dropout_prob")
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
-from flexreason.mask import Tree, check_limits, mask_mod, per_token
+from flexreason.tree.mask import Tree, check_limits, mask_mod, per_token
 
 BLOCK = 128
 

@@ -19,7 +19,7 @@ from typing import Any
 
 from flexreason.chat.messages import did_you_mean, json_words
 from flexreason.chat.render import ConversationError
-from flexreason.sample import Sample
+from flexreason.tree.sample import Sample
 
 FORMATS = ("messages", "sharegpt", "pairs", "samples")
 

@@ -9,8 +9,8 @@ from dataclasses import replace
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
+from flexreason.proof.evidence import listed, proof
 from flexreason.proof.scan import scan, write
-from flexreason.proof.verdicts import listed, proof
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -52,8 +52,8 @@ def _overview(options: argparse.Namespace) -> int:
 
 def _tell(options: argparse.Namespace) -> int:
     """One model: 0 only if it is exact, and its config too."""
+    from flexreason.model.refuse import reason_against_config
     from flexreason.proof.selftest import check
-    from flexreason.refuse import reason_against_config
 
     config, cls, is_default = find(options.model)
     if not is_default:
@@ -100,7 +100,7 @@ def find(model: str) -> "tuple[PreTrainedConfig, type[PreTrainedModel], bool]":
     on the hub."""
     import transformers
 
-    from flexreason.proof.shrink import class_of, default_config
+    from flexreason.proof.tiny import class_of, default_config
 
     cls = getattr(transformers, model, None)
     if isinstance(cls, type) and getattr(cls, "config_class", None):
@@ -147,7 +147,7 @@ def _scan_command(options: argparse.Namespace) -> int:
     import torch
     import transformers
 
-    from flexreason.proof.shrink import causal_classes
+    from flexreason.proof.tiny import causal_classes
 
     names, start = list(options.only) or causal_classes(), time.monotonic()
     if unknown := [name for name in names if not getattr(getattr(transformers, name, None), "config_class", None)]:

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 
-from flexreason.head import Head, logprobs, weighted_nll
-from flexreason.row import IGNORED, ROW_KEYS
+from flexreason.model.head import Head, logprobs, weighted_nll
+from flexreason.tree.row import IGNORED, ROW_KEYS
 
 LOSSES = ("model", "chunked")
 

@@ -13,10 +13,10 @@ import torch
 
 import flexreason as fr
 from flexreason.chat import dirt
-from flexreason.draw import role_name
 from flexreason.proof import oracle
-from flexreason.proof.testing import relative_l2, true_float64
-from flexreason.sample import Sample
+from flexreason.proof.float64 import relative_l2, true_float64
+from flexreason.tree.draw import role_name
+from flexreason.tree.sample import Sample
 
 CONVERSATION = [  # (what the user says, what the model thinks, what it answers)
     ("usr 2+3 ? bot", "so 5 /think", "5 end"),
@@ -132,8 +132,8 @@ def _yours(options: argparse.Namespace, width: int) -> int:
 
 def _read(options: argparse.Namespace) -> tuple[str, fr.Layout, Callable[[list[int]], str]]:
     """Where the conversation stands, its layout, and ids as text."""
-    from flexreason.chat.template import load_tokenizer
-    from flexreason.data.conversations import read_conversations
+    from flexreason.commands.template import load_tokenizer
+    from flexreason.data.files import read_conversations
 
     if options.conversation < 0:
         raise ValueError(f"--conversation: expected a number from 0 on, found {options.conversation}")

@@ -26,12 +26,12 @@ from flexreason.chat.render import (
     frozen_clock,
     function_tools,
 )
-from flexreason.chat.templates import MARK, PROBE_TOOL, Template
+from flexreason.chat.template import MARK, PROBE_TOOL, Template
 from flexreason.chat.tokens import Piece, Running, Tokens
 from flexreason.chat.turns import Turn, Turns
-from flexreason.layout import Layout
-from flexreason.sample import Role, Sample
-from flexreason.tree import lay_out
+from flexreason.tree.layout import Layout
+from flexreason.tree.merge import lay_out
+from flexreason.tree.sample import Role, Sample
 
 HISTORIES = ("template", "content")
 

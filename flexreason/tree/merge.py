@@ -22,8 +22,8 @@ from itertools import pairwise
 import numpy as np
 import torch
 
-from flexreason.layout import PER_TARGET, PER_TOKEN, Layout
-from flexreason.sample import SAMPLE_ROLES, UNSAID, Ids, Role, Sample, as_ids, one_device
+from flexreason.tree.layout import PER_TARGET, PER_TOKEN, Layout
+from flexreason.tree.sample import SAMPLE_ROLES, UNSAID, Ids, Role, Sample, as_ids, one_device
 
 
 @dataclass(eq=False)

@@ -16,7 +16,7 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
-from flexreason.patching import find_patch
+from flexreason.model.hooks import find_patch
 
 
 def token_logprobs(model: nn.Module, row: Mapping[str, Tensor], *, temperature: float = 1.0) -> Tensor:

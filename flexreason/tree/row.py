@@ -21,9 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flexreason.blocks import BLOCK
-from flexreason.layout import Layout
-from flexreason.sample import Role, one_device
+from flexreason.tree.blocks import BLOCK
+from flexreason.tree.layout import Layout
+from flexreason.tree.sample import Role, one_device
 
 Row = dict[str, Tensor]
 

@@ -15,11 +15,11 @@ import torch
 
 from flexreason.data import excerpt
 from flexreason.load import load_model
-from flexreason.patching import apply_patch, find_root
-from flexreason.proof.choice import random_conversations
-from flexreason.proof.comparison import verify
-from flexreason.proof.gate import reason_against_chunks
-from flexreason.tree import lay_out
+from flexreason.model.hooks import apply_patch, find_root
+from flexreason.patching import reason_against_chunks
+from flexreason.proof.conversations import random_conversations
+from flexreason.proof.verify import verify
+from flexreason.tree.merge import lay_out
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -6,12 +6,12 @@ from typing import NamedTuple
 
 from transformers import PreTrainedConfig
 
-from flexreason.layout import Layout
-from flexreason.proof.shrink import length_constants
-from flexreason.refuse import refuse_rope
-from flexreason.row import collate
-from flexreason.sample import Sample
-from flexreason.tree import lay_out
+from flexreason.model.refuse import refuse_rope
+from flexreason.proof.tiny import length_constants
+from flexreason.tree.layout import Layout
+from flexreason.tree.merge import lay_out
+from flexreason.tree.row import collate
+from flexreason.tree.sample import Sample
 
 
 class Given(NamedTuple):

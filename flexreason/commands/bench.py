@@ -22,12 +22,12 @@ from flexreason.bench.measure import measure
 from flexreason.bench.report import Report, amount
 from flexreason.data import excerpt
 from flexreason.data.work import Shape, shape_of
-from flexreason.layout import Layout, unmerge
 from flexreason.load import load_model
-from flexreason.patching import find_root
+from flexreason.model.hooks import find_root
 from flexreason.proof.conditions import without_dropout
-from flexreason.sample import Sample
-from flexreason.tree import lay_out
+from flexreason.tree.layout import Layout, unmerge
+from flexreason.tree.merge import lay_out
+from flexreason.tree.sample import Sample
 
 TOKENS = {"cpu": 4096, "cuda": 16384}
 """Of the row, unless --tokens says otherwise."""

@@ -28,7 +28,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from flexreason.sample import Ids, Role, Sample, as_ids, one_device
+from flexreason.tree.sample import Ids, Role, Sample, as_ids, one_device
 
 PER_TOKEN = {
     "input_ids": torch.int64,

@@ -7,9 +7,9 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
-from flexreason.layout import Layout
-from flexreason.mask import Tree, dense_mask
-from flexreason.sample import Role
+from flexreason.tree.layout import Layout
+from flexreason.tree.mask import Tree, dense_mask
+from flexreason.tree.sample import Role
 
 SHORT = {Role.PROMPT: "prompt", Role.REASONING: "think", Role.CONTEXT: "ctx", Role.RESPONSE: "resp", Role.PAD: "pad"}
 
