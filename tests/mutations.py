@@ -244,10 +244,10 @@ MUTATIONS = {  # name: (file, what stands there, what to write instead)
         "model/refuse.py", "    if differ.any():", "    if differ.all():",
     ),
     "refuse: whatever has a verdict is taken": (
-        "patching.py", "    if found.verdict == \"exact\":", "    if found.verdict:",
+        "proof/standing.py", "    if found.verdict == \"exact\":", "    if found.verdict:",
     ),
     "refuse: nothing is asked for proof": (
-        "patching.py", "if doubt := _doubt(root, found):", "if doubt := None:",
+        "proof/standing.py", "if doubt := _doubt(root, found):", "if doubt := None:",
     ),
     "self-test: gradients are not looked at": (
         "proof/selftest.py", "\"gradients\": worst_gradient(pairs)[0]", "\"gradients\": 0.0",
@@ -679,7 +679,7 @@ MUTATIONS = {  # name: (file, what stands there, what to write instead)
         "data/files.py", "_loaded(about.get(\"chat_template_kwargs\")) or {}", "{}",
     ),
     "gate: replaced parts are not looked for": (
-        "patching.py", "        changed = replaced_parts(root)\n        doubt =", "        changed = \"\"\n        doubt =",
+        "proof/standing.py", "        changed = replaced_parts(root)\n        doubt =", "        changed = \"\"\n        doubt =",
     ),
     "gate: what is not exact in chunks gives log-probabilities": (
         "model/hooks.py", "Patch(root, backend, mask, loss, unchunked)", "Patch(root, backend, mask, loss)",
@@ -891,7 +891,7 @@ TESTS = {  # where to look for the test that notices, so that all of this takes 
         "tests/test_families.py",
     ],
     "model/head.py": ["tests/test_head.py", "tests/test_after_patch.py"],
-    "patching.py": ["tests/test_patching.py", "tests/test_families.py"],
+    "proof/standing.py": ["tests/test_patching.py", "tests/test_families.py"],
     "proof/selftest.py": ["tests/test_families.py"],
     "proof/tiny.py": ["tests/test_families.py"],
     "proof/float64.py": ["flexreason"],

@@ -26,8 +26,8 @@ import flexreason as fr
 from flexreason.cli import main
 from flexreason.commands import demo as demo_command
 from flexreason.commands import train as train_command
-from flexreason.commands.template import stand_in
 from flexreason.data.documents import weighted
+from flexreason.load import stand_in
 from flexreason.proof.float64 import true_float64
 from flexreason.train.run import CHECKPOINTING
 from flexreason.train.settings import NAMES, from_options

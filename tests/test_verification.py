@@ -16,8 +16,8 @@ import flexreason as fr
 from flexreason import cli
 from flexreason.attention import dense, flex, segments
 from flexreason.commands import verify as verification
-from flexreason.commands.template import stand_in
 from flexreason.data import excerpt
+from flexreason.load import stand_in
 from flexreason.model import head
 from flexreason.model.hooks import find_patch
 from flexreason.proof import conditions, selftest

@@ -18,13 +18,13 @@ from typing import Any
 
 from flexreason.chat import dirt
 from flexreason.chat.encode import HISTORIES
-from flexreason.commands.template import load_tokenizer
 from flexreason.data.excerpt import template_options
 from flexreason.data.figures import Figures, figures_of
 from flexreason.data.files import FORMATS, BadInput, Conversation, EmptySource, count_entries, read_all
 from flexreason.data.intake import EntryEncoder, Intake, Refusals, Refused, start_workers
 from flexreason.data.summary import Summary
 from flexreason.data.work import Shape, shape_of
+from flexreason.load import load_tokenizer
 from flexreason.tree.blocks import BLOCK
 
 __all__ = ["Figures", "Report", "Source", "Summary", "figures_of", "report"]

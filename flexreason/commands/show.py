@@ -132,8 +132,8 @@ def _yours(options: argparse.Namespace, width: int) -> int:
 
 def _read(options: argparse.Namespace) -> tuple[str, fr.Layout, Callable[[list[int]], str]]:
     """Where the conversation stands, its layout, and ids as text."""
-    from flexreason.commands.template import load_tokenizer
     from flexreason.data.files import read_conversations
+    from flexreason.load import load_tokenizer
 
     if options.conversation < 0:
         raise ValueError(f"--conversation: expected a number from 0 on, found {options.conversation}")

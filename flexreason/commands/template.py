@@ -25,6 +25,7 @@ from flexreason.chat.template import (
     tool,
     user,
 )
+from flexreason.load import is_bare, load_tokenizer, option_of
 from flexreason.tree.layout import Layout
 from flexreason.tree.merge import lay_out
 
@@ -77,21 +78,6 @@ def run(options: argparse.Namespace) -> int:
     return 1 if "refused" in example else 0
 
 
-def option_of(text: str) -> tuple[str, Any]:
-    name, given, value = text.partition("=")
-    if not given or not name.isidentifier():
-        raise ValueError(f"--option: expected NAME=VALUE, found {text!r}")
-    try:
-        return name, json.loads(value)
-    except json.JSONDecodeError:
-        return name, value
-
-
-def is_bare(source: str) -> bool:
-    """Whether the source is a template that comes without a tokenizer."""
-    return Path(source).suffix in (".jinja", ".jinja2", ".j2")
-
-
 def _guesses(template: Template) -> list[str]:
     """What a real tokenizer may say otherwise: ends of messages that only their being special tells."""
     calls = template.argument_form != "none"
@@ -100,46 +86,6 @@ def _guesses(template: Template) -> list[str]:
     if not guessed:
         return []
     return [f"the end of {' and of '.join(guessed)} is guessed: a real tokenizer may have another token special there"]
-
-
-def load_tokenizer(source: str) -> tuple[Any, list[str]]:
-    """A tokenizer, and what should be known of how it came about."""
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast
-
-    path = Path(source)
-    try:
-        if is_bare(source):
-            return stand_in(path.read_text()), [
-                "a bare template: rendered with a stand-in tokenizer, whose special tokens are the tags in the template"
-            ]
-        if path.is_file():
-            if (path.parent / "tokenizer_config.json").exists():
-                return AutoTokenizer.from_pretrained(str(path.parent)), []
-            return PreTrainedTokenizerFast(tokenizer_file=str(path)), ["no tokenizer_config.json beside it"]
-        return AutoTokenizer.from_pretrained(source), []
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise ValueError(f"{source}: cannot be loaded as a tokenizer or a template: {error}") from error
-
-
-TAG = re.compile(r"<[|\uff5c]?/?[\w▁.:-]+[|\uff5c]?>|\[/?[A-Z_]{3,}\]")
-
-
-def stand_in(template: str) -> Any:
-    """A byte-level tokenizer for a template that comes alone: its tags are tokens, those of turns special."""
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    backend = Tokenizer(models.BPE(vocab={letter: n for n, letter in enumerate(alphabet)}, merges=[]))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>", bos_token="<bos>")
-    inner = re.compile(r"think|tool|function|param|arg|name|reason", re.IGNORECASE)
-    for tag in sorted(set(TAG.findall(template))):
-        special = not inner.search(tag)
-        tokenizer.add_tokens([AddedToken(tag, special=special, normalized=False)], special_tokens=special)
-    tokenizer.chat_template = template
-    return tokenizer
 
 
 # --- what it does

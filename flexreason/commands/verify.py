@@ -16,8 +16,8 @@ import torch
 from flexreason.data import excerpt
 from flexreason.load import load_model
 from flexreason.model.hooks import apply_patch, find_root
-from flexreason.patching import reason_against_chunks
 from flexreason.proof.conversations import random_conversations
+from flexreason.proof.standing import reason_against_chunks
 from flexreason.proof.verify import verify
 from flexreason.tree.merge import lay_out
 

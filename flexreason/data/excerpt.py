@@ -9,9 +9,9 @@ from typing import Any, TypeVar
 from flexreason.chat import dirt
 from flexreason.chat.encode import HISTORIES
 from flexreason.chat.render import ConversationError
-from flexreason.commands.template import load_tokenizer, option_of
 from flexreason.data.files import FORMATS, BadInput, Conversation, read_all
 from flexreason.data.intake import OURS, EntryEncoder, Refusals, Refused
+from flexreason.load import load_tokenizer, option_of
 from flexreason.tree.sample import Sample
 
 READ = 2000

@@ -19,7 +19,6 @@ from flexreason.memory import available_bytes, peak_bytes
 from flexreason.model.hooks import apply_patch, find_patch, find_root, unpatch
 from flexreason.model.logprobs import token_logprobs
 from flexreason.model.loss import is_weighted
-from flexreason.patching import standing, trust
 from flexreason.proof import oracle
 from flexreason.proof.conditions import copy_in, other_attention, set_checkpointing, suspended, without_dropout
 from flexreason.proof.conversations import Given, choose, n_tokens, one_side_of_rope, tokens_for, what_is_not_crossed
@@ -27,6 +26,7 @@ from flexreason.proof.diagnose import layout_faults, model_fault
 from flexreason.proof.float64 import each_gradient, relative_l2, true_float64
 from flexreason.proof.gradients import Backward, compare_gradients, gradients_of
 from flexreason.proof.report import Error, Limits, Report
+from flexreason.proof.standing import standing, trust
 from flexreason.tree.blocks import BLOCK
 from flexreason.tree.layout import Layout, unmerge
 from flexreason.tree.row import IGNORED, Row, collate
