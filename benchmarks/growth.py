@@ -92,7 +92,7 @@ def growth(turns: int, a_turn: Shape, run: Run, whole_steps: bool) -> dict[str, 
         found[f"attention ms, {name}"] = 1e3 * statistics.median(seconds)
         found[f"attention MiB, {name}"] = peak(calls[name]).added / 2**20
     if whole_steps:
-        made, _ = model("toy", run.device, "model")
+        made, _ = model("toy", run.device)
         case = Case(made, [layout])
         ours, theirs = measure(case, [ways.one_pass(case), ways.one_by_one(case)], run.options.repeats)
         assert (theirs.gradient_error or 1.0) < 1e-3, (ours, theirs)
@@ -234,7 +234,7 @@ def passes(turns: list[tuple[int, int, int]]) -> list[dict[str, Any]]:
 
 def peaked() -> Any:
     """A small model in fp64 whose attention is not all but uniform, as it is with weights as they are drawn."""
-    made = fr.unpatch(model("tiny", torch.device("cpu"), "model")[0])
+    made = fr.unpatch(model("tiny", torch.device("cpu"))[0])
     with torch.no_grad():
         for parameter in made.parameters():
             if parameter.dim() == 2:

@@ -38,6 +38,7 @@ CONFIGS = {
     "toy": {"width": 256, "inner": 768, "layers": 4, "heads": 8, "groups": 4, "size": 64, "vocabulary": 2048},
     "0.6B": {"width": 1024, "inner": 3072, "layers": 28, "heads": 16, "groups": 8, "size": 128},
     "4B": {"width": 2560, "inner": 9728, "layers": 36, "heads": 32, "groups": 8, "size": 128},
+    "small": {"width": 128, "inner": 384, "layers": 2, "heads": 4, "groups": 2, "size": 32, "vocabulary": 2048},
     "tiny": {"width": 32, "inner": 48, "layers": 2, "heads": 4, "groups": 2, "size": 16, "vocabulary": 97},
 }
 """Models of Qwen3's kind; the larger ones have its vocabulary."""
@@ -45,8 +46,10 @@ CONFIGS = {
 DENSE = {"one pass, dense", "one pass, interleaved, create_block_mask", "N samples, packed, dense mask"}
 
 
-def model(name: str, device: torch.device, loss: str) -> tuple[Qwen3ForCausalLM, Shape]:
-    """Random weights, patched, on a GPU in bf16 with checkpointing; and what its work is counted from."""
+def model(
+    name: str, device: torch.device, loss: str = "model", checkpointing: bool | None = None
+) -> tuple[Qwen3ForCausalLM, Shape]:
+    """Random weights, patched, on a GPU in bf16 and with checkpointing; and what its work is counted from."""
     size = {"vocabulary": 151_936, **CONFIGS[name]}
     config = Qwen3Config(
         vocab_size=size["vocabulary"],
@@ -63,7 +66,7 @@ def model(name: str, device: torch.device, loss: str) -> tuple[Qwen3ForCausalLM,
     torch.manual_seed(0)
     with device:
         made = Qwen3ForCausalLM._from_config(config).train()
-    if device.type == "cuda":
+    if device.type == "cuda" if checkpointing is None else checkpointing:
         enable = getattr(made, "activation_checkpointing_enable", None) or made.gradient_checkpointing_enable
         enable({"use_reentrant": False})
     return fr.patch(made, loss=loss), dense(name, **size)
