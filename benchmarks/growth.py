@@ -220,12 +220,12 @@ def passes(turns: list[tuple[int, int, int]]) -> list[dict[str, Any]]:
         for name, nll in by_turn.items():
             model = patched if "patch" in name else made
             model.zero_grad()
-            (loss := (found := nll(layout)).mean()).backward()
+            (mean := (found := nll(layout)).mean()).backward()
+            loss = float(mean.detach())
             grads = [p.grad.clone() for p in model.parameters()]
             expected = expected or grads
             moved = float((nll(other) - found).detach()[second].abs().max())
-            first = rows[0]["loss"] if rows else float(loss)
-            row = {"pass": name, "loss": float(loss), "loss off by": abs(float(loss) / first - 1)}
+            row = {"pass": name, "loss": loss, "loss off by": abs(loss / (rows[0]["loss"] if rows else loss) - 1)}
             row |= {"gradients off by": relative_l2(grads, expected), "turn 2 moved by turn 1's reasoning": moved}
             row["equal"] = "yes" if row["gradients off by"] < 1e-9 else "no"
             rows.append(row | {"leaks": "yes" if moved > 1e-9 else "no"})

@@ -245,7 +245,7 @@ def draw(rows: list[dict[str, Any]], figure: Any) -> None:
                 points = [(r["tokens"], r[column] if column == "peak MiB" else r[column][0]) for r in drawn]
                 if points := [(x, y) for x, y in points if y > 0.05 or column != "peak MiB"]:
                     axes.plot(*zip(*points, strict=True), marker="o", markersize=3, color=color, label=way)
-    panels[0, 0].legend(fontsize=7, frameon=False)
+    figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=7, frameon=False)
 
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:

@@ -44,18 +44,28 @@ class Shape(NamedTuple):
         return f"{self.turns} x {self.h}/{self.t}/{self.r}"
 
     @property
+    def a_turn(self) -> int:
+        """Tokens that a turn adds to the tree: its response twice, unless there is no reasoning."""
+        return self.h + self.t + self.r * (2 if self.t else 1)
+
+    @property
     def tokens(self) -> int:
-        """Of its tree."""
-        return self.turns * (self.h + self.t + 2 * self.r) - self.r
+        """Of its tree, which stores the last response once."""
+        return self.turns * self.a_turn - self.r * bool(self.t)
 
     def filling(self, tokens: int) -> list[tuple[int, int, int]]:
         """As many such turns as a row holds; the last one reasons on until the row is full."""
-        n = max(1, (tokens + self.r) // (self.h + self.t + 2 * self.r))
+        n = max(1, (tokens + self.r * bool(self.t)) // self.a_turn)
         t = self.t + tokens - self._replace(turns=n).tokens
         last = (self.h, t, self.r)
         if t < 0:  # the row is shorter than one turn
             last = (tokens // 3, tokens - 2 * (tokens // 3), tokens // 3)
         return [self[1:]] * (n - 1) + [last]
+
+    def grown(self, tokens: int) -> "Shape":
+        """As many turns, all their parts grown or shrunk alike, to a tree that fits a row."""
+        factor = tokens / self.tokens
+        return Shape(self.turns, *(max(min(n, 1), int(n * factor)) for n in self[1:]))
 
 
 SHAPES = {
@@ -226,6 +236,8 @@ def logarithmic(axes: Any, title: str, x: str, y: str, ticks: Sequence[int]) -> 
     axes.set(xscale="log", yscale="log", title=title, xlabel=x, ylabel=y)
     axes.set_xticks(ticks, [in_tokens(n) for n in ticks])
     axes.minorticks_off()
+    axes.yaxis.get_major_locator().set_params(subs=(1.0, 3.0), numticks=9)
+    axes.yaxis.set_major_formatter("{x:,g}")
     axes.grid(color="0.9")
     axes.spines[["top", "right"]].set_visible(False)
 

@@ -2,7 +2,7 @@
 
     python benchmarks/steps.py                                      # on a CPU: a quarter of an hour
     python benchmarks/steps.py --shapes "8 x 64/256/64" --repeats 3 # one conversation
-    python benchmarks/steps.py --model 4B --device cuda             # in bf16, with checkpointing
+    python benchmarks/steps.py --model 4B --fill 8192               # turns grown alike to a row; on a GPU in bf16
 
 The ways are those of `flexreason bench` (flexreason/bench/steps.py): the N samples one by one, padded, packed; one pass
 through S x S masks (dense), through flex with the paper's order and `create_block_mask` (interleaved), through segments
@@ -11,9 +11,10 @@ the paper's code, a plain row of as many tokens. *A loop* is the N samples once 
 
 Every way makes logits for target rows alone. Loss and gradients are compared before anything is timed. *By one pass* is
 a way's time by that of one pass (segments on a CPU, flex on a GPU), repeat by repeat; *work* is the same ratio counted
-(flexreason/data/work.py), and *by work* one by the other. *Peak* is what a step adds to memory without gradients, by
-token of the row; the allocator is the default one unless the first line says otherwise. On a CPU flex has no backward,
-so that *forward alone* is timed; packing there means a mask of all tokens by all, which is run where it is small.
+(flexreason/data/work.py), *by work* one by the other, and *TFLOP/s* that work by time. *Peak* is what a step adds to
+memory without gradients, by token of the row; the allocator is the default one unless the first line says otherwise. On
+a CPU flex has no backward, so that *forward alone* is timed; packing there means a mask of all tokens by all, which is
+run where it fits.
 """
 
 from typing import Any
@@ -94,14 +95,11 @@ def a_loop(case: Case) -> Way:
     return Way("a loop over the N samples", step)
 
 
-def ways_of(case: Case, notes: list[str]) -> list[Way]:
+def ways_of(case: Case, names: list[str], backends: list[str], notes: list[str]) -> list[Way]:
     """Those that fit here, and a note on what does not: its arithmetic."""
-    on_gpu = case.device.type == "cuda"
-    names = ["one-by-one", "padded", "packed" if on_gpu else "packed-dense", "one-pass", "interleaved"]
-    names += ["leaking", "shifted-labels", "plain-row"]
-    found = ways.chosen(case, names, ["segments", "flex", "dense"], notes)
-    if case.loss == "model":
-        found.insert(1, a_loop(case))
+    found = ways.chosen(case, [name for name in names if name in ways.WAYS], backends, notes)
+    if "loop" in names:
+        found.insert(min(1, len(found)), a_loop(case))
     n_row, n_samples = case.row["until"].shape[1], sum(layout.sample_tokens for layout in case.layouts)
     kept = []
     for way in found:
@@ -132,13 +130,15 @@ def work_of(name: str, case: Case, shape: Shape) -> float | None:
 
 
 def row_of(one: Found, case: Case, found: list[Found], shape: Shape) -> dict[str, Any]:
-    ours = next(way for way in found if way.name == f"one pass, {'flex' if case.device.type == 'cuda' else 'segments'}")
+    usual = f"one pass, {'flex' if case.device.type == 'cuda' else 'segments'}"
+    ours = next((way for way in found if way.name == usual and way.ms), None)
     shown: dict[str, Any] = {"way": one.name, "forward alone": None if one.trains else "yes"}
     if one.failed:
         return {**shown, "left out": one.failed}
     times = [one.median, min(one.ms), max(one.ms)]
     work = work_of(one.name, case, shape)
-    by = list(ratio(one.ms, ours.ms)) if one.trains else None
+    by = list(ratio(one.ms, ours.ms)) if one.trains and ours else None
+    done = shape.work(amount(case.layouts)) * (work or float(one.name.startswith("one pass")))
     root = case.root
     gradients = sum(p.nbytes for p in root.parameters()) if one.trains else 0
     return {
@@ -147,6 +147,7 @@ def row_of(one: Found, case: Case, found: list[Found], shape: Shape) -> dict[str
         "by one pass": by,
         "work": work,
         "by work": by[0] / work if by and work else None,
+        "TFLOP/s": done / one.median / 1e9 if done and one.trains else None,
         "peak B/token": None if one.added is None else (one.added - gradients) / case.row["until"].shape[1],
         "loss": one.loss,
         "gradients off by": one.gradient_error,
@@ -154,9 +155,9 @@ def row_of(one: Found, case: Case, found: list[Found], shape: Shape) -> dict[str
     }
 
 
-def cell(case: Case, shape: Shape, repeats: int) -> dict[str, Any]:
+def cell(case: Case, shape: Shape, names: list[str], backends: list[str], repeats: int) -> dict[str, Any]:
     notes: list[str] = []
-    found = measure(case, ways_of(case, notes), repeats)
+    found = measure(case, ways_of(case, names, backends, notes), repeats)
     rows = [row_of(one, case, found, shape) for one in found]
     if any(row.get("samples") == "WRONG" for row in rows):
         raise ArithmeticError(f"a way that should be exact is not: {rows}")
@@ -180,7 +181,7 @@ def draw(cells: list[dict[str, Any]], figure: Any) -> None:
                     axes.plot(row["work"], at, "|", color="#b03a2e", markersize=10)
         axes.axvline(1, color="0.8", zorder=0)
         axes.set(title=one["conversation"], xlabel="time by that of one pass", xscale="log")
-        axes.set_xticks(ticks := [1, 2, 4, 8], [str(n) for n in ticks])
+        axes.set_xticks(ticks := [0.5, 1, 2, 4, 8], [str(n) for n in ticks])
         axes.minorticks_off()
         axes.spines[["top", "right"]].set_visible(False)
     panels[0].set_yticks(range(len(names), 0, -1), names)
@@ -190,15 +191,26 @@ def draw(cells: list[dict[str, Any]], figure: Any) -> None:
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
     run = Run(__file__, __doc__)
     run.option("--shapes", nargs="+", default=list(SHAPES), help="conversations, turns x h/t/r")
+    run.option("--fill", type=int, metavar="TOKENS", help="of a row, to which the parts of every turn are grown alike")
     run.option("--model", choices=CONFIGS, default="toy")
     run.option("--loss", choices=["model", "chunked"], default="model")
+    run.option("--ways", nargs="+", choices=["loop", *ways.WAYS], help="all but the one of packed that is not for here")
+    run.option("--backends", nargs="+", default=["segments", "flex", "dense"])
     options = run.start(arguments)
+    other = "packed-dense" if run.device.type == "cuda" else "packed"
+    names = options.ways or [name for name in ("loop", *ways.WAYS) if name != other]
     made, counted = model(options.model, run.device, options.loss)
     cells = []
     for text in options.shapes:
-        layout = conversation([shape(text)[1:]] * shape(text).turns, made.config.vocab_size)
-        about = {"conversation": text, "model": options.model, "loss": options.loss}
-        cells.append(run.cell(about, lambda x=layout: cell(Case(made, [x], options.loss), counted, options.repeats)))
+        one = shape(text).grown(options.fill) if options.fill else shape(text)
+        layout = conversation([one[1:]] * one.turns, made.config.vocab_size)
+        about = {"conversation": str(one), "model": options.model, "loss": options.loss}
+        about |= {"ways": names, "backends": options.backends}
+
+        def make(layout: fr.Layout = layout) -> dict[str, Any]:
+            return cell(Case(made, [layout], options.loss), counted, names, options.backends, options.repeats)
+
+        cells.append(run.cell(about, make))
     for one in cells:
         title = f"{one['conversation']}, {one.get('tokens')} tokens for {one.get('sample tokens')}, {options.model}"
         run.table(title, one.get("ways", [one]))
