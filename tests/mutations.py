@@ -153,6 +153,18 @@ MUTATIONS = {  # name: (file, what stands there, what to write instead)
     "bench: another loss is a success": (
         "bench/report.py", "and not any(map(self.differs, ran))", "",
     ),
+    "bench: gradients are not compared": (
+        "bench/measure.py", "return off or (one.gradient_error or 0.0) > ALIKE[dtype]", "return off",
+    ),
+    "bench: the leaking pass has responses twice": (
+        "bench/steps.py", "once = role != int(Role.CONTEXT)", "once = role >= 0",
+    ),
+    "bench: shifted labels are not shifted": (
+        "bench/steps.py", "source[layout.target_source == response[0] - 1] = context[-1]", "pass",
+    ),
+    "bench: padded samples predict from their padding": (
+        "bench/steps.py", "starts = [n * longest for n in range(len(samples))]", "starts = [n * longest + 1 for n in range(len(samples))]",
+    ),
     "bench: packed samples see each other": (
         "bench/steps.py", "ends = (offsets, offsets,", "ends = (offsets[[0, -1]], offsets[[0, -1]],",
     ),

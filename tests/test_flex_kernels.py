@@ -7,10 +7,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+@pytest.mark.skipif(
+    torch.version.cuda is None or importlib.util.find_spec("triton") is None,
+    reason="expected a build of torch for CUDA, with triton (pip install torch); a GPU is not needed",
+)
 def test_generated_kernels_compute_what_dense_attention_does():
     """In a process of its own, since triton is told that it interprets before it is imported."""
     script = Path(__file__).with_name("interpreting.py")
