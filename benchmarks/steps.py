@@ -46,6 +46,9 @@ CONFIGS = {
 
 DENSE = {"one pass, dense", "one pass, interleaved, create_block_mask", "N samples, packed, dense mask"}
 
+MOST = 2**13
+"""Tokens up to which ways that compute S x S are run: a bit more than the largest conversations above."""
+
 
 def model(
     name: str, device: torch.device, loss: str = "model", checkpointing: bool | None = None
@@ -101,14 +104,16 @@ def ways_of(case: Case, names: list[str], backends: list[str], notes: list[str])
     if "loop" in names:
         found.insert(min(1, len(found)), a_loop(case))
     n_row, n_samples = case.row["until"].shape[1], sum(layout.sample_tokens for layout in case.layouts)
+    each = 12 + 4 * case.root.config.num_hidden_layers  # to make a mask, and what every layer keeps of it
     kept = []
     for way in found:
         n = n_samples if way.name.startswith("N samples") else n_row
-        # Scores, weights and their gradients, of all heads; a mask and what it is made from
-        each = 12 if "create_block" in way.name else 12 + 16 * case.root.config.num_attention_heads
         need = each * n**2 if way.name in DENSE else 0
         if need > 0.7 * available_bytes(case.device):
             notes.append(f"{way.name}: does not fit: {each} x {n:,}^2 bytes = {need / 2**30:,.0f} GiB")
+        elif way.name in DENSE and n > MOST:
+            times = n**2 / amount(case.layouts).pairs
+            notes.append(f"{way.name}: not run: {n:,}^2 pairs are {times:.0f} times those of one pass")
         else:
             kept.append(way)
     return kept

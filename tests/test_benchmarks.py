@@ -123,6 +123,28 @@ def test_steps(tmp_path):
     assert (tmp_path / "steps.svg").exists()
 
 
+def test_what_computes_all_pairs_is_left_out_with_its_arithmetic_where_that_is_much(monkeypatch):
+    steps, shared = module("steps"), module("shared")
+    made, _ = steps.model("tiny", CPU)
+    case = ways.Case(made, [shared.conversation([(6, 9, 4)] * 3, 97)])
+    names = ["one-by-one", "packed-dense", "one-pass"]
+    notes: list[str] = []
+    monkeypatch.setattr(steps, "MOST", 80)
+    assert [way.name for way in steps.ways_of(case, names, ["dense"], notes)] == ["N samples, one by one"]
+    pairs = sum(range(1, 40)) + sum(sum(range(start + 1, start + 14)) for start in (6, 16))
+    assert notes[0] == (
+        f"N samples, packed, dense mask: not run: 87^2 pairs are {87**2 / pairs:.0f} times those of one pass"
+    )
+    monkeypatch.setattr(steps, "MOST", 2**20)
+    monkeypatch.setattr(steps, "available_bytes", lambda device: 20 * 100**2)
+    notes.clear()
+    assert len(steps.ways_of(case, names, ["dense"], notes)) == 1
+    assert notes == [
+        "N samples, packed, dense mask: does not fit: 20 x 87^2 bytes = 0 GiB",
+        "one pass, dense: does not fit: 20 x 128^2 bytes = 0 GiB",
+    ]
+
+
 def test_a_way_that_should_be_exact_and_is_not_ends_the_run(tmp_path, monkeypatch):
     right = ways.padded
     monkeypatch.setitem(ways.WAYS, "padded", lambda case: dataclasses.replace(ways.leaking(case), exact=True))
