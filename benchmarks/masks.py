@@ -33,8 +33,8 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 import flexreason as fr
+from flexreason.bench.batches import in_paper_order
 from flexreason.bench.measure import interleaved, peak
-from flexreason.bench.steps import in_paper_order
 from flexreason.memory import available_bytes
 from flexreason.proof.testing import relative_l2
 from shared import SHAPES, Run, conversation, in_tokens, logarithmic, pairs_of, paths, shape

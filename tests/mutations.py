@@ -163,13 +163,13 @@ MUTATIONS = {  # name: (file, what stands there, what to write instead)
         "bench/steps.py", "source[layout.target_source == response[0] - 1] = context[-1]", "pass",
     ),
     "bench: padded samples predict from their padding": (
-        "bench/steps.py", "starts = [n * longest for n in range(len(samples))]", "starts = [n * longest + 1 for n in range(len(samples))]",
+        "bench/batches.py", "starts = [n * longest for n in range(len(samples))]", "starts = [n * longest + 1 for n in range(len(samples))]",
     ),
     "bench: packed samples see each other": (
-        "bench/steps.py", "ends = (offsets, offsets,", "ends = (offsets[[0, -1]], offsets[[0, -1]],",
+        "bench/batches.py", "ends = (offsets, offsets,", "ends = (offsets[[0, -1]], offsets[[0, -1]],",
     ),
     "bench: the last token of a sample predicts": (
-        "bench/steps.py", "torch.arange(end - 1 - len(sample.target_ids), end - 1)", "torch.arange(end - len(sample.target_ids), end)",
+        "bench/batches.py", "torch.arange(end - 1 - len(sample.target_ids), end - 1)", "torch.arange(end - len(sample.target_ids), end)",
     ),
     "flash: kernels are believed": (
         "attention/flash.py", "if not (a - b).norm() <= CLOSE * b.norm():", "if False:",

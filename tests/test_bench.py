@@ -10,7 +10,7 @@ import torch
 
 import flexreason as fr
 from flexreason import cli
-from flexreason.bench import command, measure, steps
+from flexreason.bench import batches, command, measure, steps
 from flexreason.bench.measure import ratio
 from flexreason.proof.testing import relative_l2
 from models import TINY, tiny
@@ -292,7 +292,7 @@ def test_the_papers_order_is_the_same_tree(turns):
     """Segment by segment, written out here; and its rule sees what the tree sees."""
     layouts = case_of(tiny("Qwen3"), [turns, CONVERSATIONS[0]]).layouts
     row = fr.collate(layouts)
-    moved = steps.in_paper_order(row)
+    moved = batches.in_paper_order(row)
     at = [(0, i, k) for i, turn in enumerate(turns) for k in kinds(turn, i == len(turns) - 1)]
     at += [(1, i, k) for i, turn in enumerate(CONVERSATIONS[0]) for k in kinds(CONVERSATIONS[0][i], i == 2)]
     found = list(zip(*(moved[name][0].tolist() for name in ("document", "turn", "role")), strict=True))
@@ -348,10 +348,10 @@ def test_packed_samples_are_the_samples(family, config, length, monkeypatch):
     monkeypatch.setattr(steps, "unfit_to_pack", lambda root: "")
     case = case_of(tiny(family, **config), [[(6, 9, 4)] * 3])
     expected_loss, expected = gradients_of(case, steps.one_by_one(case))
-    packs = steps.pack(case.samples, length, torch.device("cpu"))
+    packs = batches.pack(case.samples, length, torch.device("cpu"))
     assert len(packs) == {1: 3, 60: 2, 1000: 1}[length]
-    batches = [replace(one, attention=steps.side_by_side(one)) for one in packs]
-    for way in (steps.plain(case, "packed", batches), steps.packed(case)):
+    some = [replace(one, attention=batches.side_by_side(one)) for one in packs]
+    for way in (steps.plain(case, "packed", some), steps.packed(case)):
         loss, found = gradients_of(case, way)
         assert loss == pytest.approx(expected_loss, rel=1e-5)
         assert relative_l2(found, expected) < 1e-5
@@ -360,7 +360,7 @@ def test_packed_samples_are_the_samples(family, config, length, monkeypatch):
 
 def test_packing_is_refused_by_name_where_there_are_no_kernels(monkeypatch):
     case = case_of(tiny("Qwen3"))
-    assert steps.unfit_to_pack(case.root) == "flash attention of variable lengths is for GPUs"
+    assert batches.unfit_to_pack(case.root) == "flash attention of variable lengths is for GPUs"
     with pytest.raises(steps.UnfitError, match="is for GPUs"):
         steps.packed(case)
     monkeypatch.setattr(steps, "unfit_to_pack", lambda root: "")

@@ -1,32 +1,40 @@
 """The ways to train on the N samples of conversations: a step each, on the same model, samples and targets.
 
 Exact ways: the samples one by one; padded, in micro-batches; packed side by side; and one pass over the tree under each
-backend, or in the paper's order under lists that `create_block_mask` makes. For comparison, two that compute something
-else: one plain pass over everything, whose reasoning leaks into later turns, and the tree with shifted labels, where
-the first token of a response is predicted from the last token of its context copy.
+backend, or in the paper's order under lists that `create_block_mask` makes. For comparison, what computes something
+else: one plain pass over everything, whose reasoning leaks into later turns; the tree with shifted labels, where the
+first token of a response is predicted from the last token of its context copy; and a plain row of as many tokens.
 
 In every way logits are made for target rows alone, and the loss is the mean over all targets. What a way makes anew
 for every batch of data (masks, lists) is made in its step.
 
-Shapes: B sequences of L tokens, T targets.
+Shapes: L tokens, T targets.
 """
 
-import inspect
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import create_block_mask
-from transformers import AttentionInterface, PreTrainedModel
+from transformers import PreTrainedModel
 
 from flexreason.attention import flex
 from flexreason.attention.registry import find_decoder
 from flexreason.attention.tree_row import choose_backend
+from flexreason.bench.batches import (
+    Attend,
+    Batch,
+    attending,
+    in_paper_order,
+    length_of,
+    pack,
+    padded_batch,
+    side_by_side,
+    unfit_to_pack,
+)
 from flexreason.head import Head, weighted_nll
 from flexreason.layout import Layout, unmerge
 from flexreason.mask import mask_mod
@@ -35,23 +43,9 @@ from flexreason.proof.conditions import suspended
 from flexreason.row import collate
 from flexreason.sample import Role, Sample
 
-Attend = Callable[..., Tensor]
-"""Attention of queries [1, H, L, D] over keys and values [1, G, L, D], with the keywords of a layer: [1, L, H, D]."""
-
 
 class UnfitError(ValueError):
     """A way that cannot be gone here, and why."""
-
-
-@dataclass(frozen=True, eq=False)
-class Batch:
-    """Sequences as an unpatched model takes them, and where their targets are."""
-
-    ids: Tensor  # [B, L]
-    sources: Tensor  # [T], places in the B x L tokens
-    labels: Tensor  # [T]
-    positions: Tensor | None = None  # [B, L], where they are not 0, 1, 2, ...
-    attention: Callable[[], Attend] | None = None  # made anew for every forward; the model's own if there is none
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,7 +92,7 @@ class Case:
 
 def one_by_one(case: Case) -> Way:
     """Every sample by itself."""
-    return plain(case, "N samples, one by one", [_padded([sample], case.device) for sample in case.samples])
+    return plain(case, "N samples, one by one", [padded_batch([sample], case.device) for sample in case.samples])
 
 
 def padded(case: Case) -> Way:
@@ -108,11 +102,11 @@ def padded(case: Case) -> Way:
     """
     groups: list[list[Sample]] = []
     most = case.row["until"].shape[1]
-    for sample in sorted(case.samples, key=_length, reverse=True):
-        if not groups or (len(groups[-1]) + 1) * _length(groups[-1][0]) > most:
+    for sample in sorted(case.samples, key=length_of, reverse=True):
+        if not groups or (len(groups[-1]) + 1) * length_of(groups[-1][0]) > most:
             groups.append([])
         groups[-1].append(sample)
-    return plain(case, "N samples, padded", [_padded(group, case.device) for group in groups])
+    return plain(case, "N samples, padded", [padded_batch(group, case.device) for group in groups])
 
 
 def packed(case: Case) -> Way:
@@ -126,94 +120,6 @@ def packed(case: Case) -> Way:
 def packed_dense(case: Case) -> Way:
     """All samples in one sequence, under the mask that transformers makes for packing: of all tokens by all tokens."""
     return plain(case, "N samples, packed, dense mask", pack(case.samples, 2**62, case.device))
-
-
-def pack(samples: Sequence[Sample], length: int, device: torch.device) -> list[Batch]:
-    """Samples in as few packs of a length as they fill in turn; one that is longer has a pack of its own."""
-    packs: list[list[Sample]] = [[]]
-    free = length
-    for sample in samples:
-        if _length(sample) > free and packs[-1]:
-            packs.append([])
-            free = length
-        packs[-1].append(sample)
-        free -= _length(sample)
-    return [_side_by_side(some, device) for some in packs]
-
-
-def _length(sample: Sample) -> int:
-    return len(sample.prompt_ids) + len(sample.target_ids)
-
-
-def _padded(samples: Sequence[Sample], device: torch.device) -> Batch:
-    longest = max(map(_length, samples))
-    ids = torch.zeros(len(samples), longest, dtype=torch.long)
-    for n, sample in enumerate(samples):
-        ids[n, : _length(sample)] = torch.tensor([*sample.prompt_ids, *sample.target_ids])
-    starts = [n * longest for n in range(len(samples))]
-    return Batch(ids.to(device), _sources(samples, starts).to(device), _labels(samples).to(device))
-
-
-def _side_by_side(samples: Sequence[Sample], device: torch.device) -> Batch:
-    ids = [token for sample in samples for token in (*sample.prompt_ids, *sample.target_ids)]
-    positions = torch.cat([torch.arange(_length(sample)) for sample in samples])
-    starts = [0, *accumulate(map(_length, samples))][:-1]
-    places = _sources(samples, starts).to(device), _labels(samples).to(device)
-    return Batch(torch.tensor([ids], device=device), *places, positions[None].to(device))
-
-
-def _sources(samples: Sequence[Sample], starts: Sequence[int]) -> Tensor:
-    """The token before a target predicts it."""
-    ends = [start + _length(sample) for start, sample in zip(starts, samples, strict=True)]
-    ranges = [
-        torch.arange(end - 1 - len(sample.target_ids), end - 1) for end, sample in zip(ends, samples, strict=True)
-    ]
-    return torch.cat(ranges)
-
-
-def _labels(samples: Sequence[Sample]) -> Tensor:
-    return torch.tensor([token for sample in samples for token in sample.target_ids])
-
-
-def unfit_to_pack(root: PreTrainedModel) -> str:
-    """Why the samples are not packed here, or nothing."""
-    if root.device.type != "cuda":
-        return "flash attention of variable lengths is for GPUs"
-    if root.dtype not in (torch.bfloat16, torch.float16):
-        return f"flash attention has no {str(root.dtype).removeprefix('torch.')}"
-    return ""
-
-
-def side_by_side(one: Batch) -> Callable[[], Attend]:
-    """Attention within each sequence of a pack, backward included."""
-    from torch.nn.attention.varlen import varlen_attn
-
-    assert one.positions is not None
-    starts = (one.positions[0] == 0).nonzero().squeeze(1)
-    offsets = torch.cat([starts, starts.new_tensor([one.positions.shape[1]])]).to(torch.int32)
-    longest = int(offsets.diff().max())
-    # Until torch 2.12 groups of heads are taken as they come; since then they are announced.
-    more: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
-
-    def attend(
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        scaling: float | None = None,
-        sliding_window: int | None = None,
-        softcap: float | None = None,
-        s_aux: Tensor | None = None,
-        **kwargs: Any,
-    ) -> Tensor:
-        if softcap is not None or s_aux is not None:
-            raise NotImplementedError("flash attention of variable lengths has no softcap and no sinks")
-        q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
-        within = (-1 if sliding_window is None else sliding_window - 1, 0)
-        ends = (offsets, offsets, longest, longest)
-        out: Any = varlen_attn(q, k, v, *ends, scale=scaling, window_size=within, **more)
-        return out[None]
-
-    return lambda: attend
 
 
 # ---- one pass
@@ -252,24 +158,6 @@ def interleaved(case: Case) -> Way:
         row["input_ids"], row["target_source"][0, real], row["labels"][0, real], row["position_ids"], attention
     )
     return plain(case, "one pass, interleaved, create_block_mask", [batch], trains=trains)
-
-
-def in_paper_order(row: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A row of `lay_out_turns` layouts, permuted: document by document, turn by turn, h t r_in r_out.
-
-    `until` means nothing in this order, and is left out of use: the rule is that of turns and roles.
-    """
-    kind = torch.zeros_like(row["role"][0])
-    for number, role in enumerate((Role.PROMPT, Role.REASONING, Role.CONTEXT, Role.RESPONSE)):
-        kind[row["role"][0] == int(role)] = number
-    kind[row["role"][0] == int(Role.CONTEXT | Role.RESPONSE)] = 3
-    document = row["document"][0].long()
-    document = torch.where(document < 0, document.max() + 1, document)  # padding stays behind all documents
-    by = (document * (int(row["turn"].max()) + 2) + row["turn"][0] + 1) * 4 + kind
-    order = torch.argsort(by, stable=True)
-    new_place = torch.argsort(order)
-    moved = {name: x[:, order] for name, x in row.items() if x.dim() == 2 and x.shape[1] == len(order)}
-    return {**row, **moved, "target_source": new_place[row["target_source"]]}
 
 
 # ---- what is not the samples
@@ -336,7 +224,7 @@ def plain(case: Case, name: str, batches: Sequence[Batch], trains: bool = True, 
         root, total = case.root, torch.zeros((), device=case.device)
         with suspended(root), torch.set_grad_enabled(trains):
             for one in batches:
-                with _attending(root, one.attention):
+                with attending(root, one.attention):
                     output = find_decoder(root)(input_ids=one.ids, position_ids=one.positions, use_cache=False)
                     states = output[0].flatten(0, 1)[one.sources]
                     share = _share(Head(root, output), states, one.labels, case)
@@ -368,39 +256,6 @@ def _share(head: Head, states: Tensor, labels: Tensor, case: Case) -> Tensor:
         weight = torch.full((len(labels),), 1 / case.n_targets, device=states.device)
         return weighted_nll(head, states, labels, weight)[0]
     return nn.functional.cross_entropy(head(states).float(), labels, reduction="sum") / case.n_targets
-
-
-ATTENTION = "flexreason_bench"
-"""The name under which a batch's own attention is found by layers."""
-
-
-class _Attention:
-    """Attention of the batch that is being computed, backward included."""
-
-    current: Attend
-
-    def __call__(
-        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
-    ) -> tuple[Tensor, None]:
-        return self.current(query, key, value, **kwargs), None
-
-
-_attention = _Attention()
-AttentionInterface.register(ATTENTION, _attention)
-
-
-@contextmanager
-def _attending(root: PreTrainedModel, attention: Callable[[], Attend] | None) -> Iterator[None]:
-    if attention is None:
-        yield
-        return
-    before = root.config._attn_implementation
-    _attention.current = attention()
-    root.set_attn_implementation(ATTENTION)
-    try:
-        yield
-    finally:
-        root.set_attn_implementation(before)
 
 
 # ---- all of them
