@@ -1,11 +1,13 @@
-"""What one pass costs on your machine, with your model and data, against the N samples: one by one, and on a GPU packed
-side by side through flash attention, which is what one pass has to beat.
+"""What one pass costs on your machine, with your model and data, against the N samples: one by one, padded in
+micro-batches, and on a GPU packed side by side through flash attention, which is what one pass has to beat.
 
     flexreason bench Qwen/Qwen3-0.6B --data chats.jsonl --checkpointing
     flexreason bench ./config.json --turns 16 --lengths 64/256/64
 
 A step is forward and backward, without an optimizer. Every way has the same targets, makes logits for these alone, and
-must give the same loss before it is timed. Without data, conversations of random tokens are taken.
+must give the same loss and gradients. Without data, conversations of random tokens are taken. --ways names others:
+packed under a mask of all tokens by all (packed-dense), the paper's order under create_block_mask (interleaved), and
+for comparison what is not the samples (leaking, shifted-labels, plain-row).
 """
 
 import argparse
@@ -20,10 +22,12 @@ import torch
 
 from flexreason.bench.measure import measure
 from flexreason.bench.report import Report, amount
+from flexreason.bench.steps import HONEST, WAYS, Case, chosen
 from flexreason.data import excerpt
 from flexreason.data.work import Shape, shape_of
 from flexreason.load import load_model
 from flexreason.model.hooks import find_root
+from flexreason.patching import patch
 from flexreason.proof.conditions import without_dropout
 from flexreason.tree.layout import Layout, unmerge
 from flexreason.tree.merge import lay_out
@@ -37,6 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("model", help="a name, a folder, or a config.json (random weights)")
     parser.add_argument("--backend", nargs="+", default=["auto"], help="one or several of auto, segments, flex, dense")
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(HONEST), help="%(default)s if not given")
     parser.add_argument("--loss", choices=["model", "chunked"], default="model", help="in all ways; model if not given")
     parser.add_argument("--checkpointing", action="store_true", help="gradient checkpointing, in all ways")
     parser.add_argument("--dtype", default="auto", help="auto (the checkpoint's), float32, bfloat16, float16, float64")
@@ -74,8 +79,11 @@ def run(options: argparse.Namespace) -> int:
     if options.checkpointing:
         enable: Any = getattr(root, "activation_checkpointing_enable", None) or root.gradient_checkpointing_enable
         enable({"use_reentrant": False})
+    for backend in options.backend:
+        model = patch(model, backend, loss=options.loss)
     with without_dropout(model.train(), notes):
-        found = measure(model, layouts, options.backend, options.loss, options.repeats, notes)
+        case = Case(model, layouts, options.loss)
+        found = measure(case, chosen(case, options.ways, options.backend, notes), options.repeats)
     report = Report(
         model=options.model,
         device=_name(root.device),
