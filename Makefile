@@ -2,9 +2,10 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+OUT ?= benchmarks/results/here
 READY := $(VENV)/ready
 
-.PHONY: demo test test-all rehearse least mutations lint bench lock clean
+.PHONY: demo test test-all rehearse least mutations lint bench bench-all lock clean
 
 demo: $(READY)  ## see what it does
 	$(BIN)/flexreason demo
@@ -17,8 +18,9 @@ test-all: $(READY)  ## also the slow, exhaustive tests, and many more random exa
 	$(BIN)/pytest -q -n 2 -m gpu --rehearse
 	$(BIN)/python tests/mutations.py
 
-rehearse: $(READY)  ## the tests for GPUs, on the CPU at small sizes: that they run, nothing about a GPU
+rehearse: $(READY)  ## what is for GPUs, on the CPU at small sizes: that it runs, nothing about a GPU
 	$(BIN)/pytest -q -n 2 -m gpu --rehearse
+	$(BIN)/pytest -q tests/test_benchmarks.py -m slow
 
 least:  ## the tests under the least versions declared, in an environment of its own: torch 2.11 brings CUDA, gigabytes
 	$(PYTHON) -m venv .venv-least
@@ -33,9 +35,16 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(READY)  ## tables on this machine; about ten minutes
-	$(BIN)/python benchmarks/layout.py
-	$(BIN)/python benchmarks/step.py --repeats 3 --shapes 8 16
+bench: $(READY)  ## tables and plots of this machine, in OUT; under ten minutes on two cores
+	$(BIN)/python benchmarks/steps.py --out $(OUT) --repeats 3 --shapes "8 x 64/256/64"
+	$(BIN)/python benchmarks/masks.py --out $(OUT) --repeats 3 --shapes chat agent --lengths 1024 4096 16384 --lists
+	$(BIN)/python benchmarks/growth.py --out $(OUT) --repeats 3 --turns 1 2 4 8 16 32 --steps-to 16
+	$(BIN)/python benchmarks/where.py --out $(OUT) --repeats 3 --shapes "8 x 64/256/64"
+	$(BIN)/python benchmarks/long.py --out $(OUT) --lengths 8192
+	$(BIN)/python benchmarks/data.py --out $(OUT) --repeats 3 --steps 75 --tokens 50000 250000
+
+bench-all: $(READY)  ## all of them: hours. Stopped, it goes on where it was; what is done is kept in OUT
+	for name in steps masks growth where long data; do $(BIN)/python benchmarks/$$name.py --out $(OUT) || exit 1; done
 
 lock: $(READY)  ## write down what is installed now
 	$(BIN)/pip freeze --all --exclude-editable | grep -v '^pip==' | sed 's/+cpu//' > requirements-dev.txt

@@ -3,26 +3,26 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from flexreason.blocks import block_mask
 from flexreason.data.collator import Collator
 from flexreason.data.pack import Packer
 from flexreason.data.rows import Rows
 from flexreason.data.splitting import Split, split
 from flexreason.data.stream import RowStream
-from flexreason.draw import draw_layout, draw_mask
-from flexreason.layout import Layout, lay_out_turns, unmerge
-from flexreason.mask import dense_mask, mask_mod
-from flexreason.row import collate
-from flexreason.sample import Role, Sample
-from flexreason.tree import lay_out
+from flexreason.tree.blocks import block_mask
+from flexreason.tree.draw import draw_layout, draw_mask
+from flexreason.tree.layout import Layout, lay_out_turns, unmerge
+from flexreason.tree.mask import dense_mask, mask_mod
+from flexreason.tree.merge import lay_out
+from flexreason.tree.row import collate
+from flexreason.tree.sample import Role, Sample
 
 if TYPE_CHECKING:
-    from flexreason.chat.encoding import encode
+    from flexreason.chat.encode import encode
     from flexreason.data.intake import EntryEncoder
-    from flexreason.logprobs import token_logprobs
-    from flexreason.patching import unpatch
-    from flexreason.proof.comparison import verify
-    from flexreason.proof.gate import patch
+    from flexreason.model.hooks import unpatch
+    from flexreason.model.logprobs import token_logprobs
+    from flexreason.patching import patch
+    from flexreason.proof.verify import verify
     from flexreason.train.sums import total_weight
     from flexreason.train.trainer import RowTrainer
 
@@ -60,12 +60,12 @@ __all__ = [
 NEEDS_TRANSFORMERS = {
     "EntryEncoder": "flexreason.data.intake",
     "RowTrainer": "flexreason.train.trainer",
-    "encode": "flexreason.chat.encoding",
-    "patch": "flexreason.proof.gate",
-    "token_logprobs": "flexreason.logprobs",
+    "encode": "flexreason.chat.encode",
+    "patch": "flexreason.patching",
+    "token_logprobs": "flexreason.model.logprobs",
     "total_weight": "flexreason.train.sums",
-    "unpatch": "flexreason.patching",
-    "verify": "flexreason.proof.comparison",
+    "unpatch": "flexreason.model.hooks",
+    "verify": "flexreason.proof.verify",
 }
 """Imported when first asked for, since transformers takes seconds to import."""
 

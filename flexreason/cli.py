@@ -8,15 +8,15 @@ from collections.abc import Sequence
 
 import flexreason
 
-COMMANDS = {  # module, what it is for
-    "bench": ("flexreason.bench.command", "time one pass against the N samples on your own machine, model and data"),
-    "demo": ("flexreason.demo.command", "train a small model from scratch in single passes, and let it answer"),
-    "models": ("flexreason.proof.models", "tell which models take rows exactly, or one model by name, path or class"),
-    "report": ("flexreason.data.report", "say what is in your data, what one pass saves on it, and what is refused"),
-    "show": ("flexreason.show", "lay out one conversation, a small one or yours, and draw its mask"),
-    "template": ("flexreason.chat.template", "say what a chat template does with reasoning, and show samples"),
-    "train": ("flexreason.train.command", "train a model on every turn of your conversations"),
-    "verify": ("flexreason.proof.verification", "hold one pass against the N samples on your own model and data"),
+COMMANDS = {  # a module of flexreason.commands, and what it is for
+    "bench": "time one pass against the N samples on your own machine, model and data",
+    "demo": "train a small model from scratch in single passes, and let it answer",
+    "models": "tell which models take rows exactly, or one model by name, path or class",
+    "report": "say what is in your data, what one pass saves on it, and what is refused",
+    "show": "lay out one conversation, a small one or yours, and draw its mask",
+    "template": "say what a chat template does with reasoning, and show samples",
+    "train": "train a model on every turn of your conversations",
+    "verify": "hold one pass against the N samples on your own model and data",
 }
 
 
@@ -29,15 +29,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     given = list(sys.argv[1:] if arguments is None else arguments)
     chosen = next((word for word in given if word in COMMANDS), None)
-    for name, (module, help_text) in COMMANDS.items():
+    for name, help_text in COMMANDS.items():
         if name == chosen:  # the others are not even imported: transformers takes seconds
-            made = importlib.import_module(module)
+            made = importlib.import_module(f"flexreason.commands.{name}")
             made.add_arguments(commands.add_parser(name, help=help_text, description=made.__doc__))
         else:
             commands.add_parser(name, help=help_text)
     options = parser.parse_args(given)
     try:
-        return importlib.import_module(COMMANDS[options.command][0]).run(options)
+        return importlib.import_module(f"flexreason.commands.{options.command}").run(options)
     except BrokenPipeError:  # whoever read the output, such as head, has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1

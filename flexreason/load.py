@@ -1,5 +1,7 @@
-"""Models by name, folder or bare config: what commands start from."""
+"""Models and tokenizers by name, folder, file or bare config: what commands start from."""
 
+import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -42,3 +44,58 @@ def load_model(name: str, dtype: str, device: str, seed: int, trust_remote_code:
     except Exception as error:  # whatever a config, a checkpoint or code that comes with it may raise
         raise ValueError(f"{name} cannot be loaded as a causal language model: {error}") from error
     return model.to(where).eval(), notes
+
+
+def option_of(text: str) -> tuple[str, Any]:
+    name, given, value = text.partition("=")
+    if not given or not name.isidentifier():
+        raise ValueError(f"--option: expected NAME=VALUE, found {text!r}")
+    try:
+        return name, json.loads(value)
+    except json.JSONDecodeError:
+        return name, value
+
+
+def is_bare(source: str) -> bool:
+    """Whether the source is a template that comes without a tokenizer."""
+    return Path(source).suffix in (".jinja", ".jinja2", ".j2")
+
+
+def load_tokenizer(source: str) -> tuple[Any, list[str]]:
+    """A tokenizer, and what should be known of how it came about."""
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    path = Path(source)
+    try:
+        if is_bare(source):
+            return stand_in(path.read_text()), [
+                "a bare template: rendered with a stand-in tokenizer, whose special tokens are the tags in the template"
+            ]
+        if path.is_file():
+            if (path.parent / "tokenizer_config.json").exists():
+                return AutoTokenizer.from_pretrained(str(path.parent)), []
+            return PreTrainedTokenizerFast(tokenizer_file=str(path)), ["no tokenizer_config.json beside it"]
+        return AutoTokenizer.from_pretrained(source), []
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise ValueError(f"{source}: cannot be loaded as a tokenizer or a template: {error}") from error
+
+
+TAG = re.compile(r"<[|\uff5c]?/?[\w▁.:-]+[|\uff5c]?>|\[/?[A-Z_]{3,}\]")
+
+
+def stand_in(template: str) -> Any:
+    """A byte-level tokenizer for a template that comes alone: its tags are tokens, those of turns special."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = Tokenizer(models.BPE(vocab={letter: n for n, letter in enumerate(alphabet)}, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>", bos_token="<bos>")
+    inner = re.compile(r"think|tool|function|param|arg|name|reason", re.IGNORECASE)
+    for tag in sorted(set(TAG.findall(template))):
+        special = not inner.search(tag)
+        tokenizer.add_tokens([AddedToken(tag, special=special, normalized=False)], special_tokens=special)
+    tokenizer.chat_template = template
+    return tokenizer

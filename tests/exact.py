@@ -4,7 +4,7 @@ import torch
 
 import flexreason as fr
 from flexreason.proof import oracle
-from flexreason.proof.testing import relative_l2, true_float64
+from flexreason.proof.float64 import relative_l2, true_float64
 
 EXACT = 1e-9
 

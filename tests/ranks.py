@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 
 import flexreason as fr
 from flexreason.data.documents import weighted
-from flexreason.proof.testing import true_float64
+from flexreason.proof.float64 import true_float64
 from models import tiny
 from training import LENGTH, some_layouts, trainer_arguments
 

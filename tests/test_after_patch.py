@@ -18,10 +18,10 @@ from trl import SFTConfig, SFTTrainer
 
 import flexreason as fr
 from exact import EXACT, samples_of, single_pass
-from flexreason import patching
+from flexreason.model import hooks as patching
 from flexreason.proof import oracle
-from flexreason.proof.shrink import build, shrink
-from flexreason.proof.testing import relative_l2, true_float64
+from flexreason.proof.float64 import relative_l2, true_float64
+from flexreason.proof.tiny import build, shrink
 from models import TINY, checkpoint, tiny
 from strategies import random_turns
 from training import trainer_arguments

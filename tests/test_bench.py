@@ -1,13 +1,19 @@
 """`flexreason bench`: ways that compute the same, timed side by side; the packed one's kernel as torch documents it."""
 
 import json
+import time
+from dataclasses import replace
+from itertools import groupby
 
 import pytest
 import torch
 
+import flexreason as fr
 from flexreason import cli
-from flexreason.bench import command, ways
-from flexreason.proof.testing import relative_l2
+from flexreason.bench import batches, measure, steps
+from flexreason.bench.measure import ratio
+from flexreason.commands import bench as command
+from flexreason.proof.float64 import relative_l2
 from models import TINY, tiny
 
 CONFIG = {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], **TINY}
@@ -30,12 +36,13 @@ def figures(capsys, *arguments):
 def test_ways_have_one_loss_and_their_times(config, capsys, loss):
     found = figures(capsys, config, *SMALL, "--loss", loss, "--backend", "segments", "dense", "--checkpointing")
     ways = {one["name"]: one for one in found["ways"]}
-    assert list(ways) == ["N samples, one by one", "one pass, segments", "one pass, dense"]
-    for one in ways.values():
+    assert list(ways) == ["N samples, one by one", "N samples, padded", "one pass, segments", "one pass, dense"]
+    for name, one in ways.items():
+        assert name == "N samples, one by one" or one["gradient_error"] < 1e-4
         assert one["loss"] == pytest.approx(found["ways"][0]["loss"], rel=1e-5)
         assert len(one["ms"]) == 2
         assert one["peak"] > 0
-    assert ways["N samples, one by one"]["speed_up"] == 1
+    assert 1 in {ways["N samples, one by one"]["speed_up"], ways["N samples, padded"]["speed_up"]}
     assert any(
         "packed: left out, since flash attention of variable lengths is for GPUs" in note for note in found["notes"]
     )
@@ -63,12 +70,25 @@ def pairs_of_tree():
 def test_one_pass_that_differs_or_does_not_run_is_no_success(config, capsys, monkeypatch):
     assert cli.main(["bench", str(config), *SMALL, "--backend", "flex"]) == 1  # it has no backward on CPU
     out = capsys.readouterr().out
-    assert 'backend "flex" has no backward on CPU' in out
+    assert "forward alone" in out
     assert "One pass did not run" in out
-    right = ways.one_pass
-    monkeypatch.setattr(ways, "one_pass", lambda *args: 1.01 * right(*args))
-    assert cli.main(["bench", str(config), *SMALL]) == 1
-    assert "which is another" in capsys.readouterr().out
+    right = steps.one_pass
+    for off in (1.01, 1.0):
+        monkeypatch.setitem(steps.WAYS, "one-pass", lambda case, off=off, **more: worse(right(case, **more), case, off))
+        assert cli.main(["bench", str(config), *SMALL]) == 1
+        assert "which is another" in capsys.readouterr().out
+
+
+def worse(way, case, off):
+    """A step whose loss is off by a factor, and whose gradients are halved."""
+
+    def step():
+        loss = way.step()
+        for parameter in case.root.parameters():
+            parameter.grad /= 2
+        return off * loss
+
+    return replace(way, step=step)
 
 
 def raises(error):
@@ -82,26 +102,44 @@ def raises(error):
     "error", [torch.OutOfMemoryError("full"), RuntimeError("no such kernel"), ValueError("row: no")]
 )
 def test_samples_that_do_not_run_cost_no_more_than_the_comparison(config, capsys, monkeypatch, error):
-    monkeypatch.setattr(ways, "one_by_one", raises(error))
-    found = figures(capsys, config, *SMALL)
+    fails = steps.Way("N samples, one by one", raises(error))
+    monkeypatch.setitem(steps.WAYS, "one-by-one", lambda case: fails)
+    few = ["--ways", "one-by-one", "one-pass"]
+    found = figures(capsys, config, *SMALL, *few)
     samples, one_pass = found["ways"]
     assert samples["failed"] == f"{type(error).__name__}: {error}"
     assert one_pass["median_ms"] > 0
     assert one_pass["speed_up"] is None
-    assert cli.main(["bench", str(config), *SMALL]) == 0
+    assert cli.main(["bench", str(config), *SMALL, *few]) == 0
     assert str(error) in capsys.readouterr().out
-    monkeypatch.setattr(ways, "one_pass", raises(error))
-    assert cli.main(["bench", str(config), *SMALL]) == 1
+    monkeypatch.setitem(steps.WAYS, "one-pass", lambda case, backend: replace(fails, name="one pass"))
+    assert cli.main(["bench", str(config), *SMALL, *few]) == 1
     assert "One pass did not run" in capsys.readouterr().out
 
 
 def test_a_way_of_the_samples_that_differs_is_no_reference(config, capsys, monkeypatch):
-    monkeypatch.setattr(ways, "unfit_to_pack", lambda root: "")
-    monkeypatch.setattr(ways, "packed", lambda root, packs, loss: 1.01)  # at once, and wrong
-    one_by_one, packed, _ = figures(capsys, config, *SMALL)["ways"]
-    assert (one_by_one["speed_up"], packed["name"]) == (1, "N samples, packed")
-    monkeypatch.setattr(ways, "packed", lambda root, packs, loss: one_by_one["loss"])  # at once, and right
-    assert [one["speed_up"] == 1 for one in figures(capsys, config, *SMALL)["ways"]] == [False, True, False]
+    right = steps.one_by_one
+
+    def at_once(loss):  # whose gradients are those of the way before it, or none
+        return lambda case: steps.Way("N samples, padded", lambda: loss, trains=False)
+
+    monkeypatch.setitem(steps.WAYS, "padded", at_once(1.01))
+    one_by_one, padded, _ = figures(capsys, config, *SMALL)["ways"]
+    assert (one_by_one["speed_up"], padded["differs"]) == (1, True)
+    monkeypatch.setitem(
+        steps.WAYS, "padded", lambda case: replace(worse(right(case), case, 1.0), name="N samples, padded")
+    )
+    one_by_one, padded, _ = figures(capsys, config, *SMALL)["ways"]
+    assert (one_by_one["speed_up"], padded["differs"]) == (1, True)
+    monkeypatch.setitem(steps.WAYS, "one-by-one", lambda case: slower(right(case)))
+    monkeypatch.setitem(steps.WAYS, "padded", lambda case: replace(right(case), name="N samples, padded"))
+    one_by_one, padded, _ = figures(capsys, config, *SMALL)["ways"]
+    assert one_by_one["speed_up"] < 1
+    assert padded["speed_up"] == 1
+
+
+def slower(way):
+    return replace(way, step=lambda: (time.sleep(0.3), way.step())[1])
 
 
 def test_work_that_cannot_be_counted_or_not_in_full_is_said(tmp_path, config, capsys, monkeypatch):
@@ -159,35 +197,174 @@ def within(query, key, value, offsets, offsets_k, longest, longest_k, *, scale, 
     return torch.einsum("hqk,khd->qhd", weights, value.repeat_interleave(n, 1))
 
 
+CONVERSATIONS = [[(5, 9, 3), (4, 0, 6), (2, 7, 1)], [(6, 9, 4)] * 3]
+
+
+def case_of(model, conversations=CONVERSATIONS):
+    generator = torch.Generator().manual_seed(0)
+    layouts = [
+        fr.lay_out_turns([tuple(torch.randint(0, 97, (n,), generator=generator) for n in turn) for turn in turns])
+        for turns in conversations
+    ]
+    return steps.Case(fr.patch(model), layouts)
+
+
+def gradients_of(case, way):
+    case.root.zero_grad()
+    loss = way.step()
+    return loss, [p.grad.clone() for p in case.root.parameters()]
+
+
+@pytest.mark.parametrize("way", [steps.padded, steps.packed_dense, steps.one_pass])
+def test_every_exact_way_is_the_samples(way):
+    """Against a loop that is written out here."""
+    case = case_of(tiny("Qwen3"))
+    fr.unpatch(case.model)
+    case.model.zero_grad()
+    for sample in case.samples:
+        ids = torch.tensor([sample.prompt_ids + sample.target_ids])
+        logits = case.model(ids).logits[0, len(sample.prompt_ids) - 1 : -1]
+        nll = torch.nn.functional.cross_entropy(logits, torch.tensor(sample.target_ids), reduction="sum")
+        (nll / case.n_targets).backward()
+    expected = [p.grad.clone() for p in case.model.parameters()]
+    fr.patch(case.model)
+    for made in (steps.one_by_one(case), way(case)):
+        assert made.exact
+        assert relative_l2(gradients_of(case, made)[1], expected) < 1e-5, made.name
+    assert case.root.config._attn_implementation == "sdpa"
+
+
+def test_padding_is_no_more_than_the_row():
+    case = case_of(tiny("Qwen3"), [[(6, 9, 4)] * 9])
+    most, shapes = case.row["until"].shape[1], []
+    case.root.model.register_forward_pre_hook(
+        lambda module, args, given: shapes.append(given["input_ids"].shape), with_kwargs=True
+    )
+    steps.padded(case).step()
+    assert all(b == 1 or b * length <= most for b, length in shapes)
+    assert sum(b for b, _ in shapes) == 9
+    assert len(shapes) < 9
+
+
+@pytest.mark.parametrize(("way", "off"), [(steps.leaking, 0.3), (steps.shifted_labels, 0.1)])
+def test_what_is_not_the_samples_is_told_by_loss_and_gradients(way, off):
+    case = case_of(tiny("Qwen3"))
+    right, wrong = measure.measure(case, [steps.one_by_one(case), way(case)], 1)
+    assert not wrong.exact
+    assert wrong.gradient_error > off
+    assert abs(wrong.loss / right.loss - 1) > 1e-3
+    assert measure.wrong(wrong, [right, wrong], torch.float32)
+
+
+def test_the_leaking_pass_holds_every_token_once_and_predicts_every_target():
+    case = case_of(tiny("Qwen3"), CONVERSATIONS[:1])
+    seen = []
+    case.root.model.register_forward_pre_hook(
+        lambda module, args, given: seen.append(given["input_ids"][0].tolist()), with_kwargs=True
+    )
+    loss = steps.leaking(case).step()
+    [samples] = [fr.unmerge(layout) for layout in case.layouts]
+    turns = CONVERSATIONS[0]
+    expected = []
+    for (n_h, _, _), sample in zip(turns, samples, strict=True):
+        expected += sample.prompt_ids[-n_h:] + sample.target_ids
+    assert seen == [expected]
+    fr.unpatch(case.model)
+    logits = case.model(torch.tensor([expected])).logits[0]
+    targets, at = [], 0
+    for n_h, n_t, n_r in turns:
+        targets += range(at + n_h, at + n_h + n_t + n_r)
+        at += n_h + n_t + n_r
+    plain = torch.nn.functional.cross_entropy(logits[[t - 1 for t in targets]], torch.tensor(expected)[targets])
+    assert loss == pytest.approx(float(plain.detach()), rel=1e-5)
+
+
+def test_ways_that_need_roles_say_so_where_there_are_none():
+    layout = fr.lay_out([fr.Sample([1, 2], [3, 4]), fr.Sample([1, 2], [3, 5])])  # shares a target
+    case = steps.Case(fr.patch(tiny("Qwen3")), [layout])
+    notes = []
+    ways = steps.chosen(case, ["one-by-one", "leaking", "shifted-labels", "interleaved"], ["auto"], notes)
+    assert [way.name for way in ways] == ["N samples, one by one"]
+    assert [note.split(":")[0] for note in notes] == ["leaking", "shifted-labels", "interleaved"]
+
+
+@pytest.mark.parametrize("turns", CONVERSATIONS)
+def test_the_papers_order_is_the_same_tree(turns):
+    """Segment by segment, written out here; and its rule sees what the tree sees."""
+    layouts = case_of(tiny("Qwen3"), [turns, CONVERSATIONS[0]]).layouts
+    row = fr.collate(layouts)
+    moved = batches.in_paper_order(row)
+    at = [(0, i, k) for i, turn in enumerate(turns) for k in kinds(turn, i == len(turns) - 1)]
+    at += [(1, i, k) for i, turn in enumerate(CONVERSATIONS[0]) for k in kinds(CONVERSATIONS[0][i], i == 2)]
+    found = list(zip(*(moved[name][0].tolist() for name in ("document", "turn", "role")), strict=True))
+    assert [key for key, _ in groupby(found) if key[0] >= 0] == at
+    dense, again = fr.dense_mask(row), fr.dense_mask(moved, mask="turn_role")
+    order = torch.tensor([row_key(row).index(key) for key in row_key(moved)])
+    assert torch.equal(again, dense[order][:, order])
+    source, real = moved["target_source"][0], row["labels"][0] >= 0
+    assert torch.equal(order[source][real], row["target_source"][0][real])
+
+
+def kinds(turn, is_last):
+    """The roles of a turn's segments as they are stored."""
+    if not turn[1]:
+        return [1, 12]
+    return [1, 2, 8] if is_last else [1, 2, 4, 8]
+
+
+def row_key(row):
+    """What tells every token of a row from every other."""
+    names = ("document", "turn", "role", "position_ids", "until")
+    return list(zip(*(row[name][0].tolist() for name in names), strict=True))
+
+
+def test_a_ratio_is_taken_repeat_by_repeat():
+    assert ratio([2, 9, 4], [1, 3, 4]) == (2, 1, 3)
+    assert str(ratio([2, 9, 4], [1, 3, 4])) == "2.00 (1.00 to 3.00)"
+
+
+def test_calls_take_turns():
+    order = []
+    calls = {name: lambda name=name: order.append(name) for name in "ab"}
+    found = measure.interleaved(calls, 2, before=lambda: order.append("."))
+    assert "".join(order) == ".a.b.a.b"
+    assert [len(times) for times in found.values()] == [2, 2]
+
+
+def test_a_peak_is_what_a_call_adds():
+    if not measure.memory_is_known(torch.device("cpu")):
+        pytest.skip("this kernel does not forget a process's peak")
+    held = torch.ones(2**22)
+    total, added = measure.peak(lambda: torch.ones(2**25).sum())
+    assert added == pytest.approx(2**27, rel=0.05)  # kernels count in batches
+    assert total > 2**27 + held.nbytes
+
+
 @pytest.mark.parametrize(("family", "config"), [("Qwen3", {}), ("Mistral", {"sliding_window": 7})])
 @pytest.mark.parametrize("length", [1, 60, 1000])
 def test_packed_samples_are_the_samples(family, config, length, monkeypatch):
     """Packed in any way, loss and gradients are those of the samples one by one; the kernel's place is taken."""
     varlen = pytest.importorskip("torch.nn.attention.varlen")
     monkeypatch.setattr(varlen, "varlen_attn", within)
-    model = tiny(family, **config)
-    options = type("Options", (), {"lengths": "6/9/4", "turns": 3, "seed": 0})
-    samples = command.random_conversations(options, 97, 1)[0]
-
-    def gradients(step):
-        model.zero_grad()
-        loss = step()
-        return loss, [p.grad.clone() for p in model.parameters()]
-
-    expected_loss, expected = gradients(lambda: ways.one_by_one(model, samples, "model"))
-    packs = ways.pack(samples, length, torch.device("cpu"))
+    monkeypatch.setattr(steps, "unfit_to_pack", lambda root: "")
+    case = case_of(tiny(family, **config), [[(6, 9, 4)] * 3])
+    expected_loss, expected = gradients_of(case, steps.one_by_one(case))
+    packs = batches.pack(case.samples, length, torch.device("cpu"))
     assert len(packs) == {1: 3, 60: 2, 1000: 1}[length]
-    loss, found = gradients(lambda: ways.packed(model, packs, "model"))
-    assert loss == pytest.approx(expected_loss, rel=1e-5)
-    assert relative_l2(found, expected) < 1e-5
-    assert model.config._attn_implementation == "sdpa"
+    some = [replace(one, attention=batches.side_by_side(one)) for one in packs]
+    for way in (steps.plain(case, "packed", some), steps.packed(case)):
+        loss, found = gradients_of(case, way)
+        assert loss == pytest.approx(expected_loss, rel=1e-5)
+        assert relative_l2(found, expected) < 1e-5
+    assert case.root.config._attn_implementation == "sdpa"
 
 
-def test_packing_is_refused_by_name_where_there_are_no_kernels():
-    model = tiny("Qwen3")
-    assert ways.unfit_to_pack(model) == "flash attention of variable lengths is for GPUs"
-    softcapped = tiny("Gemma2", attn_logit_softcapping=2.0, query_pre_attn_scalar=8)
-    options = type("Options", (), {"lengths": "6/9/4", "turns": 2, "seed": 0})
-    packs = ways.pack(command.random_conversations(options, 97, 1)[0], 100, torch.device("cpu"))
+def test_packing_is_refused_by_name_where_there_are_no_kernels(monkeypatch):
+    case = case_of(tiny("Qwen3"))
+    assert batches.unfit_to_pack(case.root) == "flash attention of variable lengths is for GPUs"
+    with pytest.raises(steps.UnfitError, match="is for GPUs"):
+        steps.packed(case)
+    monkeypatch.setattr(steps, "unfit_to_pack", lambda root: "")
+    softcapped = case_of(tiny("Gemma2", attn_logit_softcapping=2.0, query_pre_attn_scalar=8))
     with pytest.raises(NotImplementedError, match="no softcap and no sinks"):
-        ways.packed(softcapped, packs, "model")
+        steps.packed(softcapped).step()

@@ -6,7 +6,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 import flexreason as fr
-from flexreason import blocks
+from flexreason.tree import blocks
 from strategies import random_tree, random_turns, samples, turns
 from watch import Largest
 
@@ -107,7 +107,7 @@ def test_windowed_lists_of_the_long_example_are_exact():
 def test_a_table_looked_at_in_many_bands_is_the_same(monkeypatch):
     layout = fr.lay_out_turns(random_turns([(61, 250, 67)] * 6))
     expected = lists(fr.block_mask(layout, block_size=16))
-    monkeypatch.setattr("flexreason.blocks.AT_ONCE", 400)
+    monkeypatch.setattr("flexreason.tree.blocks.AT_ONCE", 400)
     assert lists(fr.block_mask(layout, block_size=16)) == expected
 
 

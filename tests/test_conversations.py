@@ -7,7 +7,7 @@ import pytest
 
 from flexreason.chat.messages import check
 from flexreason.chat.render import BadMessage
-from flexreason.data.conversations import BadInput, read_all, read_conversations, read_entries
+from flexreason.data.files import BadInput, read_all, read_conversations, read_entries
 from templating import answer, user
 
 CHAT = [user("one"), answer("two", "why")]

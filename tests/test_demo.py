@@ -7,14 +7,14 @@ import pytest
 import torch
 
 import flexreason as fr
-from flexreason.chat.encoding import Encoder
-from flexreason.chat.template import describe
+from flexreason.chat.encode import Encoder
 from flexreason.cli import main
+from flexreason.commands.demo import claim, judge
+from flexreason.commands.template import describe
 from flexreason.demo import answers, material, task, tokenizer, ways
-from flexreason.demo.command import claim, judge
 from flexreason.demo.fit import fit, start
 from flexreason.proof import oracle
-from flexreason.proof.testing import relative_l2
+from flexreason.proof.float64 import relative_l2
 
 TOKENIZER = tokenizer.make()
 TRAIN, HELD_OUT = task.make(300, 60, seed=0)

@@ -7,10 +7,10 @@ import pytest
 
 import flexreason as fr
 from flexreason.chat.dirt import REASONS
-from flexreason.chat.encoding import Encoder, encode_samples
+from flexreason.chat.encode import Encoder, encode_samples
 from flexreason.chat.render import ConversationError, NotRendered
 from flexreason.cli import main
-from flexreason.data.conversations import BadInput
+from flexreason.data.files import BadInput
 from flexreason.train.settings import from_mapping
 from models import tiny
 from templating import TOOLS, TRL_TEMPLATES, answer, byte_level, call, trl_tokenizer, user, with_template

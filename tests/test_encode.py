@@ -12,7 +12,7 @@ import flexreason as fr
 from flexreason import Role
 from flexreason.chat import render
 from flexreason.chat.dirt import REASONS
-from flexreason.chat.encoding import Encoder, encode, encode_samples
+from flexreason.chat.encode import Encoder, encode, encode_samples
 from flexreason.chat.render import (
     BadMessage,
     ConversationError,
@@ -24,7 +24,7 @@ from flexreason.chat.render import (
     TemplateRaised,
     TemplateRunsAway,
 )
-from flexreason.data.conversations import read_conversations
+from flexreason.data.files import read_conversations
 from fuzzing import conversation, fault
 from templating import (
     SHAPES,

@@ -23,12 +23,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Traini
 from trl import SFTTrainer
 
 import flexreason as fr
-from flexreason.chat.template import stand_in
 from flexreason.cli import main
+from flexreason.commands import demo as demo_command
+from flexreason.commands import train as train_command
 from flexreason.data.documents import weighted
-from flexreason.demo import command as demo_command
-from flexreason.proof.testing import true_float64
-from flexreason.train import command as train_command
+from flexreason.load import stand_in
+from flexreason.proof.float64 import true_float64
 from flexreason.train.run import CHECKPOINTING
 from flexreason.train.settings import NAMES, from_options
 from models import tiny
@@ -187,7 +187,7 @@ RANKS = """
 import sys, torch
 from accelerate import Accelerator
 import flexreason as fr
-from flexreason.proof.testing import true_float64
+from flexreason.proof.float64 import true_float64
 from models import tiny
 from test_examples import example, some_rows
 from training import LEARNING_RATE, some_layouts

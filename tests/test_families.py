@@ -19,14 +19,17 @@ from torch import nn
 
 import flexreason as fr
 from exact import EXACT, errors
-from flexreason import head, patching, refuse
+from flexreason import patching as gate
 from flexreason.attention import segments
 from flexreason.attention.tree_row import BACKENDS, TreeRow
 from flexreason.cli import main
-from flexreason.proof import gate, scan, selftest, verdicts
-from flexreason.proof import models as proof_models
-from flexreason.proof.shrink import HEADS, ORIGINAL, build, causal_classes, default_config, length_constants, shrink
+from flexreason.commands import models as proof_models
+from flexreason.model import head, refuse
+from flexreason.model import hooks as patching
+from flexreason.proof import evidence as verdicts
+from flexreason.proof import scan, selftest
 from flexreason.proof.source import source_of
+from flexreason.proof.tiny import HEADS, ORIGINAL, build, causal_classes, default_config, length_constants, shrink
 from models import tiny
 from strategies import random_tree, random_turns
 
@@ -142,7 +145,7 @@ def test_rope_by_the_longest_sample_is_exact_on_each_side_and_refused_across(kin
     found = check("Llama", **config)
     assert found.verdict == "exact", found
     assert "refused where samples straddle RoPE's threshold" in found.special
-    monkeypatch.setattr("flexreason.refuse.ROPE_BY_LONGEST", ())
+    monkeypatch.setattr("flexreason.model.refuse.ROPE_BY_LONGEST", ())
     assert "a row on both sides of that was not refused" in check("Llama", **config).reason
 
 

@@ -17,7 +17,7 @@ import flexreason as fr
 from attention import inputs, rows, written_out
 from flexreason.attention import flash, segments
 from flexreason.attention.cover import chains, prefixes
-from flexreason.proof.testing import relative_l2
+from flexreason.proof.float64 import relative_l2
 from strategies import random_tree, random_turns, samples
 
 

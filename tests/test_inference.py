@@ -4,7 +4,7 @@ from random import Random
 
 import pytest
 
-from flexreason.chat.encoding import Encoder
+from flexreason.chat.encode import Encoder
 from flexreason.chat.render import NotAligned
 from inference import Inference, draw, tokenizer_of
 from templating import TOOLS, answer, call, result, user

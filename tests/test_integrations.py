@@ -26,7 +26,7 @@ import flexreason as fr
 from exact import EXACT, samples_of, single_pass
 from flexreason.attention.tree_row import TreeRow
 from flexreason.proof import oracle
-from flexreason.proof.testing import relative_l2, true_float64
+from flexreason.proof.float64 import relative_l2, true_float64
 from models import TINY, checkpoint, tiny
 from strategies import random_tree, random_turns
 from training import fit_by_hand, trainer_arguments

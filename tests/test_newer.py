@@ -18,8 +18,10 @@ import transformers
 from transformers.models.llama import modeling_llama
 
 import flexreason as fr
-from flexreason.proof import kept, selftest, source, verdicts
-from flexreason.proof.shrink import default_config
+from flexreason.proof import evidence as verdicts
+from flexreason.proof import kept, selftest, source
+from flexreason.proof.tiny import default_config
+from flexreason.tree.row import NoMask
 from models import tiny
 
 LLAMA = transformers.LlamaForCausalLM
@@ -164,6 +166,15 @@ def test_what_a_library_put_into_transformers_is_neither_kept_nor_passed_over(ne
     next_process()
     fr.patch(tiny("Llama"))
     assert times_tested(newer()) == 2
+
+
+def test_what_torch_compile_leaves_in_transformers_modules_changes_no_verdict(newer, next_process, monkeypatch):
+    """Its guards put classes of the inputs, such as that of a row's mask, into the modules that it read."""
+    fr.patch(tiny("Llama"))
+    monkeypatch.setattr(modeling_llama, "__subclass_NoMask_94426783241152_c13", NoMask, raising=False)
+    next_process()
+    fr.patch(tiny("Llama"))
+    assert times_tested(newer()) == 1
 
 
 LFM2 = selftest.Result("Lfm2ForCausalLM", "refused", "it has a convolution", 8e-3, 8e-2, 0.5, ["QK-norm"])

@@ -13,9 +13,9 @@ import torch
 
 import flexreason as fr
 from exact import EXACT
-from flexreason.chat.encoding import Encoder
+from flexreason.chat.encode import Encoder
 from flexreason.proof import oracle
-from flexreason.proof.testing import relative_l2, true_float64
+from flexreason.proof.float64 import relative_l2, true_float64
 from fuzzing import conversation
 from models import tiny
 from templating import answer, call, result, trl_tokenizer, user

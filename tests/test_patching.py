@@ -13,9 +13,9 @@ import transformers
 import flexreason as fr
 from exact import EXACT, errors, samples_of, single_pass
 from flexreason.attention import cover, segments
-from flexreason.patching import apply_patch, find_patch
+from flexreason.model.hooks import apply_patch, find_patch
 from flexreason.proof import oracle
-from flexreason.proof.testing import relative_l2, saved_bytes, true_float64
+from flexreason.proof.float64 import relative_l2, saved_bytes, true_float64
 from models import checkpoint, tiny
 from strategies import random_tree, random_turns
 from watch import Largest

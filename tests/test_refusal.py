@@ -7,7 +7,7 @@ import pytest
 import transformers
 
 from flexreason.proof.selftest import unpatched
-from flexreason.proof.shrink import build, causal_classes, default_config, shrink
+from flexreason.proof.tiny import build, causal_classes, default_config, shrink
 
 IMPLEMENTATIONS = ("eager", "sdpa")  # flex_attention: test_patching, since it compiles for half a minute a class
 

@@ -12,11 +12,11 @@ import torch
 from transformers import DeepseekV3Config, Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig
 
 import flexreason as fr
-from flexreason.chat.encoding import encode_samples
+from flexreason.chat.encode import encode_samples
 from flexreason.cli import main
+from flexreason.commands.report import report
 from flexreason.data.figures import Figures, figures_of
 from flexreason.data.intake import EntryEncoder, Intake, Item
-from flexreason.data.report import report
 from flexreason.data.summary import Fill, Summary, bin_of
 from flexreason.data.work import SIZES, Amount, dense, shape_of
 from templating import SHAPES, TOOLS, answer, trl_tokenizer, user

@@ -18,22 +18,25 @@ import flexreason
 
 PACKAGE = Path(flexreason.__file__).parent
 
-CORE = ["sample", "layout", "tree", "mask", "blocks", "row"]  # reading order is import order
-MODEL_SIDE = ["head", "loss", "refuse", "patching", "logprobs"]
+TREE = ["sample", "layout", "merge", "mask", "blocks", "row"]  # reading order is import order
 TOOLS = ["memory", "load"]  # these know nothing of the rest
 
-LAYERS = {  # what a layer may import, beside itself; modules of no layer are commands, which import what they like
-    "core": set(),
+LAYERS = {  # what a folder may import, beside itself
+    "tree": set(),
     "tools": set(),
-    "draw": {"core"},
-    "attention": {"core"},
-    "model side": {"core", "attention"},
-    "proof": {"core", "tools", "attention", "model side"},
-    "chat": {"core"},
-    "data": {"core", "chat"},
-}
+    "attention": {"tree"},
+    "model": {"tree", "attention"},
+    "proof": {"tree", "tools", "attention", "model"},
+    "patching": {"model", "proof"},
+    "chat": {"tree"},
+    "data": {"tree", "tools", "chat"},
+    "train": {"tree", "tools", "attention", "model", "proof", "patching", "chat", "data"},
+    "bench": {"tree", "tools", "attention", "model", "proof", "patching", "chat", "data"},
+    "demo": {"tree", "tools", "attention", "model", "proof", "patching", "chat", "data", "train"},
+}  # commands import what they like, and nothing imports a command
 
-READS_DATA = "proof.verification"  # the command, which brings proof and data together
+OUTSIDE = ("train", "bench", "demo")
+"""Folders that use the library as its users do."""
 
 MODULES = {
     ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__"): path
@@ -72,11 +75,8 @@ def imports_of(module):
 
 
 def layer(module):
-    for name, modules in (("core", CORE), ("model side", MODEL_SIDE), ("tools", TOOLS)):
-        if module in modules:
-            return name
     top = module.partition(".")[0]
-    return top if top in LAYERS else "commands"
+    return "tools" if top in TOOLS else top
 
 
 def test_imports_are_read_wherever_they_stand():
@@ -84,31 +84,31 @@ def test_imports_are_read_wherever_they_stand():
 import torch, flexreason as fr
 from flexreason.proof import oracle
 if TYPE_CHECKING:
-    from flexreason.row import Row
+    from flexreason.tree.row import Row
 def late():
-    from flexreason import head
+    from flexreason.model import head
     import_module("flexreason.cli")
     return "mask"
 """
-    assert imports(source) == ({"flexreason", "proof.oracle", "row", "head", "cli"}, {"torch"})
+    assert imports(source) == ({"flexreason", "proof.oracle", "tree.row", "model.head", "cli"}, {"torch"})
     for more, found in (("version = flexreason.__version__", set()), ("flexreason.patch(model)", {"flexreason"})):
         assert imports(f"import flexreason\n{more}")[0] == found
 
 
 def test_the_oracle_imports_nothing_of_layouts_and_masks():
     own, others = imports_of("proof.oracle")
-    assert own == {"proof.testing"}
+    assert own == {"proof.float64"}
     assert others == {"torch"}
-    own, others = imports_of("proof.testing")
+    own, others = imports_of("proof.float64")
     assert own == set()
     assert others == {"torch"}
 
 
-def test_the_core_is_torch_and_numpy_and_points_one_way():
-    for at, module in enumerate(CORE):
-        own, others = imports_of(module)
-        assert own <= set(CORE[:at]), module
-        assert others <= {"torch", "numpy"}, module
+def test_the_idea_is_torch_and_numpy_and_points_one_way():
+    for at, name in enumerate(TREE):
+        own, others = imports_of(f"tree.{name}")
+        assert own <= {f"tree.{before}" for before in TREE[:at]}, name
+        assert others <= {"torch", "numpy"}, name
 
 
 @pytest.mark.parametrize("name", LAYERS)
@@ -116,12 +116,16 @@ def test_a_layer_imports_what_is_below_it_only(name):
     modules = [module for module in MODULES if layer(module) == name]
     assert modules
     for module in modules:
-        allowed = LAYERS[name] | {name} | ({"chat", "data"} if module == READS_DATA else set())
-        wrong = {other for other in imports_of(module)[0] if other == "flexreason" or layer(other) not in allowed}
+        allowed = LAYERS[name] | {name} | ({"flexreason"} if name in OUTSIDE else set())
+        wrong = {other for other in imports_of(module)[0] if layer(other) not in allowed}
         assert not wrong, module
 
 
-def test_nothing_imports_the_command_line():
+def test_nothing_imports_a_command_but_commands_and_the_command_line():
+    assert {layer(module) for module in MODULES} == {*LAYERS, "commands", "cli", "__main__"}
+    for module in MODULES:
+        commands = {other for other in imports_of(module)[0] if layer(other) == "commands"}
+        assert not commands or layer(module) in ("cli", "commands"), module
     assert [module for module in MODULES if "cli" in imports_of(module)[0]] == ["__main__"]
 
 

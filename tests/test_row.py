@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 
 import flexreason as fr
 from flexreason import Role, Sample
-from flexreason.row import NoMask, round_up_targets
+from flexreason.tree.row import NoMask, round_up_targets
 from strategies import random_turns, samples
 
 S_KEYS = {"input_ids", "position_ids", "until", "turn", "role", "document"}

@@ -15,7 +15,7 @@ from exact import EXACT
 from flexreason.data.documents import weighted
 from flexreason.memory import peak_bytes
 from flexreason.proof import oracle
-from flexreason.proof.testing import relative_l2, true_float64
+from flexreason.proof.float64 import relative_l2, true_float64
 from flexreason.train import checkpoints
 from flexreason.train.sums import target_roles, tokens_of
 from flexreason.train.trainer import Broken, RowTraining

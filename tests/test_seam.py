@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from flexreason.chat.encoding import Encoder
+from flexreason.chat.encode import Encoder
 from flexreason.chat.render import NotAligned, NotRendered, TemplateThrowsDice
 from flexreason.chat.seam import Seam, find_seam
 from templating import TOOLS, answer, byte_level, call, result, user, with_template

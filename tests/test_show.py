@@ -8,9 +8,9 @@ from hypothesis import given
 
 import flexreason as fr
 from flexreason.cli import main
+from flexreason.commands.show import IN_FULL, fold_mask, folded, shortened
 from flexreason.demo import tokenizer as demo_tokenizer
-from flexreason.mask import interval_rule
-from flexreason.show import IN_FULL, fold_mask, folded, shortened
+from flexreason.tree.mask import interval_rule
 from strategies import random_turns, samples
 
 MESSAGES = [
@@ -39,7 +39,7 @@ def test_the_example_is_drawn_and_its_single_pass_is_exact(capsys, monkeypatch):
 def test_the_example_fails_when_the_single_pass_is_wrong(capsys, monkeypatch):
     """Here: every token sees all before it."""
     plain = interval_rule
-    monkeypatch.setattr("flexreason.mask.interval_rule", lambda until: plain(torch.full_like(until, len(until))))
+    monkeypatch.setattr("flexreason.tree.mask.interval_rule", lambda until: plain(torch.full_like(until, len(until))))
     assert main(["show"]) == 1
     assert "NOT the same" in capsys.readouterr().out
 

@@ -11,7 +11,7 @@ import torch
 import flexreason as fr
 from flexreason import Role
 from flexreason.proof import oracle
-from flexreason.proof.testing import relative_l2, true_float64
+from flexreason.proof.float64 import relative_l2, true_float64
 from models import tiny
 from strategies import random_tree, random_turns
 

@@ -2,9 +2,10 @@
 
 import json
 
-from flexreason.chat.encoding import Encoder
-from flexreason.chat.template import describe, load_tokenizer
+from flexreason.chat.encode import Encoder
 from flexreason.cli import main
+from flexreason.commands.template import describe
+from flexreason.load import load_tokenizer
 from templating import TRL, TRL_TEMPLATES, trl_tokenizer
 
 

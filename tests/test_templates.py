@@ -6,7 +6,7 @@ from functools import lru_cache
 
 import pytest
 
-from flexreason.chat.encoding import Encoder
+from flexreason.chat.encode import Encoder
 from flexreason.chat.render import ConversationError, NotAligned, NotRendered, TemplateRaised, frozen_clock
 from templating import (
     SHAPES,

@@ -10,7 +10,8 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, processors
 from transformers import PreTrainedTokenizer, PreTrainedTokenizerFast
 
-from flexreason.chat.encoding import Encoder
+from flexreason.chat.dirt import REASONS
+from flexreason.chat.encode import Encoder
 from flexreason.chat.render import ConversationError
 from flexreason.chat.tokens import Running, Tokens
 from fuzzing import conversation
@@ -108,7 +109,7 @@ PLAIN = (
 def test_prompts_are_those_of_inference_and_targets_the_rest_in_context(kind, template):
     tokenizer = KINDS[kind]()
     tokenizer.chat_template = template
-    encoder, draw = Encoder(tokenizer), Random(0)
+    encoder, draw = Encoder(tokenizer, accept=tuple(REASONS)), Random(0)  # some of what is drawn is empty
     n_rest = 0
     for messages in [CHAT, *(conversation(draw) for _ in range(25))]:
         found = encoder.encoded(messages)

@@ -17,8 +17,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import flexreason as fr
 from flexreason.cli import main
-from flexreason.data.conversations import read_conversations
 from flexreason.data.documents import Documents, weighted, write_documents
+from flexreason.data.files import read_conversations
 from flexreason.data.intake import EntryEncoder, Refused
 from flexreason.train import checkpoints, prepare, record
 from flexreason.train.run import train

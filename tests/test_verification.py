@@ -13,14 +13,18 @@ import transformers
 from torch import nn
 
 import flexreason as fr
-from flexreason import cli, head
+from flexreason import cli
 from flexreason.attention import dense, flex, segments
-from flexreason.chat.template import stand_in
+from flexreason.commands import verify as verification
 from flexreason.data import excerpt
-from flexreason.patching import find_patch
-from flexreason.proof import comparison, conditions, selftest, verdicts, verification
+from flexreason.load import stand_in
+from flexreason.model import head
+from flexreason.model.hooks import find_patch
+from flexreason.proof import conditions, selftest
+from flexreason.proof import evidence as verdicts
+from flexreason.proof import verify as comparison
 from flexreason.proof.report import Error
-from flexreason.proof.shrink import build, default_config, shrink
+from flexreason.proof.tiny import build, default_config, shrink
 from models import TINY, checkpoint, tiny
 from strategies import random_tree, random_turns
 
@@ -213,7 +217,7 @@ def test_a_head_scale_that_is_dropped(monkeypatch):
 
 
 def test_a_loss_that_divides_by_something_else(monkeypatch):
-    from flexreason import loss
+    from flexreason.model import loss
 
     right = loss._weights
     monkeypatch.setattr(loss, "_weights", lambda *given: (right(*given)[0], 3.0))

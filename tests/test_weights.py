@@ -19,8 +19,8 @@ from trl.trainer.utils import add_fused_lm_head
 
 import flexreason as fr
 from exact import EXACT
-from flexreason.proof.shrink import build, shrink
-from flexreason.proof.testing import relative_l2, true_float64
+from flexreason.proof.float64 import relative_l2, true_float64
+from flexreason.proof.tiny import build, shrink
 from models import TINY, tiny
 from strategies import random_turns
 from training import LEARNING_RATE, trainer_arguments

@@ -10,8 +10,8 @@ import torch
 from transformers import Qwen3Config, TrainingArguments
 
 import flexreason as fr
-from flexreason.chat.template import stand_in
-from flexreason.proof.testing import relative_l2
+from flexreason.load import stand_in
+from flexreason.proof.float64 import relative_l2
 from models import TINY
 from strategies import random_turns
 

@@ -11,7 +11,7 @@ import torch
 from torch.utils.data import Dataset, IterableDataset
 
 import flexreason as fr
-from flexreason.proof.testing import true_float64
+from flexreason.proof.float64 import true_float64
 from models import tiny
 from training import LENGTH, some_layouts, trainer_arguments
 

@@ -6,7 +6,7 @@ Shapes: S tokens, H query heads, G key heads, D head size of queries and keys, E
 import torch
 from torch import Tensor
 
-from flexreason.mask import Tree, dense_mask
+from flexreason.tree.mask import Tree, dense_mask
 
 MASKS = ("interval", "turn_role")
 

@@ -25,8 +25,8 @@ from torch import Tensor
 
 from flexreason.attention import dense, pieces
 from flexreason.attention.cover import TILE, Cost, Rectangle, Span, chains, paths, prefixes
-from flexreason.layout import lay_out_turns
-from flexreason.mask import dense_mask
+from flexreason.tree.layout import lay_out_turns
+from flexreason.tree.mask import dense_mask
 
 GPU = Cost(TILE * TILE, 200, 100)
 """Counted, not timed: a tile, and the bytes of reading and writing a row in the time of so many pairs."""

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
-from flexreason.blocks import block_mask
-from flexreason.mask import Tree
+from flexreason.tree.blocks import block_mask
+from flexreason.tree.mask import Tree
 
 MASKS = ("interval", "turn_role")
 

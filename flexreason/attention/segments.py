@@ -24,7 +24,7 @@ from torch import Tensor
 
 from flexreason.attention import flash, pieces
 from flexreason.attention.cover import TILE, Rectangle, cover
-from flexreason.mask import Tree, mask_mod, per_token
+from flexreason.tree.mask import Tree, mask_mod, per_token
 
 MASKS = ("interval",)
 

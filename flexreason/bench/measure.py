@@ -1,77 +1,200 @@
-"""Every way once for its loss, once for its memory, and then all in turn for their times."""
+"""How ways are compared: the same loss and gradients first, then memory, then times in turn.
 
+Every number that says how much faster is a ratio of two times that stand side by side, repeat by repeat: the median of
+these ratios, with the least and the largest. So what slows a machine down for a while slows both.
+"""
+
+import ctypes
+import gc
+import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
-from functools import partial
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import torch
-from torch import nn
-from transformers import PreTrainedModel
+from torch import Tensor, nn
 
-from flexreason.attention.tree_row import choose_backend
-from flexreason.bench import ways
-from flexreason.bench.report import Found
-from flexreason.layout import Layout, unmerge
-from flexreason.memory import peak_bytes
-from flexreason.patching import find_root
-from flexreason.proof.gate import patch
-from flexreason.row import collate
+from flexreason.bench.steps import Case, Way
+from flexreason.memory import begins_anew, peak_bytes
+from flexreason.proof.float64 import relative_l2
 
-Step = Callable[[], float]
-"""Forward and backward; the loss."""
+SAME = {torch.float64: 1e-6, torch.float32: 1e-3, torch.bfloat16: 0.03, torch.float16: 0.01}
+"""How far losses of two ways may be apart, relative: no nonsense is to be timed. `flexreason verify` is the proof."""
+
+ALIKE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.1}
+"""How far gradients may be: those under a wrong mask are off by more than half."""
+
+SAMPLED = 4096
+"""Elements of a parameter's gradient that are kept to be compared."""
 
 
-def measure(
-    model: nn.Module, layouts: Sequence[Layout], backends: Sequence[str], loss: str, repeats: int, notes: list[str]
-) -> list[Found]:
-    """Every way once for its loss, once for its memory, and then all in turn; the N samples one by one come first."""
-    root = find_root(model)
-    samples = [sample for layout in layouts for sample in unmerge(layout)]
-    steps: dict[str, Step] = {"N samples, one by one": partial(ways.one_by_one, root, samples, loss)}
-    why = ways.unfit_to_pack(root)
-    if why:
-        notes.append(f"N samples, packed: left out, since {why}")
-    else:
-        steps["N samples, packed"] = partial(
-            ways.packed, root, ways.pack(samples, sum(map(len, layouts)), root.device), loss
-        )
-    row = {key: value.to(root.device) for key, value in collate(layouts).items()}
-    for backend in backends:
-        steps[f"one pass, {patched(model, backend, loss)}"] = partial(ways.one_pass, model, row, backend, loss)
-    found = {name: _tried(name, step, root) for name, step in steps.items()}
-    running = [name for name, one in found.items() if not one.failed]
-    times: dict[str, list[float]] = {name: [] for name in running}
+@dataclass(frozen=True)
+class Found:
+    """What a way took, or why it took nothing."""
+
+    name: str
+    loss: float | None = None
+    gradient_error: float | None = None  # relative to the first way that ran; None for that, and without backward
+    ms: tuple[float, ...] = ()  # of every repeat
+    peak: int | None = None  # bytes in use at most
+    added: int | None = None  # of these, what the step added, gradients included
+    failed: str = ""
+    trains: bool = True
+    exact: bool = True  # whether it has to have the samples' loss and gradients
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.ms)
+
+
+class Ratio(NamedTuple):
+    """A ratio of times, over repeats."""
+
+    median: float
+    least: float
+    most: float
+
+    def __str__(self) -> str:
+        return f"{self.median:.2f} ({self.least:.2f} to {self.most:.2f})"
+
+
+def ratio(a: Sequence[float], b: Sequence[float]) -> Ratio:
+    """How many times longer a takes than b; each pair was measured side by side."""
+    found = [x / y for x, y in zip(a, b, strict=True)]
+    return Ratio(statistics.median(found), min(found), max(found))
+
+
+# ---- times
+
+
+def seconds_of(call: Callable[[], Any], device: torch.device, inside: int = 1) -> float:
+    """Seconds of one call on a device, the mean of `inside` calls without a pause between them."""
+    if device.type != "cuda":
+        start = time.perf_counter()
+        for _ in range(inside):
+            call()
+        return (time.perf_counter() - start) / inside
+    torch.cuda.synchronize(device)  # so that nothing enqueued before is counted
+    first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    first.record()
+    for _ in range(inside):
+        call()
+    last.record()
+    last.synchronize()
+    return first.elapsed_time(last) / 1e3 / inside
+
+
+def interleaved(
+    calls: dict[str, Callable[[], Any]],
+    repeats: int,
+    device: torch.device | None = None,
+    before: Callable[[], Any] = lambda: None,
+    least_seconds: float = 0.0,
+) -> dict[str, list[float]]:
+    """Seconds of every call, `repeats` times, one after the other in turn. Warming up is the caller's.
+
+    `before` is called before each, outside its time. Calls shorter than `least_seconds` are repeated inside one
+    measurement.
+    """
+    device = device or torch.device("cpu")
+    inside = dict.fromkeys(calls, 1)
+    if least_seconds:
+        inside = {name: max(1, round(least_seconds / seconds_of(call, device))) for name, call in calls.items()}
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(repeats):
-        for name in running:
-            root.zero_grad()
-            started = _now(root.device)
-            steps[name]()
-            times[name].append(1e3 * (_now(root.device) - started))
-    return [replace(one, ms=tuple(times.get(name, ()))) for name, one in found.items()]
+        for name, call in calls.items():
+            before()
+            seconds[name].append(seconds_of(call, device, inside[name]))
+    return seconds
 
 
-def _tried(name: str, step: Step, root: PreTrainedModel) -> Found:
-    try:
-        root.zero_grad()
-        loss = step()
-        root.zero_grad()
-        with peak_bytes(root.device) as peak:
-            step()
-            _now(root.device)
-            return Found(name, loss=loss, peak=peak())
-    except (RuntimeError, ValueError) as error:  # out of memory, or kernels that are not made for this model or device
-        root.zero_grad()
-        return Found(name, failed=f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
+# ---- memory
 
 
-def patched(model: nn.Module, backend: str, loss: str) -> str:
-    """Patch a model; the backend that "auto" stands for."""
-    root = find_root(patch(model, backend, loss=loss))
-    return choose_backend(backend, root.device, root.dtype)
+class Peak(NamedTuple):
+    """Bytes in use at most during a call: all of them, and those above what was in use before."""
+
+    total: int
+    added: int
 
 
-def _now(device: torch.device) -> float:
+def peak(call: Callable[[], Any], device: torch.device | None = None) -> Peak:
+    """Of a device, or of this process on a CPU. Where a process's peak cannot be forgotten, it is that of its life."""
+    device = device or torch.device("cpu")
+    gc.collect()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    return time.perf_counter()
+        used = torch.cuda.memory_allocated(device)
+    elif trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
+        trim(0)  # so that memory freed earlier is not used again unseen
+    with peak_bytes(device) as so_far:
+        if device.type != "cuda":
+            used = so_far()  # the peak of no time at all is what is in use
+        call()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        total = so_far()
+    return Peak(total, total - used)
+
+
+def memory_is_known(device: torch.device) -> bool:
+    """Whether what one call added can be told."""
+    return device.type == "cuda" or begins_anew()
+
+
+# ---- ways
+
+
+def gradients(model: nn.Module) -> list[Tensor]:
+    """Of every parameter's gradient some elements, evenly spaced: two sets of them fit beside any model."""
+    found = []
+    for parameter in model.parameters():
+        if parameter.grad is not None:
+            flat = parameter.grad.flatten()
+            found.append(flat[:: -(-len(flat) // SAMPLED)].clone())
+    return found
+
+
+def measure(case: Case, ways: Sequence[Way], repeats: int) -> list[Found]:
+    """Every way once for its loss and gradients, once for its memory, and then those that are right in turn.
+
+    The first that runs is what the others are held against. A way that is not `exact` is timed whatever it computes.
+    """
+    root, expected = case.root, None
+    found = {}
+    for way in ways:
+        found[way.name], made = _tried(way, case, expected)
+        if expected is None and made and way.exact:
+            expected = made
+    timed = {way.name: way.step for way in ways if not found[way.name].failed}
+    times = interleaved(timed, repeats, case.device, before=root.zero_grad)
+    root.zero_grad()
+    return [replace(one, ms=tuple(1e3 * t for t in times.get(name, ()))) for name, one in found.items()]
+
+
+def _tried(way: Way, case: Case, expected: list[Tensor] | None) -> tuple[Found, list[Tensor] | None]:
+    root, bare = case.root, Found(way.name, trains=way.trains, exact=way.exact)
+    try:
+        root.zero_grad()
+        loss = way.step()
+        made = gradients(root) if way.trains else None
+        error = relative_l2(made, expected) if made and expected else None
+        root.zero_grad()
+        total, added = peak(way.step, case.device)
+        known = memory_is_known(case.device)
+        return replace(bare, loss=loss, gradient_error=error, peak=total, added=added if known else None), made
+    except (RuntimeError, ValueError) as failure:  # out of memory, or kernels not made for this model or device
+        text = str(failure).splitlines()[0] if str(failure) else ""
+        return replace(bare, failed=f"{type(failure).__name__}: {text}"), None
+    finally:
+        root.zero_grad()
+
+
+def wrong(one: Found, ways: Sequence[Found], dtype: torch.dtype) -> bool:
+    """Whether a way has another loss than the first that ran, or other gradients."""
+    losses = [way.loss for way in ways if way.loss is not None and way.exact]
+    if one.loss is None or not losses:
+        return False
+    off = abs(one.loss / losses[0] - 1) > SAME[dtype]
+    return off or (one.gradient_error or 0.0) > ALIKE[dtype]

@@ -1,33 +1,15 @@
 """What was computed, on what, and how long it took."""
 
-import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 
+from flexreason.bench.measure import Found, Ratio, ratio, wrong
 from flexreason.data.work import Amount, Shape
-from flexreason.draw import draw_table
-from flexreason.layout import Layout
-
-SAME = {torch.float64: 1e-6, torch.float32: 1e-3, torch.bfloat16: 0.03, torch.float16: 0.01}
-"""How far losses of two ways may be apart, relative: no nonsense is to be timed. `flexreason verify` is the proof."""
-
-
-@dataclass(frozen=True)
-class Found:
-    """What a way took, or why it took nothing."""
-
-    name: str
-    loss: float | None = None
-    ms: tuple[float, ...] = ()  # of every repeat
-    peak: int | None = None  # bytes
-    failed: str = ""
-
-    @property
-    def median(self) -> float:
-        return statistics.median(self.ms)
+from flexreason.tree.draw import draw_table
+from flexreason.tree.layout import Layout
 
 
 @dataclass(frozen=True)
@@ -55,9 +37,8 @@ class Report:
         return None if self.shape is None else self.shape.work(self.samples) / self.shape.work(self.tree)
 
     def differs(self, one: Found) -> bool:
-        """Whether a way has another loss than the first that ran, which are the N samples one by one if they fit."""
-        losses = [way.loss for way in self.ways if way.loss is not None]
-        return one.loss is not None and abs(one.loss / losses[0] - 1) > SAME[getattr(torch, self.dtype)]
+        """Whether a way is not the first that ran, which are the N samples one by one if they fit."""
+        return wrong(one, self.ways, getattr(torch, self.dtype))
 
     @property
     def reference(self) -> Found | None:
@@ -67,21 +48,23 @@ class Report:
 
     @property
     def ok(self) -> bool:
-        """Whether one pass ran, with the samples' loss wherever it did."""
-        ran = [one for one in self.ways if one.ms and one.name.startswith("one pass")]
-        return bool(ran) and not any(map(self.differs, ran))
+        """Whether one pass ran, forward and backward, with the samples' loss and gradients wherever it did."""
+        ran = [one for one in self.ways if one.ms and one.name.startswith("one pass") and one.exact]
+        return any(one.trains for one in ran) and not any(map(self.differs, ran))
 
-    def speed_up(self, one: Found) -> float | None:
-        """By the N samples, repeat by repeat."""
-        if (reference := self.reference) is None or not one.ms:
+    def speed_up(self, one: Found) -> Ratio | None:
+        """By the N samples, repeat by repeat; none for forward alone."""
+        if (reference := self.reference) is None or not one.ms or not one.trains:
             return None
-        return statistics.median(a / b for a, b in zip(reference.ms, one.ms, strict=True))
+        return ratio(reference.ms, one.ms)
 
     def as_json(self) -> dict[str, Any]:
-        ways = [
-            {**asdict(one), "median_ms": one.median if one.ms else None, "speed_up": self.speed_up(one)}
-            for one in self.ways
-        ]
+        ways = []
+        for one in self.ways:
+            faster = self.speed_up(one)
+            shown: dict[str, Any] = {"median_ms": one.median if one.ms else None, "differs": self.differs(one)}
+            shown |= {"speed_up": faster and faster.median, "speed_up_range": faster and faster[1:]}
+            ways.append({**asdict(one), **shown})
         ratios = {"token_ratio": self.token_ratio, "work_ratio": self.work_ratio, "ok": self.ok}
         named = {"tree": self.tree._asdict(), "samples": self.samples._asdict(), "ways": ways}
         return {**asdict(self), **named, **ratios}
@@ -93,11 +76,12 @@ class Report:
                 rows.append([one.name, "", "", "", "", one.failed])
                 continue
             faster, share = self.speed_up(one), ""
-            if faster and self.work_ratio and one.name.startswith("one pass"):
-                share = f"{faster / self.work_ratio:.0%}"
+            if faster and self.work_ratio and one.name.startswith("one pass") and one.exact:
+                share = f"{faster.median / self.work_ratio:.0%}"
             memory = f"{(one.peak or 0) / 2**30:.2f} GiB"
             loss = f"{one.loss:.6f}" + (", which is another" if self.differs(one) else "")
-            rows.append([one.name, f"{one.median:,.0f}", f"{faster:.2f}" if faster else "", share, memory, loss])
+            loss += "" if one.trains else ", forward alone"
+            rows.append([one.name, f"{one.median:,.0f}", str(faster or ""), share, memory, loss])
         times_less = f"{self.token_ratio:.2f} of tokens" + (
             f", {self.work_ratio:.2f} of work" if self.work_ratio else ""
         )
@@ -111,7 +95,10 @@ class Report:
             *(["", *(f"- {note}" for note in self.notes)] if self.notes else []),
         ]
         if not self.ok:
-            lines += ["", "One pass did not run, or has another loss: `flexreason verify` tells why."]
+            lines += [
+                "",
+                "One pass did not run, or has another loss or other gradients: `flexreason verify` tells why.",
+            ]
         return "\n".join(lines)
 
 

@@ -17,7 +17,7 @@ from collections.abc import Iterable, Sequence
 from flexreason.chat import messages as parts
 from flexreason.chat.messages import Message
 from flexreason.chat.render import ConversationError
-from flexreason.chat.templates import KNOWN_MARKERS, Markers
+from flexreason.chat.template import KNOWN_MARKERS, Markers
 
 Pair = tuple[str, str]
 

@@ -37,7 +37,7 @@ def _check_message(number: int, message: Any) -> Message:
     message = {key: value for key, value in message.items() if value is not None}
     role = message.get("role")
     if role not in ROLES:
-        hint = "; data with from/value is read by flexreason.data.conversations" if "from" in message else ""
+        hint = "; data with from/value is read by flexreason.data.files" if "from" in message else ""
         hint = hint or did_you_mean(role, ROLES)
         if role is None:
             raise BadMessage(f"it has no role; its keys are {', '.join(map(str, message)) or 'none'}{hint}", number)

@@ -1,411 +1,348 @@
-"""Say in plain words what a chat template does with reasoning, show the samples of one small conversation, and list
-what the template cannot do. Takes a tokenizer (folder, tokenizer.json or name) or a bare template (.jinja).
+"""What a chat template does, found by probing it: never by its name, and never by looking at users' text.
+
+A probe is a rendering of a small conversation whose texts are *marks*, words that occur nowhere else. Where a mark
+comes out is where the template puts that text; what stands around it is the template's own.
 """
 
-import argparse
-import json
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import datetime
-from pathlib import Path
+from functools import cached_property
 from typing import Any
 
 from flexreason.chat import messages as parts
-from flexreason.chat.encoding import Encoder
-from flexreason.chat.render import ConversationError, Messages, Renderer, frozen_clock
-from flexreason.chat.templates import (
-    AGAIN,
-    ANSWER,
-    PROBE_TOOL,
-    THOUGHT,
-    USER,
-    Template,
-    assistant,
-    calling,
-    tool,
-    user,
+from flexreason.chat.messages import Message
+from flexreason.chat.render import Messages, Renderer
+from flexreason.chat.seam import find_seam
+
+MARK = "zQ7xV{}Kmark"
+
+USER, ANSWER, THOUGHT, AGAIN = (MARK.format(letter) for letter in ("u", "b", "a", "w"))
+
+KNOWN_MARKERS = (
+    ("<think>", "</think>"),
+    ("<|START_THINKING|>", "<|END_THINKING|>"),
+    ("[THINK]", "[/THINK]"),
+    ("<thinking>", "</thinking>"),
+    ("<reasoning>", "</reasoning>"),
 )
-from flexreason.layout import Layout
-from flexreason.tree import lay_out
+"""Pairs that surround reasoning, tried where a template does not show its own by rendering a reasoning field."""
 
-EXAMPLE = [
-    user("What is 2 + 3?"),
-    assistant("5.", reasoning_content="Two and three make five."),
-    user("And twice that?"),
-    assistant("10.", reasoning_content="Twice five."),
-]
+PROBE_TOOL = {
+    "type": "function",
+    "function": {
+        "name": "probe",
+        "description": "probe",
+        "parameters": {"type": "object", "properties": {"key": {"type": "string", "description": "k"}}},
+    },
+}
 
-STANDARD = {"messages", "tools", "documents", "add_generation_prompt"}
-STANDARD |= {f"{kind}_token" for kind in ("bos", "eos", "pad", "unk")}
 
-FUNCTIONS = {"strftime_now", "raise_exception", "namespace", "range", "dict"}
+def user(text: str) -> Message:
+    return {"role": "user", "content": text}
+
+
+def assistant(text: str, **more: Any) -> Message:
+    return {"role": "assistant", "content": text, **more}
+
+
+def calling(form: str, key: str = "key", value: str = ANSWER, **more: Any) -> Message:
+    arguments = {key: value} if form == "object" else f'{{"{key}": "{value}"}}'
+    call = {"id": "call00001", "type": "function", "function": {"name": "probe", "arguments": arguments}}
+    return {"role": "assistant", "content": "", **more, "tool_calls": [call]}
+
+
+def tool(text: str) -> Message:
+    return {"role": "tool", "name": "probe", "tool_call_id": "call00001", "content": text}
 
 
 @dataclass(frozen=True)
-class Fact:
-    """One thing that a template does: a key for programs, its value, and the sentence for people."""
+class Markers:
+    """What stands before reasoning, and between reasoning and response."""
 
-    key: str
-    value: Any
-    words: str
+    open: str
+    close: str
+    origin: str  # "template", "vocabulary", "option" or "text"
 
+    @property
+    def opening(self) -> str:
+        return self.open.strip()
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", metavar="TOKENIZER_OR_JINJA", help="a tokenizer's folder, file or name; or .jinja")
-    parser.add_argument("--option", action="append", default=[], metavar="NAME=VALUE", help="of the template")
-    parser.add_argument("--history", choices=("template", "content"), default="template", help="what clients send back")
-    parser.add_argument("--messages", metavar="FILE", help="a JSON file with a conversation to show instead")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    @property
+    def closing(self) -> str:
+        return self.close.strip()
 
+    def opened_by(self, text: str) -> bool:
+        """Whether a prompt that ends with `text` leaves a reasoning block open."""
+        return bool(self.opening) and text.rfind(self.opening) > text.rfind(self.closing)
 
-def run(options: argparse.Namespace) -> int:
-    tokenizer, notes = load_tokenizer(options.source)
-    encoder = Encoder(tokenizer, history=options.history, **dict(map(option_of, options.option)))
-    facts = describe(encoder)
-    if is_bare(options.source):
-        notes += _guesses(encoder.template())
-    shown = EXAMPLE if options.messages is None else json.loads(Path(options.messages).read_text())
-    try:
-        example: dict[str, Any] = show(encoder, shown)
-    except ConversationError as error:
-        example = {"refused": str(error), "reason": error.reason}
-    if options.json:
-        made = {"source": options.source, "notes": notes, "facts": {f.key: f.value for f in facts}, "example": example}
-        print(json.dumps(made | {"words": [f.words for f in facts]}, ensure_ascii=False))
-    else:
-        _print(options.source, notes, facts, example)
-    return 1 if "refused" in example else 0
+    def around(self, text: str) -> bool:
+        """Whether a text holds a reasoning block, empty or not."""
+        return bool(self.opening) and 0 <= text.find(self.opening) < text.find(self.closing)
 
+    def block(self, text: str) -> bool:
+        """Whether a text is an opened block of reasoning, or a closed one without any."""
+        left = text.strip().removeprefix(self.opening).strip()
+        return bool(self.opening) and text.strip().startswith(self.opening) and left in ("", self.closing)
 
-def option_of(text: str) -> tuple[str, Any]:
-    name, given, value = text.partition("=")
-    if not given or not name.isidentifier():
-        raise ValueError(f"--option: expected NAME=VALUE, found {text!r}")
-    try:
-        return name, json.loads(value)
-    except json.JSONDecodeError:
-        return name, value
+    def closed_by(self, text: str) -> bool:
+        return bool(self.closing) and text.rfind(self.closing) > text.rfind(self.opening)
+
+    def rest_of_open(self, prompt: str) -> str:
+        """What of `open` a prompt that has opened the block has not written yet."""
+        written = prompt[prompt.rfind(self.opening) :]
+        return self.open.lstrip()[len(written) :] if self.open.lstrip().startswith(written) else ""
 
 
-def is_bare(source: str) -> bool:
-    """Whether the source is a template that comes without a tokenizer."""
-    return Path(source).suffix in (".jinja", ".jinja2", ".j2")
+@dataclass(frozen=True)
+class Stop:
+    """How a message ends: `text` stands behind it and stops generation, or has to be appended to do so. `guessed`: it
+    is the first special token there, and nothing else says that it stops."""
+
+    text: str
+    appended: bool
+    guessed: bool = False
 
 
-def _guesses(template: Template) -> list[str]:
-    """What a real tokenizer may say otherwise: ends of messages that only their being special tells."""
-    calls = template.argument_form != "none"
-    ends = {"an answer": template.stop, "a tool call": template.call_stop if calls else None}
-    guessed = [f"{what} ({stop.text!r})" for what, stop in ends.items() if stop and (stop.guessed or stop.appended)]
-    if not guessed:
-        return []
-    return [f"the end of {' and of '.join(guessed)} is guessed: a real tokenizer may have another token special there"]
+class Template:
+    """One template with its options, and what was found out about it. `render` must be without the user's texts."""
+
+    def __init__(self, render: Renderer, think: tuple[str, str] | None = None) -> None:
+        tokenizer = render.tokenizer
+        self.render, self.think = render, think
+        self.eos, self.bos = tokenizer.eos_token, tokenizer.bos_token
+        added = tokenizer.added_tokens_decoder.values()
+        self.special = _any_of([*(str(t.content) for t in added if t.special), *tokenizer.all_special_tokens])
+        self.added = _any_of([*(str(t.content) for t in added), *tokenizer.all_special_tokens])
+
+    def probe(self, messages: Messages, prompt: bool = False) -> str | None:
+        """The text, or None where the template raises."""
+        return self.render.attempt(messages, prompt)
+
+    # --- which form of a message the template takes
+
+    @cached_property
+    def content_form(self) -> str:
+        """ "any", "string" or "parts": which contents come out as their text."""
+        plain = self.probe([user(USER)], True)
+        listed = self.probe([{"role": "user", "content": [{"type": "text", "text": USER}]}], True)
+        takes_text, takes_parts = plain is not None and USER in plain, listed is not None and USER in listed
+        if takes_text:
+            return "any" if listed == plain else "string"
+        return "parts" if takes_parts else "string"
+
+    @cached_property
+    def argument_form(self) -> str:
+        """ "any", "object" or "string": which tool arguments come out as themselves; "none" where calls never do."""
+        takes = [form for form in ("object", "string") if self._takes_arguments(form)]
+        return "any" if len(takes) == 2 else takes[0] if takes else "none"
+
+    def _takes_arguments(self, form: str) -> bool:
+        for content in ("", None):
+            text = self.probe([user(USER), parts.check([user(""), calling(form, content=content)])[1]])
+            if text is not None and ANSWER in text:
+                return not (form == "string" and re.search(r'\\+"key\\+"', text))
+        return False
+
+    @cached_property
+    def fields(self) -> tuple[str, ...]:
+        """The reasoning fields that the template renders in the last message."""
+        found = []
+        for name in parts.REASONING_FIELDS:
+            text = self.probe([user(USER), assistant(ANSWER, **{name: THOUGHT})])
+            if text is not None and THOUGHT in text:
+                found.append(name)
+        return tuple(found)
+
+    @cached_property
+    def splits_inline(self) -> bool:
+        """Whether inline reasoning comes out just as a reasoning field does, in every place."""
+        inline = assistant(f"<think>\n{THOUGHT}\n</think>\n\n{ANSWER}")
+        field = assistant(ANSWER, **{(self.fields or parts.REASONING_FIELDS)[0]: THOUGHT})
+        for around in ([user(USER), None], [user(USER), None, user(AGAIN)], [user(USER), None, user(AGAIN), None]):
+            texts = [self.probe([m or form for m in around]) for form in (inline, field)]
+            if texts[0] != texts[1] or texts[0] is None:
+                return False
+        return True
+
+    # --- reasoning
+
+    @cached_property
+    def prompt_end(self) -> str:
+        """What follows the last user's text in a prompt: the end of that message and the generation prompt."""
+        text = self.probe(self._in_form([user(USER)]), True) or ""
+        return text.rpartition(USER)[2]
+
+    @cached_property
+    def markers(self) -> Markers:
+        """What surrounds reasoning: shown by the template, else of the names that people use."""
+        if self.think is not None:
+            return Markers(*self.think, origin="option")
+        shown = self._shown_markers()
+        if shown:
+            return shown
+        source, tokens = self.render.source, self.render.tokenizer.get_vocab()
+        for origin, known in (("template", source), ("vocabulary", tokens)):
+            for opening, closing in KNOWN_MARKERS:
+                if closing in known and (opening in known or origin == "template"):
+                    return Markers(f"{opening}\n", f"\n{closing}\n\n", origin)
+        return Markers("<think>\n", "\n</think>\n\n", "text")
+
+    def _shown_markers(self) -> Markers | None:
+        if not self.fields:
+            return None
+        message = self._in_form([user(USER), assistant(ANSWER, **{self.fields[0]: THOUGHT})])
+        with_ = self.probe(message)
+        if with_ is None or not 0 <= with_.rfind(USER) < with_.find(THOUGHT) < with_.find(ANSWER):
+            return None
+        head = with_[with_.rfind(USER) + len(USER) : with_.find(THOUGHT)]
+        seam = find_seam(self.prompt_end, head, None, "", self.added)
+        opening = head[seam.end :] if seam else ""
+        close = with_[with_.find(THOUGHT) + len(THOUGHT) : with_.find(ANSWER)]
+        if not opening.strip():  # the prompt opens the block itself
+            word = re.search(r"(<[^<>\s]+>|\[[^\[\]\s]+\])\s*$", head)
+            opening = word.group(0) if word else opening
+        return Markers(opening, close, "template")
+
+    # --- the end of a message
+
+    @cached_property
+    def appends_always(self) -> bool:
+        """Whether the generation prompt comes even when it is not asked for."""
+        asked, unasked = (self.probe(self._in_form([user(USER)]), prompt) for prompt in (True, False))
+        return asked is not None and asked == unasked
+
+    @cached_property
+    def stop(self) -> Stop | None:
+        """How a plain answer ends."""
+        return self._find_stop([assistant(ANSWER)], [user(AGAIN)])
+
+    @cached_property
+    def call_stop(self) -> Stop | None:
+        """How a tool call ends."""
+        form = "object" if self.argument_form in ("any", "object") else "string"
+        return self._find_stop([calling(form)], [tool(AGAIN)])
+
+    def _find_stop(self, answer: Messages, more: Messages) -> Stop | None:
+        last = self.probe(self._in_form([user(USER), *answer]))
+        after = self.probe(self._in_form([user(USER), *answer, *more]))
+        tail = last.rpartition(ANSWER)[2] if last and ANSWER in last else ""
+        between = after.rpartition(ANSWER)[2].partition(AGAIN)[0] if after and ANSWER in after else ""
+        if self.appends_always:
+            tail = self._without_prompt(tail)
+        always = self._whole(_common_prefix(tail, between), tail)
+        if stop := self._end_of_turn(always):
+            return stop
+        for text in (always, tail):
+            if run := self._run(text):
+                return Stop(run, False, guessed=True)
+        after_tail = between[len(tail) :] if between.startswith(tail) else between
+        if (next_role := self.special.match(after_tail.lstrip())) and next_role.group() != self.bos:
+            return Stop(next_role.group(), True)
+        return Stop(self.eos, True) if self.eos else None
+
+    def ending(self, tail: str, calls: bool) -> tuple[int, Stop] | None:
+        """How many characters of what a message ends with belong to it, and how it stops."""
+        known = [stop for stop in ((self.call_stop if calls else None), self.stop) if stop]
+        for stop in known:
+            if not stop.appended and (at := tail.find(stop.text)) >= 0:
+                return at + len(stop.text), stop
+        if not self.appends_always and (run := self._run(tail)):
+            stop = self._end_of_turn(tail) or Stop(run, False, guessed=True)
+            return tail.find(stop.text) + len(stop.text), stop
+        if not known:
+            return None
+        kept = tail
+        if self.appends_always:
+            kept = self._without_prompt(tail)
+        stop = next((stop for stop in known if stop.appended), known[0])
+        return len(kept.rstrip()), stop
+
+    def _end_of_turn(self, text: str) -> Stop | None:
+        """The eos_token, or the first token that ends a user's message too: of what stands behind every answer, these
+        stop generation, whether flagged special or not, and whatever stands before them."""
+        if self.eos and self.eos in text:
+            return Stop(self.eos, False)
+        ends = (found.group() for found in self.added.finditer(text) if found.group() in self._between_turns)
+        token = next((token for token in ends if token != self.bos), None)
+        return Stop(token, False) if token else None
+
+    @cached_property
+    def _between_turns(self) -> str:
+        """What stands between a user's text and an answer, in a prompt and in a history."""
+        text = self.probe(self._in_form([user(USER), assistant(ANSWER), user(AGAIN)])) or ""
+        return self.prompt_end + text.partition(USER)[2].partition(ANSWER)[0]
+
+    def _without_prompt(self, tail: str) -> str:
+        """The end of a message without a generation prompt that nobody asked for."""
+        start = len(tail) - len(_common_suffix(tail, self.prompt_end))
+        cut = next((found.end() for found in self.added.finditer(tail) if found.start() < start < found.end()), start)
+        return tail[:cut]
+
+    def _run(self, text: str) -> str:
+        """The first special tokens in a text that stand side by side, without one that begins a text."""
+        found = self.special.search(text)
+        if not found or found.group() == self.bos != self.eos:
+            return ""
+        end = found.end()
+        while (more := self.special.match(text, end)) and more.group() != self.bos:
+            end = more.end()
+        return text[found.start() : end]
+
+    def shared(self, one: str, other: str) -> str:
+        """What two texts begin with both, no token of them cut."""
+        return self._whole(self._whole(_common_prefix(one, other), one), other)
+
+    def _whole(self, prefix: str, text: str) -> str:
+        """A prefix of a text, cut so that no added token of the text is cut."""
+        for found in self.added.finditer(text):
+            if found.start() < len(prefix) < found.end():
+                return text[: found.start()]
+        return prefix
+
+    # --- messages as this template takes them
+
+    def _in_form(self, messages: Messages) -> Messages:
+        return [self.in_form(message) for message in messages]
+
+    def in_form(self, message: Message) -> Message:
+        """The message in the forms that the template takes, changed only where it would come out wrong."""
+        content = message.get("content")
+        if isinstance(content, list) and self.content_form == "string":
+            message = {**message, "content": parts.text_of(content)}
+        elif isinstance(content, str) and self.content_form == "parts":
+            message = {**message, "content": [{"type": "text", "text": content}]}
+        if message.get("tool_calls") and self.argument_form in ("object", "string"):
+            message = parts.with_arguments(message, self.argument_form)
+        if message["role"] != "assistant":
+            return message
+        named = parts.has_field(message)
+        if named and self.fields and not any(name in message for name in self.fields):
+            return parts.with_field(message, self.fields[0])
+        if not named and parts.split_inline(content) and not self.splits_inline:
+            return parts.with_field(message, (self.fields or parts.REASONING_FIELDS)[0])
+        return message
 
 
-def load_tokenizer(source: str) -> tuple[Any, list[str]]:
-    """A tokenizer, and what should be known of how it came about."""
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast
-
-    path = Path(source)
-    try:
-        if is_bare(source):
-            return stand_in(path.read_text()), [
-                "a bare template: rendered with a stand-in tokenizer, whose special tokens are the tags in the template"
-            ]
-        if path.is_file():
-            if (path.parent / "tokenizer_config.json").exists():
-                return AutoTokenizer.from_pretrained(str(path.parent)), []
-            return PreTrainedTokenizerFast(tokenizer_file=str(path)), ["no tokenizer_config.json beside it"]
-        return AutoTokenizer.from_pretrained(source), []
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise ValueError(f"{source}: cannot be loaded as a tokenizer or a template: {error}") from error
+def _any_of(texts: list[str]) -> re.Pattern[str]:
+    ordered = sorted({text for text in texts if text.strip()}, key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, ordered)) or "(?!)")
 
 
-TAG = re.compile(r"<[|\uff5c]?/?[\w▁.:-]+[|\uff5c]?>|\[/?[A-Z_]{3,}\]")
+def _common_prefix(one: str, other: str) -> str:
+    return _agree(one, other, lambda text, n: text[:n])
 
 
-def stand_in(template: str) -> Any:
-    """A byte-level tokenizer for a template that comes alone: its tags are tokens, those of turns special."""
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    backend = Tokenizer(models.BPE(vocab={letter: n for n, letter in enumerate(alphabet)}, merges=[]))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>", bos_token="<bos>")
-    inner = re.compile(r"think|tool|function|param|arg|name|reason", re.IGNORECASE)
-    for tag in sorted(set(TAG.findall(template))):
-        special = not inner.search(tag)
-        tokenizer.add_tokens([AddedToken(tag, special=special, normalized=False)], special_tokens=special)
-    tokenizer.chat_template = template
-    return tokenizer
+def _common_suffix(one: str, other: str) -> str:
+    return _agree(one, other, lambda text, n: text[len(text) - n :])
 
 
-# --- what it does
-
-
-def describe(encoder: Encoder) -> list[Fact]:
-    """Everything found out about the template of an encoder."""
-    with frozen_clock():
-        template = encoder.template()
-        if template.probe(template._in_form([user(USER)]), True) is None:
-            template.render([user(USER)], True)  # raises, in the template's words
-        return [
-            *_reasoning(template),
-            *_ends(template),
-            *_forms(template, encoder),
-            *_roles(template),
-            *_clock(template),
-            _options(template),
-        ]
-
-
-def _seen(template: Template, messages: Messages, prompt: bool = True) -> str | None:
-    return template.probe(template._in_form(messages), prompt)
-
-
-def _reasoning(template: Template) -> list[Fact]:
-    markers, fields = template.markers, template.fields
-    thinking = {fields[0] if fields else parts.REASONING_FIELDS[0]: THOUGHT}
-    facts = [Fact("fields", list(fields), _fields_words(template))]
-
-    history = _seen(template, [user(USER), assistant(ANSWER, **thinking), user(AGAIN)])
-    bare = _seen(template, [user(USER), assistant(ANSWER), user(AGAIN)])
-    if history is None:
-        kept, words = "unknown", "It raises on a conversation of two questions, so nothing is known of history."
-    elif THOUGHT in history:
-        kept, words = (
-            "kept",
-            "Reasoning of earlier turns is kept in history: the samples are one chain, and merge into one path.",
-        )
-    elif bare is not None and ANSWER in history and markers.around(history.partition(USER)[2].partition(ANSWER)[0]):
-        kept, words = "empty block", "Reasoning is dropped from history, and an empty block stands in its place."
-    else:
-        kept, words = "dropped", "Reasoning is dropped from history: earlier answers stand there without it."
-    facts.append(Fact("history", kept, words))
-
-    form = "string" if template.argument_form == "string" else "object"
-    loop = [user(USER), calling(form, **thinking), tool(AGAIN)]
-    running, closed = _seen(template, loop), _seen(template, [*loop, assistant(ANSWER + "x"), user("next")])
-    if running is None or ANSWER not in running:
-        facts.append(Fact("tool_loop", "no tools", "It shows no tool calls, so there are no tool loops."))
-    elif THOUGHT not in running:
-        facts.append(Fact("tool_loop", "dropped", "Within a tool loop, too, earlier reasoning is dropped."))
-    else:
-        later = "and dropped once it is over" if closed is None or THOUGHT not in closed else "and afterwards"
-        facts.append(
-            Fact("tool_loop", "kept", f"Within a running tool loop reasoning is kept, {later}: a loop is one branch.")
-        )
-
-    opens, closes = markers.opened_by(template.prompt_end), markers.closed_by(template.prompt_end)
-    if opens:
-        words = "The generation prompt opens the reasoning block itself: targets begin inside it."
-        facts.append(Fact("prompt", "opens", f"{words} A turn without reasoning closes it at once."))
-    elif closes:
-        words = (
-            "The generation prompt holds a closed reasoning block (thinking is off): no reasoning is in the targets."
-        )
-        facts.append(Fact("prompt", "closes", words))
-    else:
-        facts.append(
-            Fact(
-                "prompt",
-                "plain",
-                f"The generation prompt is {_tail(template.prompt_end)!r}; the model opens the block.",
-            )
-        )
-    without = _seen(template, [user(USER), assistant(ANSWER)], False)
-    block = without is not None and markers.around(without.rpartition(USER)[2].partition(ANSWER)[0]) and not closes
-    if block and not opens:
-        facts.append(Fact("without", "empty block", "A turn without reasoning has an empty block in its target."))
-    return facts
-
-
-def _fields_words(template: Template) -> str:
-    markers = template.markers
-    around = f"{markers.open!r} and {markers.close!r}"
-    if template.fields:
-        split = "; inline <think> blocks are read alike" if template.splits_inline else ""
-        return f"It reads reasoning ({', '.join(template.fields)}) and writes it between {around}{split}."
-    origin = {
-        "template": "the template knows these markers",
-        "vocabulary": "the vocabulary has these markers",
-        "option": "as the option think says",
-        "text": "no markers are known here, so as text",
-    }[markers.origin]
-    return f"It never writes reasoning: history has none, and targets get it between {around} ({origin})."
-
-
-def _tail(text: str, n: int = 40) -> str:
-    return text if len(text) <= n else "..." + text[-n:]
-
-
-def _ends(template: Template) -> list[Fact]:
-    stop = template.stop
-    if stop is None:
-        return [Fact("stop", None, "Nothing stops generation: no special token behind an answer, and no eos_token.")]
-    how = (
-        "appended, since the template writes nothing behind the last answer"
-        if stop.appended
-        else "written by the template"
-    )
-    facts = [Fact("stop", stop.text, f"An answer ends with {stop.text!r} ({how}).")]
-    call = template.call_stop if template.argument_form != "none" else None
-    if call and call.text != stop.text:
-        facts.append(Fact("call_stop", call.text, f"A tool call ends with {call.text!r}."))
-    last = (_seen(template, [user(USER), assistant(ANSWER)], False) or "").rpartition(ANSWER)[2]
-    after = last.partition(stop.text)[2] if not stop.appended else ""
-    if after:
-        facts.append(Fact("after_stop", after, f"Behind it stands {after!r}, which no target has."))
-    history = (_seen(template, [user(USER), assistant(ANSWER), user(AGAIN)]) or "").rpartition(ANSWER)[2]
-    if history and not stop.appended and not history.startswith(last[: last.find(stop.text) + len(stop.text)]):
-        begins = _tail(history[: len(stop.text) + 4])
-        facts.append(Fact("closes_differently", True, f"In history the same answer goes on with {begins!r} instead."))
-    if template.appends_always:
-        facts.append(Fact("appends_always", True, "The generation prompt comes even when it is not asked for."))
-    return facts
-
-
-def _forms(template: Template, encoder: Encoder) -> list[Fact]:
-    content = {
-        "any": "Content may be text or a list of text parts.",
-        "string": "It takes content as text only; lists of text parts are joined, one a line.",
-        "parts": "It takes content as lists of parts only; text is wrapped into one.",
-    }[template.content_form]
-    arguments = {
-        "any": "Tool arguments may be objects or JSON text.",
-        "object": "It takes tool arguments as objects only; JSON text is parsed.",
-        "string": "It takes tool arguments as JSON text only; objects are written as JSON.",
-        "none": "It shows no tool calls.",
-    }[template.argument_form]
-    facts = [Fact("content", template.content_form, content), Fact("arguments", template.argument_form, arguments)]
-    described = Renderer(encoder.tokenizer, [PROBE_TOOL], encoder.options)
-    some = template._in_form([user(USER), assistant(ANSWER), user(AGAIN)])
-    try:
-        text = described.plain(some, True)
-    except ConversationError:
-        raise
-    except Exception as error:
-        return [*facts, Fact("tools", "raises", f"It raises when tools are given: {error}")]
-    at = text.rfind("probe")
-    if at < 0:
-        facts.append(Fact("tools", "ignored", "Tools that are given are not shown to the model."))
-    elif at > text.find(ANSWER) > 0:
-        words = "Tools stand at the last user message, so samples share little: exact, and no faster."
-        facts.append(Fact("tools", "last user message", words))
-    else:
-        facts.append(Fact("tools", "beginning", "Tools stand at the beginning, where all samples share them."))
-    return facts
-
-
-def _roles(template: Template) -> list[Fact]:
-    def takes(messages: Messages) -> str | None:
-        try:
-            text = template.render.plain(template._in_form(messages), True)
-        except ConversationError:
-            raise
-        except Exception as error:
-            return f"raises: {str(error)[:120]}"
-        return None if AGAIN in text and (messages[-1]["role"] != "tool" or ANSWER in text) else "silently left out"
-
-    form = "string" if template.argument_form == "string" else "object"
-    tries = {
-        "a system message": [{"role": "system", "content": AGAIN}, user(USER)],
-        "a developer message": [{"role": "developer", "content": AGAIN}, user(USER)],
-        "a second system message": [
-            {"role": "system", "content": "one"},
-            user(USER),
-            {"role": "system", "content": AGAIN},
-            user("x"),
-        ],
-        "two user messages in a row": [user(USER), user(AGAIN)],
-        "tool calls and results": [user(USER), calling(form), tool(AGAIN)],
-    }
-    failed = {what: words for what, messages in tries.items() if (words := takes(messages))}
-    taken = [what for what in tries if what not in failed]
-    facts = [Fact("takes", taken, f"It takes {', '.join(taken) or 'none of system, developer and tool messages'}.")]
-    lines = [f"{what}: {words}" for what, words in failed.items()]
-    return [
-        *facts,
-        Fact("cannot", lines, "It cannot do: " + "; ".join(lines) + "." if lines else "It can do all that was tried."),
-    ]
-
-
-def _clock(template: Template) -> list[Fact]:
-    messages = template._in_form([user(USER)])
-    texts = set()
-    for year in (2001, 2002):
-        from flexreason.chat.render import _NOW
-
-        token = _NOW.set(datetime(year, 2, 3))
-        try:
-            texts.add(template.probe(messages, True))
-        finally:
-            _NOW.reset(token)
-    if len(texts) == 1:
-        return []
-    return [Fact("date", True, "The date stands in the prompt; it is frozen once a conversation.")]
-
-
-def _options(template: Template) -> Fact:
-    from transformers.utils import chat_template_utils
-
-    found = sorted(chat_template_utils._get_template_variables(template.render.source) - STANDARD)
-    source = template.render.source
-
-    def given(name: str) -> bool:
-        """Not one of the template's own variables, unless it asks whether that is defined."""
-        asked = rf"(?<![.\w]){name}\s+is\s+(not\s+)?defined|(?<![.\w]){name}\s*\|\s*default"
-        own = rf"\bset\s+{name}\b|\bmacro\b[^%]*\b{name}\b|\bfor\s+[\w, ]*\b{name}\b"
-        return bool(re.search(asked, source)) or not re.search(own, source)
-
-    names = [name for name in found if given(name) and name not in FUNCTIONS]
-    return Fact("options", names, f"It knows the options {', '.join(names)}." if names else "It has no options.")
-
-
-# --- what it looks like
-
-
-def show(encoder: Encoder, messages: Messages, tools: Any = None) -> dict[str, Any]:
-    """The samples of a conversation as texts, how much each shares with the one before, and how the tree is."""
-    found = encoder.encoded(messages, tools)
-    layout: Layout = lay_out(found.samples)
-    ids = [[*sample.prompt_ids, *sample.target_ids] for sample in found.samples]
-    decode = encoder.tokenizer.decode
-    samples = []
-    for n, sample in enumerate(found.samples):
-        others = ids[:n] + ids[n + 1 :]
-        shared = min(max((_alike(ids[n], other) for other in others), default=0), len(sample.prompt_ids))
-        samples.append(
-            {
-                "message": found.messages[n],
-                "how": found.how[n],
-                "shared": decode(ids[n][:shared], skip_special_tokens=False),
-                "prompt": decode(ids[n][shared : len(sample.prompt_ids)], skip_special_tokens=False),
-                "target": found.texts[n].target,
-                "tokens": len(ids[n]),
-                "shared_tokens": shared,
-            }
-        )
-    return {"samples": samples, "tokens_in_samples": layout.sample_tokens, "tokens_in_tree": len(layout)}
-
-
-def _alike(one: list[int], other: list[int]) -> int:
-    return next((n for n, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
-
-
-def _print(source: str, notes: list[str], facts: list[Fact], example: dict[str, Any]) -> None:
-    print(f"The chat template of {source}\n")
-    for line in (*notes, *(fact.words for fact in facts)):
-        print(f"  {line}")
-    if "refused" in example:
-        print(f"\nThe conversation is refused ({example['reason']}): {example['refused']}")
-        return
-    print("\nThe samples of one conversation; between [[ and ]] what a prompt shares with another sample:\n")
-    for n, sample in enumerate(example["samples"]):
-        print(f"  sample {n}, message {sample['message']}, {sample['tokens']} tokens, {sample['how']}")
-        shared = f"[[{sample['shared']}]]" if sample["shared"] else ""
-        print(f"    prompt  {json.dumps(shared + sample['prompt'], ensure_ascii=False)}")
-        print(f"    target  {json.dumps(sample['target'], ensure_ascii=False)}")
-    print(f"\n  {example['tokens_in_samples']} tokens in the samples, {example['tokens_in_tree']} in the tree")
+def _agree(one: str, other: str, piece: Callable[[str, int], str]) -> str:
+    low, high = 0, min(len(one), len(other))
+    while low < high:
+        middle = (low + high + 1) // 2
+        if piece(one, middle) == piece(other, middle):
+            low = middle
+        else:
+            high = middle - 1
+    return piece(one, low)

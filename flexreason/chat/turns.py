@@ -29,7 +29,7 @@ from flexreason.chat.filled import forms, places_of
 from flexreason.chat.messages import Message
 from flexreason.chat.render import ConversationError, Messages, NoStopToken, NotAligned, NotRendered, Renderer
 from flexreason.chat.seam import Seam, find_seam, says_something
-from flexreason.chat.templates import MARK, Stop, Template, _common_suffix, user
+from flexreason.chat.template import MARK, Stop, Template, _common_suffix, user
 
 QUOTES = "\"'\\"
 """What templates write around an argument that is text, and leave out around a number."""

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from flexreason.layout import PER_TARGET, PER_TOKEN, Layout
-from flexreason.row import Row, collate
+from flexreason.tree.layout import PER_TARGET, PER_TOKEN, Layout
+from flexreason.tree.row import Row, collate
 
 
 class Collator:

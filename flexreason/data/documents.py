@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from flexreason.layout import PER_TARGET, PER_TOKEN, Layout
+from flexreason.tree.layout import PER_TARGET, PER_TOKEN, Layout
 
 if TYPE_CHECKING:
     import pyarrow

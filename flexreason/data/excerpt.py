@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from flexreason.chat import dirt
-from flexreason.chat.encoding import HISTORIES
+from flexreason.chat.encode import HISTORIES
 from flexreason.chat.render import ConversationError
-from flexreason.chat.template import load_tokenizer, option_of
-from flexreason.data.conversations import FORMATS, BadInput, Conversation, read_all
+from flexreason.data.files import FORMATS, BadInput, Conversation, read_all
 from flexreason.data.intake import OURS, EntryEncoder, Refusals, Refused
-from flexreason.sample import Sample
+from flexreason.load import load_tokenizer, option_of
+from flexreason.tree.sample import Sample
 
 READ = 2000
 """Conversations that are read, unless --limit says otherwise."""

@@ -8,8 +8,8 @@ import torch
 from flexreason.data.intake import Item
 from flexreason.data.splitting import Split, in_storage, seen_from, split
 from flexreason.data.work import Amount
-from flexreason.layout import Layout
-from flexreason.sample import Role, Sample
+from flexreason.tree.layout import Layout
+from flexreason.tree.sample import Role, Sample
 
 
 @dataclass(frozen=True)

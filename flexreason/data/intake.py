@@ -21,9 +21,9 @@ from typing import Any
 import torch
 
 import flexreason
-from flexreason.chat.encoding import Encoded, Encoder, encoder_of
+from flexreason.chat.encode import Encoded, Encoder, encoder_of
 from flexreason.chat.render import ConversationError
-from flexreason.data.conversations import (
+from flexreason.data.files import (
     BadInput,
     Conversation,
     as_conversation,
@@ -32,8 +32,8 @@ from flexreason.data.conversations import (
     read_all,
     without_none,
 )
-from flexreason.layout import Layout
-from flexreason.tree import lay_out
+from flexreason.tree.layout import Layout
+from flexreason.tree.merge import lay_out
 
 EXAMPLES = 3
 """Refused conversations that are named a class of reasons."""

@@ -21,7 +21,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from flexreason.layout import PER_TARGET, Layout
+from flexreason.tree.layout import PER_TARGET, Layout
 
 EXACTLY = 10
 """Samples up to which every way is tried: 3 ** 10 steps."""

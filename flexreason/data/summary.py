@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
-from flexreason.chat.encoding import REMARKS
+from flexreason.chat.encode import REMARKS
 from flexreason.data.figures import Figures
 from flexreason.data.pack import Packer
 from flexreason.data.work import SIZES, Amount, Shape

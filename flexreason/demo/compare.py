@@ -16,7 +16,7 @@ from flexreason.demo import answers, material
 from flexreason.demo.fit import fit, start
 from flexreason.demo.telling import Say, watched
 from flexreason.demo.ways import LAST_TURN, LEAKING, N_SAMPLES, SINGLE_PASS, Way
-from flexreason.draw import draw_table
+from flexreason.tree.draw import draw_table
 
 FIRST = 10
 """Steps over which two ways that are the same stay together; later, training makes rounding larger."""

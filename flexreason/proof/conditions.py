@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from flexreason.attention import flex, segments
-from flexreason.patching import find_patch, find_root
+from flexreason.model.hooks import find_patch, find_root
 
 
 def suspended(model: nn.Module) -> Any:

@@ -17,12 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from flexreason.attention.registry import find_decoder
-from flexreason.layout import Layout
-from flexreason.patching import Patch
-from flexreason.proof.choice import Given
-from flexreason.proof.testing import relative_l2
-from flexreason.row import Row
-from flexreason.sample import Role, Sample
+from flexreason.model.hooks import Patch
+from flexreason.proof.conversations import Given
+from flexreason.proof.float64 import relative_l2
+from flexreason.tree.layout import Layout
+from flexreason.tree.row import Row
+from flexreason.tree.sample import Role, Sample
 
 
 def layout_faults(layout: Layout, samples: Sequence[Sample]) -> list[str]:

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from flexreason.proof.testing import each_gradient
+from flexreason.proof.float64 import each_gradient
 
 
 class PromptAndTarget(Protocol):

@@ -12,9 +12,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from flexreason.proof.shrink import shrink
-from flexreason.proof.verdicts import structure_of
-from flexreason.refuse import model_class
+from flexreason.model.refuse import model_class
+from flexreason.proof.evidence import structure_of
+from flexreason.proof.tiny import shrink
 
 COMMON = (  # packages whose modules stand in for linear layers, wrap others, or share them out
     *("torch", "peft", "accelerate", "deepspeed", "bitsandbytes", "torchao", "gptqmodel", "auto_gptq", "awq", "hqq"),

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from flexreason.proof.verdicts import LIST, listed, structure_of
+from flexreason.proof.evidence import LIST, listed, structure_of
 
 TABLE = Path(__file__).parents[2] / "docs" / "models.md"
 
@@ -64,8 +64,8 @@ def entry_of(name: str) -> dict[str, Any]:
     import transformers
 
     from flexreason.proof.selftest import check, unpatched
-    from flexreason.proof.shrink import default_config
     from flexreason.proof.source import source_of
+    from flexreason.proof.tiny import default_config
 
     cls = getattr(transformers, name)
     entry = check(cls).to_dict()

@@ -19,16 +19,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from flexreason import head
 from flexreason.attention.registry import find_decoder
 from flexreason.attention.tree_row import TreeRow
-from flexreason.layout import Layout, lay_out_turns, unmerge
-from flexreason.logprobs import token_logprobs
-from flexreason.patching import apply_patch, unpatch
-from flexreason.proof import oracle
-from flexreason.proof.shrink import ORIGINAL, SPECIAL, VOCABULARY, build, class_of, default_config, shrink
-from flexreason.proof.testing import relative_l2, true_float64
-from flexreason.refuse import (
+from flexreason.model import head
+from flexreason.model.hooks import apply_patch, unpatch
+from flexreason.model.logprobs import token_logprobs
+from flexreason.model.refuse import (
     RECURRENT,
     ROPE_BY_LONGEST,
     SOFTCAP,
@@ -37,9 +33,13 @@ from flexreason.refuse import (
     rope_settings,
     rope_types,
 )
-from flexreason.row import IGNORED, Row, collate
-from flexreason.sample import Sample
-from flexreason.tree import lay_out
+from flexreason.proof import oracle
+from flexreason.proof.float64 import relative_l2, true_float64
+from flexreason.proof.tiny import ORIGINAL, SPECIAL, VOCABULARY, build, class_of, default_config, shrink
+from flexreason.tree.layout import Layout, lay_out_turns, unmerge
+from flexreason.tree.merge import lay_out
+from flexreason.tree.row import IGNORED, Row, collate
+from flexreason.tree.sample import Sample
 
 EXACT = 1e-9
 """The largest relative error of an exact model, in fp64."""

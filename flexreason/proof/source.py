@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from flexreason.proof.shrink import shrink
+from flexreason.proof.tiny import shrink
 
 MODELS = "transformers.models."
 
@@ -129,6 +129,8 @@ def replaced_in_memory(cls: type[PreTrainedModel], structure: str) -> str:
     not what the files say, in this process only."""
     for name in _modules.get((cls, structure), ()):
         for key, value in list(vars(sys.modules[name]).items()):
+            if key.startswith("__"):  # torch.compile leaves there what its guards look at; no source calls it
+                continue
             if any(_package(home) not in USUAL for home in _homes(value, name)):
                 return f"{name}.{key}"
     return ""

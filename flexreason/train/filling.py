@@ -11,8 +11,8 @@ from typing import Any
 from torch.utils.data import Dataset, IterableDataset, RandomSampler, Sampler
 
 from flexreason.data.collator import Collator
-from flexreason.refuse import refuse_tokens
-from flexreason.row import Row, collate
+from flexreason.model.refuse import refuse_tokens
+from flexreason.tree.row import Row, collate
 
 
 class Nothing:

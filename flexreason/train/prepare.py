@@ -22,11 +22,11 @@ from tqdm import tqdm
 
 import flexreason
 from flexreason.data import splitting
-from flexreason.data.conversations import count_entries
 from flexreason.data.documents import Documents, write_documents
 from flexreason.data.figures import Figures, figures_of
+from flexreason.data.files import count_entries
 from flexreason.data.intake import EntryEncoder, Intake, Item, Refusals
-from flexreason.layout import Layout
+from flexreason.tree.layout import Layout
 
 WAIT = 0.2
 """Seconds between looks for what another process prepares."""

@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from flexreason.data.rows import Rows
-from flexreason.patching import find_root
+from flexreason.model.hooks import find_root
 from flexreason.train import checkpoints
 from flexreason.train.prepare import Prepared
 from flexreason.train.settings import Settings

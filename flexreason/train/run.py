@@ -30,10 +30,10 @@ from flexreason.data.rows import Rows
 from flexreason.data.summary import Summary
 from flexreason.data.work import Shape, shape_of
 from flexreason.load import load_model
-from flexreason.patching import find_root
+from flexreason.model.hooks import find_root
 from flexreason.train import checkpoints
-from flexreason.train.along import Along
 from flexreason.train.prepare import Prepared, choose_for_evaluation, prepare
+from flexreason.train.progress import Along
 from flexreason.train.record import FINISHED, begin, go_on_from, now, refuse_other_settings, write
 from flexreason.train.settings import Settings
 from flexreason.train.trainer import RowTrainer

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from flexreason.chat.dirt import REASONS, accepted
-from flexreason.chat.encoding import HISTORIES
+from flexreason.chat.encode import HISTORIES
 from flexreason.chat.messages import did_you_mean
 from flexreason.data.documents import WEIGHTINGS
 from flexreason.data.intake import OURS

@@ -14,8 +14,8 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
-from flexreason.row import IGNORED, NOBODY
-from flexreason.sample import Role
+from flexreason.tree.row import IGNORED, NOBODY
+from flexreason.tree.sample import Role
 
 Row = Mapping[str, Tensor]
 

@@ -24,12 +24,12 @@ from transformers import Trainer
 
 from flexreason.data.rows import Rows
 from flexreason.data.stream import RowStream
-from flexreason.patching import find_patch, find_root
-from flexreason.refuse import vocabulary_of
-from flexreason.row import IGNORED
+from flexreason.model.hooks import find_patch, find_root
+from flexreason.model.refuse import vocabulary_of
 from flexreason.train import checkpoints
 from flexreason.train.filling import Filled, FilledStream, Filling
 from flexreason.train.sums import Sums, total_weight
+from flexreason.tree.row import IGNORED
 
 ROWS = (Rows, RowStream)
 """Data sets one of whose items is a row."""

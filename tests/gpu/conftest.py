@@ -5,8 +5,8 @@ import gc
 import pytest
 import torch
 
+from flexreason import patching as gate
 from flexreason.attention import flex
-from flexreason.proof import gate
 from gpu.rule import forget_compiled
 
 

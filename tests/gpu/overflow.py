@@ -13,7 +13,7 @@ import torch
 import flexreason as fr
 from attention import written_out
 from flexreason.attention.tree_row import BACKENDS
-from flexreason.proof.testing import relative_l2
+from flexreason.proof.float64 import relative_l2
 from gpu.rule import Cell, on
 from strategies import random_turns
 

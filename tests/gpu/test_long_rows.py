@@ -17,7 +17,7 @@ import flexreason as fr
 from attention import written_out
 from flexreason.attention import flex
 from flexreason.attention.tree_row import BACKENDS
-from flexreason.proof.testing import relative_l2
+from flexreason.proof.float64 import relative_l2
 from gpu.rule import Cell, alone, hold_errors, on, warnings_allowed
 from strategies import random_turns
 

@@ -15,7 +15,7 @@ import flexreason as fr
 from exact import EXACT, errors, samples_of, single_pass
 from flexreason.attention.tree_row import BACKENDS
 from flexreason.proof import oracle
-from flexreason.proof.testing import relative_l2, true_float64
+from flexreason.proof.float64 import relative_l2, true_float64
 from gpu.rule import FACTOR, general_tree, hold_errors, on, paper, warnings_allowed
 from models import tiny
 from strategies import random_tree

@@ -11,7 +11,7 @@ import torch
 import flexreason as fr
 from attention import written_out
 from flexreason.attention import flex
-from flexreason.proof.testing import relative_l2
+from flexreason.proof.float64 import relative_l2
 from gpu.rule import LENGTH, Cell, general_tree, hold, hold_errors, on, outcome, paper, rows, warnings_allowed
 from strategies import random_turns
 

@@ -12,7 +12,7 @@ import flexreason as fr
 from exact import samples_of, single_pass
 from flexreason.attention.tree_row import BACKENDS
 from flexreason.proof import oracle
-from flexreason.proof.testing import relative_l2, true_float64
+from flexreason.proof.float64 import relative_l2, true_float64
 from gpu.rule import paper, warnings_allowed
 from gpu.test_models import made, trained_by
 from models import checkpoint

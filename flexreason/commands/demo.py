@@ -1,0 +1,251 @@
+"""Train a small model from scratch in single passes, and let it answer: arithmetic with follow-ups on earlier answers,
+a byte-level tokenizer whose template drops reasoning from history, no download, under three minutes on two cores.
+"""
+
+import argparse
+import json
+import shutil
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from textwrap import indent
+from typing import Any
+
+STEPS, TO_COMPARE = 1400, 1000
+
+MARK = ".flexreason-demo"
+"""An empty file in a folder that the demo has made."""
+
+HELD_OUT = 100
+"""Conversations that are asked, each of some five questions."""
+
+BESIDE = 10
+"""Steps for which the single pass is held against the N samples."""
+
+WANTED_ANSWERS = 0.9
+"""Held-out answers that must be right."""
+
+WANTED_LOSS = 0.25
+"""Loss of the last steps by that of the first, at most."""
+
+WANTED_SAME = 1e-3
+"""How far the losses of single pass and N samples may be apart, in float32 and after some steps: relative."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--out", type=Path, default=Path("flexreason-demo"), help="folder for all files (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of the data, their order and the first weights")
+    parser.add_argument("--steps", type=int, help=f"of training ({STEPS}, or {TO_COMPARE} a way to compare)")
+    parser.add_argument(
+        "--held-out", type=int, default=HELD_OUT, metavar="N", help="conversations to ask (%(default)s)"
+    )
+    parser.add_argument(
+        "--device", choices=["cpu", "cuda"], default="cpu", help="so small a model needs no other (%(default)s)"
+    )
+    parser.add_argument("--compare", action="store_true", help="instead, four ways to train at equal steps and data")
+    parser.add_argument("--json", action="store_true", help="print one JSON object; what goes on is told on stderr")
+
+
+def run(options: argparse.Namespace) -> int:
+    steps = options.steps
+    if steps is None:
+        steps = TO_COMPARE if options.compare else STEPS
+    for name, given in (("steps", steps), ("held_out", options.held_out)):
+        if given < 1:
+            raise ValueError(f"--{name.replace('_', '-')}: expected at least 1, found {given}")
+    claim(options.out)
+
+    def say(text: str) -> None:
+        print(text, file=sys.stderr if options.json else sys.stdout, flush=True)
+
+    goals: list[Goal] = []
+    with one_thread():
+        if options.compare:
+            from flexreason.demo.compare import compare
+
+            found = compare(options.out, steps, options.held_out, options.seed, options.device, say)
+        else:
+            found, goals = demo(options.out, steps, options.held_out, options.seed, options.device, say)
+    if options.json:
+        print(json.dumps(found))
+    return 0 if all(goal.met for goal in goals) else 1
+
+
+def claim(out: Path) -> None:
+    """Make the folder the demo's own, since what an earlier demo has left there is written over."""
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out: expected a folder, found a file: {out}")
+    if out.is_dir() and any(out.iterdir()) and not (out / MARK).exists():
+        raise ValueError(f"--out: {out} holds files that are not the demo's; give another folder")
+    out.mkdir(parents=True, exist_ok=True)
+    (out / MARK).touch()
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """So small a model gains little from more, and loses much wherever a core has something else to do."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@dataclass(frozen=True)
+class Goal:
+    """What the demo promises, and what came of it."""
+
+    name: str
+    wanted: str
+    found: str
+    met: bool
+
+
+def demo(out: Path, steps: int, held_out: int, seed: int, device: str, say: Any) -> tuple[dict[str, Any], list[Goal]]:
+    """Data, some steps beside the N samples, training, answers, and a table of what came of it."""
+    started = time.perf_counter()
+    from flexreason.commands.train import check_installed
+    from flexreason.demo import material
+    from flexreason.demo.telling import transcript
+    from flexreason.tree.draw import draw_table
+
+    check_installed()
+    data = material.make(steps, held_out, seed)
+    material.save(out, data)
+    say("Sums, and follow-ups on their answers. Reasoning stands in brackets; in later turns it is gone:\n")
+    say(transcript(data.train[0]))
+    same = beside_the_samples(data, out, min(BESIDE, steps), seed, device, say)
+    losses, train_s = train(out, steps, seed, device, say)
+    right, asked, answer_s = ask(data, out, device, say)
+    goals = judge(right, asked, losses, same)
+    whole_s = time.perf_counter() - started
+
+    rows = [[goal.name, goal.wanted, goal.found, "met" if goal.met else "NOT MET"] for goal in goals]
+    say("\n" + draw_table([["", "goal", "found", ""], *rows]))
+    say(f"\n{whole_s:.0f} s in all, {train_s:.0f} of them training and {answer_s:.0f} answering")
+    say(f"{out}/ has the conversations (train.jsonl, held_out.jsonl), the settings (train.yaml), what was trained")
+    say("(run/model), its answers (answers.jsonl) and these figures (demo.json)")
+    found = {
+        "seed": seed,
+        "steps": steps,
+        "device": device,
+        "right": right,
+        "asked": asked,
+        "losses": losses,
+        "beside_the_samples": same,
+        "train_s": train_s,
+        "answer_s": answer_s,
+        "whole_s": whole_s,
+        "goals": [asdict(goal) for goal in goals],
+        "out": str(out),
+    }
+    (out / "demo.json").write_text(json.dumps(found, indent=1) + "\n")
+    return found, goals
+
+
+def judge(right: int, asked: int, losses: Sequence[float], same: dict[str, Any]) -> list[Goal]:
+    """The goals, met or not."""
+    share, fall = right / asked, losses[-1] / losses[0]
+    return [
+        Goal(
+            "held-out answers right",
+            f"at least {WANTED_ANSWERS:.0%}",
+            f"{share:.1%} ({right} of {asked})",
+            share >= WANTED_ANSWERS,
+        ),
+        Goal(
+            "loss at the end",
+            f"at most {WANTED_LOSS:.0%} of the first",
+            f"{fall:.1%} ({losses[-1]:.4f} of {losses[0]:.4f})",
+            fall <= WANTED_LOSS,
+        ),
+        Goal(
+            f"loss as on the N samples, {len(same['single_pass'])} steps",
+            f"to {WANTED_SAME:.0e}",
+            f"to {same['apart']:.0e}",
+            same["apart"] <= WANTED_SAME,
+        ),
+    ]
+
+
+def beside_the_samples(data: Any, out: Path, steps: int, seed: int, device: str, say: Any) -> dict[str, Any]:
+    """The first steps in single passes and on the N samples, from the same weights; a step of one, a step of the other,
+    so that whatever else the machine does slows both."""
+    from flexreason.demo.fit import fit, start
+    from flexreason.demo.ways import N_SAMPLES, SINGLE_PASS
+    from flexreason.tree.draw import draw_table
+
+    batches = data.batches(SINGLE_PASS, steps, seed)
+    one, many = (fit(start(out, seed, device), way, batches) for way in (SINGLE_PASS, N_SAMPLES))
+    pairs = list(zip(one, many, strict=True))
+    one_s, many_s = (sum(step.seconds for step in steps) for steps in zip(*pairs, strict=True))
+    say(f"\nThe same loss as on the N samples, {steps} steps from the same weights:\n")
+    rows = [[f"step {n}", f"{a.loss:.6f}", f"{b.loss:.6f}"] for n, (a, b) in enumerate(pairs, start=1)]
+    say(draw_table([["", SINGLE_PASS.name, N_SAMPLES.name], *rows, ["time", f"{one_s:.2f} s", f"{many_s:.2f} s"]]))
+    return {
+        "single_pass": [a.loss for a, _ in pairs],
+        "n_samples": [b.loss for _, b in pairs],
+        "apart": max(abs(a.loss / b.loss - 1) for a, b in pairs),
+        "single_pass_s": one_s,
+        "n_samples_s": many_s,
+    }
+
+
+def train(out: Path, steps: int, seed: int, device: str, say: Any) -> tuple[list[float], float]:
+    """`flexreason train` on a file of settings that is written first; the losses it logged, and the seconds it took."""
+    import yaml
+
+    from flexreason.demo.fit import BETA2, CLIP, LEARNING_RATE, WARM_UP, WEIGHT_DECAY
+    from flexreason.demo.material import ROW
+    from flexreason.train.run import train
+    from flexreason.train.settings import from_mapping, read_yaml
+
+    settings = {
+        "model": str(out / "start"),
+        "data": str(out / "train.jsonl"),
+        "output": str(out / "run"),
+        "length": ROW,
+        "steps": steps,
+        "learning_rate": LEARNING_RATE,
+        "warmup": WARM_UP,
+        "weight_decay": WEIGHT_DECAY,
+        "clip": CLIP,
+        "seed": seed,
+        "log_every": max(1, steps // 20),
+        "precision": "fp32",
+        "trainer": {"adam_beta2": BETA2, "use_cpu": device == "cpu"},
+    }
+    (out / "train.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
+    if (out / "run" / "run.json").exists():  # of the demo before: else it would be gone on with
+        shutil.rmtree(out / "run")
+    say(f"\nflexreason train {out / 'train.yaml'}\n")
+    started = time.perf_counter()
+    settings_read = from_mapping(read_yaml(out / "train.yaml"), str(out / "train.yaml"))
+    outcome = train(settings_read, lambda text: say(indent(text, "  ")))
+    return outcome.losses, time.perf_counter() - started
+
+
+def ask(data: Any, out: Path, device: str, say: Any) -> tuple[int, int, float]:
+    """The model as it lies in `out`, asked what it has not seen: right answers, all answers, seconds."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from flexreason.demo import answers
+    from flexreason.demo.material import save_conversations
+    from flexreason.demo.telling import transcript
+
+    started = time.perf_counter()
+    model: Any = AutoModelForCausalLM.from_pretrained(out / "run" / "model")
+    model.to(device)
+    tokenizer = AutoTokenizer.from_pretrained(out / "run" / "model")
+    found = answers.answer(model, tokenizer, data.held_out)
+    save_conversations(out / "answers.jsonl", found)
+    right, asked = answers.right(found, data.held_out)
+    say(f"\n{asked} questions that begin as none before did, each with the model's own earlier answers, such as:\n")
+    say(transcript(found[0]))
+    return right, asked, time.perf_counter() - started

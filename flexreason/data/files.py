@@ -1,0 +1,370 @@
+"""Conversations from wherever they lie, one after the other, in one form.
+
+Read are JSONL, JSON and Parquet files, data sets that `datasets` has saved, and names of data sets on the Hub. Of an
+entry's form four kinds are known, told apart by their keys:
+
+    messages   {"messages": [{"role": ..., "content": ...}, ...], "tools": [...]}
+    sharegpt   {"conversations": [{"from": "human", "value": ...}, ...]}
+    pairs      {"prompt": ..., "completion": ...}, each text or messages
+    samples    {"prompt_ids": [...], "target_ids": [...], "conversation": ...}, already tokenized
+
+The kind is that of the first entry, unless `format` names one; every `Conversation` tells it.
+"""
+
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from flexreason.chat.messages import did_you_mean, json_words
+from flexreason.chat.render import ConversationError
+from flexreason.tree.sample import Sample
+
+FORMATS = ("messages", "sharegpt", "pairs", "samples")
+
+FILES = (".jsonl", ".json", ".parquet")
+
+PACKED = (".gz", ".zst", ".bz2", ".xz", ".zip")
+
+MESSAGE_KEYS = ("messages", "conversation", "conversations")
+
+SPEAKERS = {
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "chatgpt": "assistant",
+    "bing": "assistant",
+    "model": "assistant",
+    "system": "system",
+    "developer": "developer",
+    "tool": "tool",
+    "observation": "tool",
+    "function_response": "tool",
+    "function_call": "call",
+    "tool_call": "call",
+}
+"""ShareGPT's names of who speaks, as roles; a call is an assistant message whose value is the call."""
+
+
+class BadInput(ConversationError):
+    """A file or entry that is no conversation; the text names where."""
+
+    reason = "bad input"
+
+
+class EmptySource(BadInput):
+    """A source without a single entry."""
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """One conversation: `messages` with `tools`, or, already tokenized, `samples`."""
+
+    messages: list[dict[str, Any]]
+    tools: list[Any] | None
+    number: int  # counted from 0
+    where: str  # "chats.jsonl, line 7"
+    format: str
+    options: dict[str, Any] = field(default_factory=dict)  # of the template, from the entry's chat_template_kwargs
+    samples: list[Sample] | None = None
+
+
+def read_conversations(
+    source: str | Path | Iterable[Any], format: str | None = None, split: str = "train"
+) -> Iterator[Conversation]:
+    """Conversations of a file, a folder, a data set's name or an iterable of entries. Raises at the first bad one."""
+    for found in read_all(source, format, split):
+        if isinstance(found, BadInput):
+            raise found
+        yield found
+
+
+def read_all(
+    source: str | Path | Iterable[Any], format: str | None = None, split: str = "train"
+) -> Iterator[Conversation | BadInput]:
+    """The same, with what is bad given in its place. Raises where nothing can be read."""
+    if format is not None and format not in FORMATS:
+        raise BadInput(f"format: expected one of {', '.join(FORMATS)}, found {format!r}")
+    number, waiting = 0, None
+    for where, entry in read_entries(source, split):
+        found: Conversation | BadInput | Sample
+        group = None
+        try:
+            if isinstance(entry, BadInput):
+                raise entry
+            format = format or detect(entry, where)
+            if format == "samples":
+                found = as_sample(entry, where)
+                group = entry.get("conversation")
+            else:
+                found = as_conversation(entry, format, number, where)
+        except BadInput as error:
+            found = error
+        if waiting and isinstance(found, Sample) and group is not None and group == waiting[0]:
+            waiting[1].append(found)
+            continue
+        if waiting:
+            yield Conversation([], None, number, waiting[2], "samples", samples=waiting[1])
+            number, waiting = number + 1, None
+        if isinstance(found, Sample):
+            waiting = (group, [found], where)
+        else:
+            yield found if isinstance(found, BadInput) else replace(found, number=number)
+            number += 1
+    if waiting:
+        yield Conversation([], None, number, waiting[2], "samples", samples=waiting[1])
+    elif number == 0:
+        raise EmptySource(f"{_name(source)}: nothing in it")
+
+
+def count_entries(source: Any) -> int | None:
+    """How many entries there are, where that is quickly known: for progress bars."""
+    if not isinstance(source, str | Path):
+        return len(source) if hasattr(source, "__len__") else None
+    path = Path(source)
+    if not path.is_file() or path.suffix in (".json", ".parquet"):
+        return None
+    with path.open("rb") as file:
+        return sum(chunk.count(b"\n") for chunk in iter(lambda: file.read(1 << 20), b""))
+
+
+def read_entries(source: str | Path | Iterable[Any], split: str = "train") -> Iterator[tuple[str, Any]]:
+    """(where, entry) one after the other, as they lie in the source; a line that is no JSON is a BadInput."""
+    if not isinstance(source, str | Path):
+        table = hasattr(source, "features")
+        for number, entry in enumerate(source):
+            yield f"entry {number}", without_none(entry) if table else entry
+        return
+    path = Path(source)
+    if path.is_file():
+        yield from _from_file(path)
+    elif path.is_dir():
+        yield from _from_folder(path, split)
+    elif path.suffix.lower() in FILES or str(source).startswith((".", "/", "~")) or str(source).count("/") > 1:
+        raise BadInput(f"{source}: no such file or folder")
+    else:
+        yield from _rows(_loaded_set(source, str(source), split=split, streaming=True), str(source))
+
+
+def _from_file(path: Path) -> Iterator[tuple[str, Any]]:
+    if not path.stat().st_size:
+        return
+    if path.suffix.lower() == ".parquet":
+        data = _loaded_set(path, "parquet", data_files=str(path), split="train", streaming=True)
+        yield from _rows(data, str(path))
+        return
+    try:
+        with path.open(encoding="utf-8-sig") as file:
+            if path.suffix.lower() == ".json" and (whole := _json_document(path)) is not None:
+                for number, entry in enumerate(whole):
+                    yield f"{path}, entry {number}", entry
+                return
+            for number, line in enumerate(file, start=1):
+                if not line.strip():
+                    continue
+                where = f"{path}, line {number}"
+                try:
+                    yield where, json.loads(line.strip())
+                except (json.JSONDecodeError, RecursionError) as error:
+                    yield where, BadInput(f"{where}: no JSON: {json_words(error)}")
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadInput(f"{path}: cannot be read: {error}") from error
+
+
+def _json_document(path: Path) -> list[Any] | None:
+    """The entries of a file that is one JSON document; None where it is JSON line by line."""
+    text = path.read_text(encoding="utf-8-sig")
+    if not text.strip():
+        return []
+    try:
+        whole = json.loads(text)
+    except RecursionError as error:
+        raise BadInput(f"{path}: no JSON: {error}") from error
+    except json.JSONDecodeError as error:
+        try:
+            json.loads(text.lstrip().splitlines()[0])
+        except json.JSONDecodeError:
+            found = f"{error.msg} at character {error.colno}"
+            raise BadInput(f"{path}, line {error.lineno}: no JSON: {found}") from error
+        return None
+    if isinstance(whole, dict):
+        whole = next((whole[key] for key in ("data", "rows") if key in whole), whole)
+    if isinstance(whole, list) and whole and isinstance(whole[0], dict) and ("role" in whole[0] or "from" in whole[0]):
+        return [whole]  # one conversation, not many entries
+    return whole if isinstance(whole, list) else [whole]
+
+
+def _from_folder(path: Path, split: str) -> Iterator[tuple[str, Any]]:
+    if any((path / name).exists() for name in ("dataset_info.json", "state.json", "dataset_dict.json")):
+        data = _datasets(path).load_from_disk(str(path))
+        if hasattr(data, "keys"):
+            if split not in data:
+                raise BadInput(f"{path}: no split {split!r} in it; there are {', '.join(data)}")
+            data = data[split]
+        yield from _rows(data, str(path))
+        return
+    files = sorted(file for file in path.rglob("*") if file.suffix.lower() in FILES)
+    if packed := sorted(file for file in path.rglob("*") if file.suffix.lower() in PACKED):
+        raise BadInput(f"{packed[0]}: compressed files are not read; unpack it, or move it out of {path}")
+    if not files:
+        raise BadInput(f"{path}: no .jsonl, .json or .parquet file in it, and no data set saved by datasets")
+    for file in files:
+        yield from _from_file(file)
+
+
+def _datasets(source: Any) -> Any:
+    try:
+        import datasets
+    except ImportError as error:
+        raise BadInput(
+            f"{source}: reading this needs the package datasets, which is not installed: pip install datasets"
+        ) from error
+    return datasets
+
+
+def _loaded_set(source: Any, *given: Any, **options: Any) -> Any:
+    try:
+        return _datasets(source).load_dataset(*given, **options)
+    except Exception as error:  # whatever datasets raises: no such name or split, no connection, no such file
+        raise BadInput(f"{source}: cannot be read as a data set: {error}") from error
+
+
+def _rows(data: Iterable[Any], name: str) -> Iterator[tuple[str, Any]]:
+    for number, entry in enumerate(data):
+        yield f"{name}, row {number}", without_none(entry)
+
+
+def detect(entry: Any, where: str) -> str:
+    """The kind of an entry, by its keys."""
+    if isinstance(entry, list):
+        return "sharegpt" if entry and isinstance(entry[0], dict) and "from" in entry[0] else "messages"
+    _check_kind(entry, "messages", where)
+    if "prompt_ids" in entry and "target_ids" in entry:
+        return "samples"
+    for key in MESSAGE_KEYS:
+        if isinstance(found := entry.get(key), list) and found:
+            return "sharegpt" if isinstance(found[0], dict) and "from" in found[0] else "messages"
+    if "prompt" in entry and "completion" in entry:
+        return "pairs"
+    raise BadInput(
+        f"{where}: neither messages, nor conversations, nor prompt and completion, nor prompt_ids and target_ids among "
+        f"its keys: {', '.join(map(str, entry)) or 'none'}"
+    )
+
+
+def _check_kind(entry: Any, format: str, where: str) -> None:
+    """Raise unless an entry is what can hold something of this kind at all."""
+    lists = format in ("messages", "sharegpt")
+    if not isinstance(entry, dict) and not (lists and isinstance(entry, list)):
+        wanted = "an object or a list of messages" if lists else f"an object of the kind {format}"
+        raise BadInput(f"{where}: expected {wanted}, found {'null' if entry is None else type(entry).__name__}")
+
+
+def as_conversation(entry: Any, format: str, number: int, where: str) -> Conversation:
+    """One entry of kind messages, sharegpt or pairs."""
+    _check_kind(entry, format, where)
+    try:
+        made = {"messages": _messages, "sharegpt": _sharegpt, "pairs": _pairs}[format](entry)
+        if format == "messages" and made and isinstance(made[0], dict) and "from" in made[0]:
+            raise ValueError("from and value, as ShareGPT has them, where role and content are expected")
+        about = entry if isinstance(entry, dict) else {}
+        tools = _loaded(about.get("tools"), "tools")
+        options = _loaded(about.get("chat_template_kwargs"), "chat_template_kwargs") or {}
+        if tools is not None and not isinstance(tools, list):
+            raise ValueError(f"tools: expected a list, found {type(tools).__name__}")
+        if not isinstance(options, dict):
+            raise ValueError(f"chat_template_kwargs: expected an object, found {type(options).__name__}")
+        if "accept" in options:  # else data would wave its own dirt through
+            raise ValueError("chat_template_kwargs: accept is no option of the template; give it to the command")
+        if format == "sharegpt" and isinstance(about.get("system"), str) and about["system"]:
+            made = [{"role": "system", "content": about["system"]}, *made]
+        return Conversation(made, tools, number, where, format, options)
+    except (ValueError, KeyError, TypeError) as error:
+        words = f"{error.args[0]!r} is missing" if isinstance(error, KeyError) and error.args else str(error)
+        raise BadInput(f"{where}: not of the kind {format}: {words}") from error
+
+
+def as_sample(entry: Any, where: str) -> Sample:
+    _check_kind(entry, "samples", where)
+    prompt, target = entry.get("prompt_ids"), entry.get("target_ids")
+    for ids in (prompt, target):
+        if not isinstance(ids, list | tuple) or not all(type(token) is int for token in ids):
+            raise BadInput(f"{where}: expected prompt_ids and target_ids, lists of token ids, found {str(ids)[:80]}")
+    if not prompt or not target:
+        raise BadInput(f"{where}: prompt_ids or target_ids is empty")
+    return Sample(list(prompt), list(target))
+
+
+def _messages(entry: Any) -> list[Any]:
+    found = entry if isinstance(entry, list) else next((entry[k] for k in MESSAGE_KEYS if k in entry), None)
+    if found is None:
+        raise ValueError("messages is missing")
+    if not isinstance(found := _loaded(found, "messages"), list):
+        raise ValueError(f"messages: expected a list, found {type(found).__name__}")
+    if isinstance(entry, dict) and found and isinstance(found[0], dict) and not {"role", "from"} & found[0].keys():
+        raise ValueError(f"messages: expected objects with role and content, found keys {', '.join(found[0])}")
+    return found
+
+
+def _sharegpt(entry: Any) -> list[Any]:
+    made: list[Any] = []
+    for at, turn in enumerate(_messages(entry)):
+        if not isinstance(turn, dict):
+            raise ValueError(f"turn {at}: expected an object with from and value, found {type(turn).__name__}")
+        if missing := [key for key in ("from", "value") if key not in turn]:
+            raise ValueError(f"turn {at}: {missing[0]!r} is missing")
+        speaker = turn["from"]
+        if not isinstance(speaker, str) or speaker not in SPEAKERS:
+            hint = did_you_mean(speaker, SPEAKERS)
+            raise ValueError(f"turn {at}: unknown speaker {speaker!r}; expected one of {', '.join(SPEAKERS)}{hint}")
+        role = SPEAKERS[speaker]
+        extra = {key: value for key, value in turn.items() if key not in ("from", "value")}
+        if role == "call":
+            call = _call(turn["value"], at)
+            calls = [{"type": "function", "function": one} for one in (call if isinstance(call, list) else [call])]
+            made.append({"role": "assistant", "content": "", "tool_calls": calls, **extra})
+        else:
+            made.append({"role": role, "content": turn["value"], **extra})
+    return made
+
+
+def _call(value: Any, at: int) -> Any:
+    if not isinstance(value, str):
+        raise ValueError(f"turn {at}: value: expected a call as JSON, found {type(value).__name__}")
+    try:
+        return json.loads(value)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise ValueError(f"turn {at}: value: the call is no JSON: {json_words(error)}") from error
+
+
+def _pairs(entry: Any) -> list[Any]:
+    before, after = (
+        [{"role": role, "content": entry[name]}] if isinstance(entry[name], str) else entry[name]
+        for name, role in (("prompt", "user"), ("completion", "assistant"))
+    )
+    for name, found in (("prompt", before), ("completion", after)):
+        if not isinstance(found, list) or not all(isinstance(message, dict) for message in found):
+            raise ValueError(f"{name}: expected text or a list of messages, found {str(found)[:80]}")
+    earlier = [{**m, "train": False} if m.get("role") == "assistant" else m for m in before]  # part of the prompt
+    return earlier + after
+
+
+def _loaded(value: Any, name: str) -> Any:
+    """A value that may have been stored as its JSON."""
+    try:
+        return json.loads(value) if isinstance(value, str) and value.strip()[:1] in ("[", "{") else value
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise ValueError(f"{name}: no JSON: {json_words(error)}") from error
+
+
+def without_none(value: Any) -> Any:
+    """Tables fill keys that an entry lacks with None."""
+    if isinstance(value, dict):
+        return {key: without_none(item) for key, item in value.items() if item is not None}
+    return [without_none(item) for item in value] if isinstance(value, list) else value
+
+
+def _name(source: Any) -> str:
+    return str(source) if isinstance(source, str | Path) else "the source"
