@@ -383,3 +383,51 @@ def test_after_a_failed_call_the_model_is_as_before():
     found = model(**row)
     assert found.loss == expected.loss
     assert torch.equal(found.logits, expected.logits)
+
+
+def test_the_loss_stays_a_loss_while_log_probabilities_are_made():
+    """Also of the same model, called for another row from within: nothing of a forward stands on the model."""
+    model, row = fr.patch(tiny("Qwen3").double()), fr.collate([conversation()])
+    with true_float64():
+        expected, wanted = model(**row).loss.detach(), fr.token_logprobs(model, row).detach()
+    seen = []
+
+    def within(model, args):
+        if not seen:
+            seen.append(None)  # only the first comes here
+            seen[0] = model(**row).loss.detach()
+
+    hooks = [
+        model.register_forward_pre_hook(within),
+        model.register_forward_hook(lambda module, args, out: seen.append(out.loss.detach())),
+    ]
+    with true_float64():
+        found = fr.token_logprobs(model, row)
+    for hook in hooks:
+        hook.remove()
+    assert torch.equal(found.detach(), wanted)
+    assert [loss.shape for loss in seen] == [()] * 3
+    assert seen[0] == expected
+
+
+@pytest.mark.parametrize("how", ["loss", "token_logprobs"])
+def test_distributed_training_that_looks_for_unused_weights_finds_those_of_log_probabilities(how, tmp_path):
+    """DDP follows the graph of what came out of the model, and waits for no other weight."""
+    model = fr.patch(tiny("Qwen3").double())
+    row = fr.collate([conversation()])
+    model.unused = torch.nn.Parameter(torch.zeros(3, dtype=torch.float64))
+    value = {"loss": lambda made: made(**row).loss, "token_logprobs": lambda made: -fr.token_logprobs(made, row).mean()}
+    value[how](model).backward()
+    expected = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        made = torch.nn.parallel.DistributedDataParallel(model, find_unused_parameters=True)
+        for _ in range(2):
+            model.zero_grad()
+            value[how](made).backward()
+    finally:
+        torch.distributed.destroy_process_group()
+    found = {name: p.grad for name, p in model.named_parameters() if name in expected}
+    assert all(torch.equal(found[name], expected[name]) for name in expected)

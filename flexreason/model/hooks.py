@@ -20,6 +20,7 @@ Only what can be seen is refused here. `fr.patch` is in proof/gate.py: it asks f
 import contextlib
 import inspect
 import re
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -43,7 +44,7 @@ from flexreason.attention.registry import (
 )
 from flexreason.attention.tree_row import BACKENDS, PER_TOKEN, TreeRow, choose_backend
 from flexreason.model.head import with_states
-from flexreason.model.loss import LOSSES, TreeLoss, is_weighted
+from flexreason.model.loss import LOSSES, REQUEST, Request, TreeLoss, is_weighted
 from flexreason.model.refuse import (
     computes_own_loss,
     reason_against_adapter,
@@ -236,10 +237,11 @@ class Patch:
         refuse_call(kwargs)
         if against := reason_against_adapter(module):
             raise refusal(self.root, against)
-        if torch.compiler.is_compiling() or "target_document" not in kwargs or not replaced_forward(self.root):
-            return None
-        document = kwargs["target_document"]  # what replaced the forward may keep the labels to itself
-        return args, {**kwargs, "target_document": document.where(_real(kwargs), NOBODY)}
+        kwargs = {REQUEST: Request(), **kwargs}
+        if not torch.compiler.is_compiling() and "target_document" in kwargs and replaced_forward(self.root):
+            document = kwargs["target_document"]  # what replaced the forward may keep the labels to itself
+            kwargs["target_document"] = document.where(_real(kwargs), NOBODY)
+        return args, kwargs
 
     @torch.compiler.disable
     def before(self, decoder: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
@@ -252,6 +254,11 @@ class Patch:
         refuse_row(decoder, given, ROW_KEYS | {"position_ids"})
         self.as_it_is_now(decoder)
         self.refuse_weights(given)
+        if self.loss == "chunked" and REQUEST not in kwargs:
+            warnings.warn(
+                'row: loss="chunked" makes all logits at once where model.forward(**row) is called; call model(**row)',
+                stacklevel=2,
+            )
         if decoder.training and not self.warned:
             self.warned = True
             warn_of_dropout(self.root)
@@ -274,9 +281,8 @@ class Patch:
         if self.looked != _listened.count:
             self.look()
         if not self.row_loss.in_place:
-            temperature, now = self.row_loss.temperature, self.root.loss_function
+            now = self.root.loss_function
             self.row_loss = now if isinstance(now, TreeLoss) and now.root is self.root else TreeLoss(self.root)
-            self.row_loss.temperature = temperature
         for config in self.configs:
             if (name := attention_of(config)) not in (None, *IMPLEMENTATIONS):
                 raise ValueError(
@@ -299,25 +305,15 @@ class Patch:
             )
         source = kwargs[TREE].target_source[0]
         output = with_states(output, output[0][:, source])
-        if self.runs_head:
+        if self.runs_head(kwargs):
             if isinstance(output, tuple) and (decoder._backward_hooks or decoder._backward_pre_hooks):
                 raise ValueError(  # of other outputs torch does not call them
                     f'row: {type(decoder).__name__} has backward hooks, which loss="chunked" and token_logprobs go '
                     'past; use loss="model"'
                 )
-            self.row_loss.states = output
+            kwargs[REQUEST].states = output
             return with_states(output, output[0][:, :0])  # so that the model's own forward makes no logits
         return output
-
-    @contextmanager
-    def giving_logprobs(self, temperature: float) -> Iterator[None]:
-        """In here a row's `loss` is the log-probability of every target, [T]."""
-        refuse_own_loss(self.root, "token_logprobs", self.unchunked)
-        self.row_loss.temperature = temperature
-        try:
-            yield
-        finally:
-            self.row_loss.temperature = self.row_loss.states = None
 
     @torch.compiler.disable
     def done(self, *forward: Any) -> None:
@@ -326,14 +322,14 @@ class Patch:
         for module, name, config, _ in self.makers:
             vars(module)[name] = config
 
-    @property
-    def runs_head(self) -> bool:
+    def runs_head(self, given: dict[str, Any]) -> bool:
         """Whether the loss makes the logits itself, a chunk at a time."""
-        return self.loss == "chunked" or self.row_loss.temperature is not None
+        request = given.get(REQUEST)
+        return request is not None and (self.loss == "chunked" or not request.loss)
 
     def without_logits(self, root: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
         """Where the loss made the logits, what the model's forward made is empty, and is taken from its output."""
-        if "target_source" in kwargs and self.runs_head and isinstance(output, ModelOutput):
+        if "target_source" in kwargs and self.runs_head(kwargs) and isinstance(output, ModelOutput):
             if output.get("loss") is None:
                 raise ValueError(
                     'row: it has no labels, and with loss="chunked" there is nothing else to give; pass labels, or ask '
@@ -345,7 +341,7 @@ class Patch:
         """Whatever replaced the model's forward (trl's fused head, Liger) has a loss of its own, without weights; so
         have a few classes; and transformers' Trainer divides by a number of targets, whatever they weigh."""
         by, n_items = replaced_forward(self.root), given.get("num_items_in_batch")
-        if by and self.runs_head:
+        if by and self.runs_head(given):
             raise ValueError(
                 f'row: loss="chunked" and token_logprobs need the model\'s own forward, and it was replaced (by {by}); '
                 'use loss="model", where that loss is chunked itself'

@@ -17,6 +17,8 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 
 from flexreason.model.hooks import find_patch
+from flexreason.model.loss import REQUEST, Request
+from flexreason.model.refuse import refuse_own_loss
 
 
 def token_logprobs(model: nn.Module, row: Mapping[str, Tensor], *, temperature: float = 1.0) -> Tensor:
@@ -34,5 +36,13 @@ def token_logprobs(model: nn.Module, row: Mapping[str, Tensor], *, temperature: 
     missing = sorted({"labels", "shift_labels"} - row.keys())
     if missing:
         raise ValueError(f"token_logprobs: the row lacks {', '.join(missing)}; pass all that fr.collate made")
-    with patch.giving_logprobs(temperature):
-        return model(**row).loss
+    refuse_own_loss(patch.root, "token_logprobs", patch.unchunked)
+    request = Request(loss=False, temperature=temperature)
+    nothing = model(**row, **{REQUEST: request}).loss
+    logprobs, request.logprobs = request.logprobs, None  # layers that are checkpointed keep the request for backward
+    if logprobs is None:
+        raise ValueError(
+            f"token_logprobs: the keyword {REQUEST} did not come to the model's loss; what holds the model "
+            f"({type(model).__name__}) is to hand all keywords on"
+        )
+    return logprobs + nothing  # so that backward passes what came out of the model, where DDP and FSDP look for it
