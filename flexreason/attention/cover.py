@@ -24,6 +24,10 @@ from functools import cache
 from itertools import pairwise
 from typing import NamedTuple
 
+import torch
+
+from flexreason.tree.layout import begins_stretch
+
 TILE = 128
 
 
@@ -78,7 +82,7 @@ class Chain:
 
 def chains(until: Sequence[int], position: Sequence[int]) -> list[Chain]:
     """All chains in storage order."""
-    starts = [i for i in range(len(until)) if i == 0 or position[i] != position[i - 1] + 1]
+    starts = begins_stretch(torch.tensor(position)).nonzero()[:, 0].tolist()
     found: list[Chain] = []
     path: list[int] = []  # chains from the root to here
     for start, stop in pairwise([*starts, len(until)]):

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from flexreason.attention.registry import IMPLEMENTATIONS, attention_of
-from flexreason.tree.mask import interval_rule, turn_role_rule
+from flexreason.tree.layout import begins_stretch
+from flexreason.tree.mask import MASK_KEYS, interval_rule, turn_role_rule
 
 ATTENTION_DROPOUTS = ("attention_dropout", "attn_pdrop", "attn_dropout", "attention_probs_dropout_prob")
 
@@ -199,7 +200,7 @@ def refuse_row(decoder: nn.Module, given: Mapping[str, Any], required: set[str])
             f"row: expected one row, [1, S], found until of shape {list(until.shape)}; collate packs all layouts of a "
             "batch into one row, so use a batch size of 1 and a longer row"
         )
-    for key in ("until", "position_ids", "turn", "role", "document"):
+    for key in MASK_KEYS:
         if given[key].shape != tokens.shape[:2]:
             raise ValueError(
                 f"row: expected {key} of shape {list(tokens.shape[:2])} like the tokens, found {list(given[key].shape)}"
@@ -295,16 +296,13 @@ def refuse_other_layouts(row: Mapping[str, Tensor]) -> None:
     Both rules are the same for all tokens of a run (consecutive positions, one turn, role, document and `until`)
     and all of another, so that one token of each run tells; inside a run both are causal.
     """
-    keys = [row[key][0] for key in ("until", "turn", "role", "document")]
-    starts = torch.cat([keys[0].new_ones(1, dtype=torch.bool), row["position_ids"][0].diff() != 1])
-    for key in keys:
-        starts[1:] |= key.diff() != 0
-    first = starts.nonzero().squeeze(1)
+    until, *words = (row[key][0] for key in ("until", "turn", "role", "document"))
+    first = begins_stretch(row["position_ids"][0], until, *words).nonzero().squeeze(1)
     first = first[row["document"][0, first] >= 0]
     q, kv = first[:, None], first[None, :]
     zero = torch.zeros((), dtype=torch.int64, device=first.device)
-    by_tree = interval_rule(keys[0])(zero, zero, q, kv)
-    by_words = turn_role_rule(*keys[1:])(zero, zero, q, kv)
+    by_tree = interval_rule(until)(zero, zero, q, kv)
+    by_words = turn_role_rule(*words)(zero, zero, q, kv)
     differ = by_tree != by_words
     if differ.any():
         at, other = (int(first[i]) for i in differ.nonzero()[0])
