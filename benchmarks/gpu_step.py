@@ -32,7 +32,7 @@ from transformers import AttentionInterface, Qwen3Config, Qwen3ForCausalLM
 
 import flexreason as fr
 from flexreason.attention import flex, segments
-from flexreason.attention.tree_row import BACKENDS
+from flexreason.attention.registry import BACKENDS
 from flexreason.model.head import Head, weighted_nll
 from flexreason.model.hooks import find_patch
 from flexreason.proof.float64 import relative_l2

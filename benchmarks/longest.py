@@ -28,7 +28,7 @@ from transformers import Qwen3ForCausalLM
 
 import flexreason as fr
 from flexreason.attention import dense, flex
-from flexreason.attention.tree_row import BACKENDS
+from flexreason.attention.registry import BACKENDS
 from flexreason.proof.float64 import relative_l2
 from flexreason.tree.mask import turn_role_rule
 from gpu_step import WRONG, Step, flops, gradients, make, over_packs, over_row, pack_samples, plain

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import flexreason as fr
-from flexreason.attention.tree_row import BACKENDS
+from flexreason.attention.registry import BACKENDS
 from flexreason.proof.float64 import relative_l2
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"

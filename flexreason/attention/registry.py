@@ -8,7 +8,7 @@ would have had, whatever its config or its keywords say.
 A layer reads the name from its config, and so does everybody else. So the config is left as it is, and layers are given
 a `Renamed` view of it: the same attributes, in the same dict, and another name of the implementation.
 
-Shapes: S tokens, H query heads, G key heads, D head size.
+Shapes: S tokens, T targets, H query heads, G key heads, D head size.
 """
 
 import contextlib
@@ -18,6 +18,7 @@ from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import cache
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -26,7 +27,9 @@ from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from flexreason.attention.tree_row import TreeRow
+from flexreason.attention import dense, flex, segments
+
+BACKENDS: dict[str, ModuleType] = {"flex": flex, "segments": segments, "dense": dense}
 
 IMPLEMENTATIONS = ("sdpa", "eager", "flex_attention")
 """What a model may use, and goes on using for ordinary batches."""
@@ -36,6 +39,59 @@ NAME = "flexreason"
 
 TREE = "flexreason_tree"
 """The keyword that carries a `TreeRow` to the layers."""
+
+
+def choose_backend(wanted: str, device: torch.device, dtype: torch.dtype) -> str:
+    """The backend that computes rows on `device`, for weights of `dtype`: "auto" chooses flex on a GPU, and segments
+    elsewhere and for float64, which flex cannot compute."""
+    if wanted != "auto":
+        return wanted
+    return "flex" if device.type == "cuda" and dtype != torch.float64 else "segments"
+
+
+def computes(backend: str, mask: str) -> bool:
+    """Whether a backend can compute a mask: segments knows the tree alone."""
+    return mask == "interval" or backend != "segments"
+
+
+@dataclass(eq=False)
+class TreeRow:
+    """A row on its way through the layers: the one object of a forward pass that they are handed.
+
+    It is a keyword argument, and neither a global nor an attribute of the model: so it survives gradient checkpointing,
+    which runs a layer again during backward, and wrapping by other libraries.
+    """
+
+    row: dict[str, Tensor]  # MASK_KEYS, each [1, S]
+    target_source: Tensor  # [1, T]
+    backend: str
+    mask: str
+    tables: dict[tuple[int | None, int | None], Any] = field(default_factory=dict)
+
+    @property
+    def length(self) -> int:
+        return self.row["until"].shape[1]
+
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        scale: float,
+        window: int | None = None,
+        chunk: int | None = None,
+        softcap: float | None = None,
+        sinks: Tensor | None = None,
+    ) -> Tensor:
+        """Attention of one layer over the tree, [1, S, H, E]. Layers with the same limits share their tables."""
+        backend = BACKENDS[self.backend]
+        return backend.attend(q, k, v, self.table(window, chunk), scale, softcap, sinks)
+
+    @torch.compiler.disable
+    def table(self, window: int | None, chunk: int | None) -> Any:
+        if (window, chunk) not in self.tables:
+            self.tables[window, chunk] = BACKENDS[self.backend].prepare(self.row, self.mask, window, chunk)
+        return self.tables[window, chunk]
 
 
 current_tree: ContextVar[TreeRow | None] = ContextVar("flexreason_tree", default=None)

@@ -26,8 +26,6 @@ from flexreason.attention import flash, pieces
 from flexreason.attention.cover import TILE, Rectangle, cover
 from flexreason.tree.mask import Tree, mask_mod, per_token
 
-MASKS = ("interval",)
-
 
 @dataclass(eq=False)
 class Segments:
@@ -88,7 +86,7 @@ class Segments:
 
 def prepare(tree: Tree, mask: str = "interval", window: int | None = None, chunk: int | None = None) -> Segments:
     """The parts of a layout or row."""
-    assert mask in MASKS
+    assert mask == "interval"
     return Segments(tree, window, chunk)
 
 

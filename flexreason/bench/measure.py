@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from flexreason.attention.tree_row import choose_backend
+from flexreason.attention.registry import choose_backend
 from flexreason.bench import ways
 from flexreason.bench.report import Found
 from flexreason.memory import peak_bytes

@@ -33,16 +33,19 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
 from flexreason.attention.registry import (
+    BACKENDS,
     IMPLEMENTATIONS,
     TREE,
     Renamed,
+    TreeRow,
     attention_of,
+    choose_backend,
+    computes,
     current_tree,
     empty_mask,
     find_decoder,
     renamed,
 )
-from flexreason.attention.tree_row import BACKENDS, PER_TOKEN, TreeRow, choose_backend
 from flexreason.model.head import with_states
 from flexreason.model.loss import LOSSES, REQUEST, Request, TreeLoss, is_weighted
 from flexreason.model.refuse import (
@@ -58,7 +61,7 @@ from flexreason.model.refuse import (
     trainers_count,
     warn_of_dropout,
 )
-from flexreason.tree.mask import MASKS
+from flexreason.tree.mask import MASK_KEYS, MASKS
 from flexreason.tree.row import IGNORED, NOBODY, ROW_KEYS
 
 ATTRIBUTE = "_flexreason"
@@ -264,7 +267,7 @@ class Patch:
             warn_of_dropout(self.root)
         backend = self.backend_on(given["until"].device)
         _check_pair(backend, self.mask)
-        row = {key: given[key] for key in PER_TOKEN}
+        row = {key: given[key] for key in MASK_KEYS}
         if self.mask == "turn_role":
             refuse_other_layouts(row)
         kwargs = {key: value for key, value in kwargs.items() if key not in ROW_KEYS}
@@ -417,7 +420,7 @@ def _listen() -> None:
 
 
 def _check_pair(backend: str, mask: str) -> None:
-    if mask not in BACKENDS[backend].MASKS:
+    if not computes(backend, mask):
         raise ValueError(
             f'patch: backend "{backend}" cannot compute mask="{mask}"; use backend="flex" (on CPU: no backward) or '
             '"dense", or mask="interval", which is the same mask'

@@ -83,7 +83,9 @@ def near(position: Tensor, window: int | None, chunk: int | None) -> MaskMod:
     Whatever depends on one token alone is computed here, once for every token. A kernel calls the rule for every
     pair of tokens, and only compares.
     """
-    behind = position if window is None else position + min(window, MOST_POSITIONS)  # the first position that is too far
+    behind = (
+        position if window is None else position + min(window, MOST_POSITIONS)
+    )  # the first position that is too far
     number = position if chunk is None else position // min(chunk, MOST_POSITIONS)
 
     def visible(b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
