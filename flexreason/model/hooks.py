@@ -17,9 +17,7 @@ in the process: torch tells of it, so that rows need not look for them.
 Only what can be seen is refused here. `fr.patch` is in proof/gate.py: it asks for proof as well.
 """
 
-import contextlib
 import inspect
-import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -46,26 +44,27 @@ from flexreason.attention.registry import (
     find_decoder,
     renamed,
 )
+from flexreason.model.find import ATTRIBUTE, find_root
 from flexreason.model.head import with_states
-from flexreason.model.loss import LOSSES, REQUEST, Request, TreeLoss, is_weighted
+from flexreason.model.loss import LOSSES, REQUEST, Request, TreeLoss
 from flexreason.model.refuse import (
-    computes_own_loss,
     reason_against_adapter,
     reason_against_adapters,
     refusal,
-    refuse_call,
     refuse_model,
-    refuse_other_layouts,
     refuse_own_loss,
+)
+from flexreason.model.refuse_rows import (
+    real_targets,
+    refuse_call,
+    refuse_other_layouts,
     refuse_row,
-    trainers_count,
+    refuse_weights,
+    replaced_by,
     warn_of_dropout,
 )
 from flexreason.tree.mask import MASK_KEYS, MASKS
-from flexreason.tree.row import IGNORED, NOBODY, ROW_KEYS
-
-ATTRIBUTE = "_flexreason"
-"""Where a model keeps its `Patch`."""
+from flexreason.tree.row import NOBODY, ROW_KEYS
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -111,38 +110,6 @@ def find_patch(model: nn.Module) -> "Patch | None":
     """What was done to a model, or None."""
     found = find_root(model).__dict__.get(ATTRIBUTE)
     return found if isinstance(found, Patch) else None
-
-
-def find_root(model: nn.Module) -> PreTrainedModel:
-    """The transformers model with a head inside whatever wraps it (PEFT, compile, DDP).
-
-    Of several, the one that is called by the forward of what holds them; or the one that is patched.
-    """
-    found = _roots(model) if isinstance(model, nn.Module) else {}
-    if not found:
-        raise ValueError(
-            f"patch: expected a transformers model with an LM head (...ForCausalLM), found {type(model).__name__}"
-        )
-    patched = {name: root for name, root in found.items() if ATTRIBUTE in vars(root)}
-    if len(found) > 1 and len(patched) != 1:
-        raise ValueError(
-            f"patch: {type(model).__name__} holds {len(found)} models with a head ({', '.join(found)}), and its "
-            "forward does not tell which of them takes the rows; give patch that one"
-        )
-    return next(iter((patched if len(found) > 1 else found).values()))
-
-
-def _roots(model: nn.Module, name: str = "") -> dict[str, PreTrainedModel]:
-    """Models with a head by their names, inside what wraps them, that its forward may call."""
-    if isinstance(model, PreTrainedModel) and model.get_output_embeddings() is not None:
-        return {name: model}
-    below = {own: found for own, child in model.named_children() if (found := _roots(child, f"{name}.{own}"))}
-    if len(below) > 1:
-        with contextlib.suppress(OSError, TypeError):  # no source to read
-            source = inspect.getsource(type(model).forward)
-            below = {own: found for own, found in below.items() if re.search(rf"\bself\.{own}\b", source)} or below
-    each = {id(root): (name.lstrip("."), root) for found in below.values() for name, root in found.items()}
-    return dict(each.values())
 
 
 @dataclass(eq=False)
@@ -241,9 +208,9 @@ class Patch:
         if against := reason_against_adapter(module):
             raise refusal(self.root, against)
         kwargs = {REQUEST: Request(), **kwargs}
-        if not torch.compiler.is_compiling() and "target_document" in kwargs and replaced_forward(self.root):
+        if not torch.compiler.is_compiling() and "target_document" in kwargs and replaced_by(self.root):
             document = kwargs["target_document"]  # what replaced the forward may keep the labels to itself
-            kwargs["target_document"] = document.where(_real(kwargs), NOBODY)
+            kwargs["target_document"] = document.where(real_targets(kwargs), NOBODY)
         return args, kwargs
 
     @torch.compiler.disable
@@ -256,7 +223,7 @@ class Patch:
             return None
         refuse_row(decoder, given, ROW_KEYS | {"position_ids"})
         self.as_it_is_now(decoder)
-        self.refuse_weights(given)
+        refuse_weights(self.root, given, self.runs_head(given))
         if self.loss == "chunked" and REQUEST not in kwargs:
             warnings.warn(
                 'row: loss="chunked" makes all logits at once where model.forward(**row) is called; call model(**row)',
@@ -339,59 +306,6 @@ class Patch:
                     "fr.token_logprobs"
                 )
             output["logits"] = None
-
-    def refuse_weights(self, given: dict[str, Any]) -> None:
-        """Whatever replaced the model's forward (trl's fused head, Liger) has a loss of its own, without weights; so
-        have a few classes; and transformers' Trainer divides by a number of targets, whatever they weigh."""
-        by, n_items = replaced_forward(self.root), given.get("num_items_in_batch")
-        if by and self.runs_head(given):
-            raise ValueError(
-                f'row: loss="chunked" and token_logprobs need the model\'s own forward, and it was replaced (by {by}); '
-                'use loss="model", where that loss is chunked itself'
-            )
-        if by:
-            why = f"the model's forward was replaced (by {by}), whose loss takes none", "the model's own forward"
-        elif computes_own_loss(type(self.root).forward):
-            self.refuse_divisor(given)
-            why = f"{type(self.root).__name__} computes its loss in its own forward, which takes none", "another model"
-        elif trainers_count(n_items):
-            why = "the Trainer divides a step by its number of targets", "fr.RowTrainer, which divides by their weight"
-        else:
-            return
-        if is_weighted(given["target_weight"], _real(given)):
-            raise ValueError(f"row: it has target weights other than 1, and {why[0]}; use weights of 1, or {why[1]}")
-
-    def refuse_divisor(self, given: dict[str, Any]) -> None:
-        """A forward with a loss of its own divides by the targets of its row."""
-        n_items, n_targets = given.get("num_items_in_batch"), int(_real(given).sum())
-        if not n_targets or (n_items is not None and float(n_items) != n_targets):
-            raise ValueError(
-                f"row: {type(self.root).__name__} computes its loss in its own forward, as the mean over a row's own "
-                f"targets: here {n_targets}, while num_items_in_batch is {n_items}; give it one row a step, and no "
-                "empty one"
-            )
-
-
-def _real(given: dict[str, Any]) -> Tensor:
-    """[1, T] which targets are not ignored; labels do not come as far as the decoder everywhere."""
-    labels, document = given.get("shift_labels"), given["target_document"]
-    return document != NOBODY if labels is None or labels.shape != document.shape else labels != IGNORED
-
-
-def replaced_forward(root: PreTrainedModel) -> str | None:
-    """The module of a function that stands in place of the model's own forward, or None.
-
-    What only wraps the model's own, as torch's and accelerate's autocast do, replaces nothing. Where a function is
-    from is asked of its globals, since wrappers take on the name of what they wrap.
-    """
-    own = {cls.__module__.partition(".")[0] for cls in type(root).__mro__} | {"accelerate", "functools"}
-    forward: Any = getattr(root.forward, "__func__", root.forward)
-    while forward is not None:
-        module = getattr(forward, "__globals__", {}).get("__name__", type(forward).__module__)
-        if module.partition(".")[0] not in own:
-            return module
-        forward = getattr(forward, "__wrapped__", None)
-    return None
 
 
 class _Listened:

@@ -26,7 +26,7 @@ from flexreason.data.rows import Rows
 from flexreason.data.stream import RowStream
 from flexreason.model.hooks import find_patch, find_root
 from flexreason.model.loss import REQUEST, Request
-from flexreason.model.refuse import vocabulary_of
+from flexreason.model.refuse_rows import vocabulary_of
 from flexreason.train import checkpoints
 from flexreason.train.filling import Filled, FilledStream, Filling
 from flexreason.train.sums import Sums, total_weight
