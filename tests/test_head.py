@@ -429,3 +429,35 @@ def test_backward_of_log_probabilities_passes_what_came_out_of_the_model():
     model.register_forward_hook(look)
     fr.token_logprobs(model, row).sum().backward()
     assert len(passed) == 1
+
+
+def test_where_only_the_forward_is_called_the_loss_is_the_same_and_it_is_said_that_chunks_are_not():
+    model, row = fr.patch(tiny("Qwen3").double(), loss="chunked"), fr.collate([conversation()])
+    with true_float64():
+        expected = model(**row).loss
+        with pytest.warns(UserWarning, match="makes all logits at once where model.forward"):
+            found = model.forward(**row).loss
+    torch.testing.assert_close(found, expected, rtol=EXACT, atol=0)
+
+
+class Picking(torch.nn.Module):
+    """Hands on what it knows, and nothing else."""
+
+    def __init__(self, inner, known):
+        super().__init__()
+        self.inner, self.known = inner, known
+
+    def forward(self, **given):
+        return self.inner(**{key: value for key, value in given.items() if key in self.known})
+
+
+@pytest.mark.parametrize("patched", ["before", "after"])
+def test_log_probabilities_say_so_where_what_holds_the_model_hands_on_a_part_of_the_keywords(patched):
+    root, row = tiny("Qwen3"), fr.collate([conversation()])
+    if patched == "before":
+        fr.patch(root)
+    wrapped = Picking(root, row.keys())
+    model = wrapped if patched == "before" else fr.patch(wrapped)
+    assert torch.isfinite(model(**row).loss)
+    with pytest.raises(ValueError, match=r"flexreason_request did not come to the model's loss.*\(Picking\)"):
+        fr.token_logprobs(model, row)

@@ -121,16 +121,16 @@ def find_decoder(root: PreTrainedModel) -> nn.Module:
     - that is lost (Llama 4 names it otherwise): then the one part that is a model;
     - the forward goes past it (OPT, and the decoders of encoder-decoder families): then its `decoder`.
     """
-    found = root.base_model
-    if found is root:
-        parts = [part for part in root.children() if isinstance(part, PreTrainedModel)]
-        found = parts[0] if len(parts) == 1 else root
-    inner = getattr(found, "decoder", None)
+    decoder = root.base_model
+    if decoder is root:
+        models = [part for part in root.children() if isinstance(part, PreTrainedModel)]
+        decoder = models[0] if len(models) == 1 else root
+    inner = getattr(decoder, "decoder", None)
     if isinstance(inner, PreTrainedModel):
         with contextlib.suppress(OSError, TypeError):  # no source to read
             if f"self.{root.base_model_prefix}.decoder(" in inspect.getsource(type(root).forward):
                 return inner
-    return found
+    return decoder
 
 
 def empty_mask(device: torch.device) -> Tensor:
@@ -208,6 +208,8 @@ def _part(name: str) -> property:
 
 
 def _mask(stock: Callable) -> Callable:
+    """The mask function under a name of ours: for a row it notes what is asked for, else it does what `stock` does."""
+
     def mask(*args: Any, attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
         if attention_mask is not None and attention_mask.dim() == 2 and not attention_mask.shape[1]:
             return _asked(**kwargs)
@@ -224,7 +226,7 @@ def _asked(*, mask_function: Callable, local_size: int | None = None, **kwargs: 
     places += [(size + 7, 8), (size + 8, 8), (2 * size - 1, size), (2 * size, size), (2 * size, 2 * size - 1)]
     zero = torch.zeros((), dtype=torch.int64)
     try:
-        found = [bool(mask_function(zero, zero, zero + q, zero + kv)) for q, kv in places]
+        visible = [bool(mask_function(zero, zero, zero + q, zero + kv)) for q, kv in places]
     except IndexError:
         raise ValueError("row: the model asks for a mask that depends on the tokens; it cannot take rows") from None
     tree = current_tree.get()
@@ -232,7 +234,7 @@ def _asked(*, mask_function: Callable, local_size: int | None = None, **kwargs: 
     if local_size is not None:
         candidates = [Asked(window=size, tree=tree), Asked(chunk=size, tree=tree)]
     for asked in candidates:
-        if found == [asked.allows(q, kv) for q, kv in places]:
+        if visible == [asked.allows(q, kv) for q, kv in places]:
             return asked
     raise ValueError(
         "row: the model asks for a mask that is neither causal, nor a causal window, nor causal chunks; it cannot take "
@@ -241,6 +243,8 @@ def _asked(*, mask_function: Callable, local_size: int | None = None, **kwargs: 
 
 
 def _attention(previous: str) -> Callable:
+    """The attention under a name of ours: over a tree where a layer is handed one, else that of the plain name."""
+
     def attention(
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
@@ -261,8 +265,8 @@ def _attention(previous: str) -> Callable:
 def _eager_of(cls: type) -> Callable:
     """The eager attention of a layer's module, or of the module of the class that it was derived from."""
     for kind in cls.__mro__:
-        if found := getattr(sys.modules[kind.__module__], "eager_attention_forward", None):
-            return found
+        if attention := getattr(sys.modules[kind.__module__], "eager_attention_forward", None):
+            return attention
     raise ValueError(f'the eager attention of {cls.__name__} is not found; use set_attn_implementation("sdpa")')
 
 

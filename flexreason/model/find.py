@@ -21,30 +21,30 @@ def find_root(model: nn.Module) -> PreTrainedModel:
 
     Of several, the one that is called by the forward of what holds them; or the one that is patched.
     """
-    found = _roots(model) if isinstance(model, nn.Module) else {}
-    if not found:
+    roots = _roots(model) if isinstance(model, nn.Module) else {}
+    if not roots:
         raise ValueError(
             f"patch: expected a transformers model with an LM head (...ForCausalLM), found {type(model).__name__}"
         )
-    patched = {name: root for name, root in found.items() if ATTRIBUTE in vars(root)}
-    if len(found) > 1 and len(patched) != 1:
+    patched = {name: root for name, root in roots.items() if ATTRIBUTE in vars(root)}
+    if len(roots) > 1 and len(patched) != 1:
         raise ValueError(
-            f"patch: {type(model).__name__} holds {len(found)} models with a head ({', '.join(found)}), and its "
+            f"patch: {type(model).__name__} holds {len(roots)} models with a head ({', '.join(roots)}), and its "
             "forward does not tell which of them takes the rows; give patch that one"
         )
-    return next(iter((patched if len(found) > 1 else found).values()))
+    return next(iter((patched if len(roots) > 1 else roots).values()))
 
 
 def _roots(model: nn.Module, name: str = "") -> dict[str, PreTrainedModel]:
-    """Models with a head by their names, inside what wraps them, that its forward may call."""
+    """The models with a head inside `model`, by their names in it: those that its forward may call."""
     if isinstance(model, PreTrainedModel) and model.get_output_embeddings() is not None:
         return {name: model}
-    below = {own: found for own, child in model.named_children() if (found := _roots(child, f"{name}.{own}"))}
+    below = {own: roots for own, child in model.named_children() if (roots := _roots(child, f"{name}.{own}"))}
     if len(below) > 1:
         with contextlib.suppress(OSError, TypeError):  # no source to read
             source = inspect.getsource(type(model).forward)
-            below = {own: found for own, found in below.items() if re.search(rf"\bself\.{own}\b", source)} or below
-    each = {id(root): (name.lstrip("."), root) for found in below.values() for name, root in found.items()}
+            below = {own: roots for own, roots in below.items() if re.search(rf"\bself\.{own}\b", source)} or below
+    each = {id(root): (name.lstrip("."), root) for roots in below.values() for name, root in roots.items()}
     return dict(each.values())
 
 

@@ -8,13 +8,14 @@ What is done to a model, and all that is done:
   after it, a hook keeps the hidden states that predict a target. So the head, and whatever replaced the
   head's loss, see T rows instead of S, and are left alone.
 - the model's loss function takes weights, and an empty row.
-- before the model, or what holds it, is called with a row, a hook asks whether the row and its adapters will do.
+- before the model, or what holds it, is called with a row, a hook refuses adapters that would change the row, and
+  gives the row a `Request`, which says what the forward is to give.
 
 What is done to a model afterwards counts as if it had been done before: another loss function, another implementation
 of attention, hooks, adapters. Adapters are looked for at the first row, and again once modules have been put anywhere
 in the process: torch tells of it, so that rows need not look for them.
 
-Only what can be seen is refused here. `fr.patch` is in proof/gate.py: it asks for proof as well.
+Only what can be seen is refused here. `fr.patch`, in patching.py, asks for proof as well.
 """
 
 import inspect
@@ -101,15 +102,15 @@ def apply_patch(
 
 def unpatch(model: Model) -> Model:
     """Undo `patch`, to the last hook; the same object back. A model that is not patched stays as it is."""
-    if (found := find_patch(model)) is not None:
-        found.undo()
+    if (patch := find_patch(model)) is not None:
+        patch.undo()
     return model
 
 
 def find_patch(model: nn.Module) -> "Patch | None":
     """What was done to a model, or None."""
-    found = find_root(model).__dict__.get(ATTRIBUTE)
-    return found if isinstance(found, Patch) else None
+    patch = vars(find_root(model)).get(ATTRIBUTE)
+    return patch if isinstance(patch, Patch) else None
 
 
 @dataclass(eq=False)
@@ -131,6 +132,7 @@ class Patch:
     row_loss: TreeLoss = field(init=False)
 
     def apply(self, holders: Sequence[nn.Module] = ()) -> None:
+        """Put everything in its place; `holders` are the modules that hold the model."""
         decoder = find_decoder(self.root)
         self.hooks = self.hooks or [
             decoder.register_forward_pre_hook(self.before, with_kwargs=True),
@@ -147,7 +149,7 @@ class Patch:
         _listen()
 
     def look(self) -> None:
-        """Give layers their view of the config, and refuse adapters; both also where they are new."""
+        """Give layers their view of the config, and refuse adapters; a second look finds those that came since."""
         if against := reason_against_adapters(self.root):
             raise refusal(self.root, against)
         self.makers = []
@@ -165,7 +167,7 @@ class Patch:
         self.looked = _listened.count
 
     def held_by(self, holder: nn.Module) -> None:
-        """Ask what holds the model too: it may change a row, or have the adapters."""
+        """Hook what holds the model as well: it may have the adapters, or call the model's `forward` past its hooks."""
         if not type(holder).__module__.startswith("torch."):
             self.hooks.append(holder.register_forward_pre_hook(self.called, with_kwargs=True))
 
@@ -176,6 +178,7 @@ class Patch:
         _listen()
 
     def undo(self) -> None:
+        """Take everything away again."""
         for module, name, config in self.views:
             if isinstance(vars(module).get(name), Renamed):
                 vars(module)[name] = config
@@ -201,7 +204,7 @@ class Patch:
         return choose_backend(self.backend, device, next(self.root.parameters()).dtype)
 
     def called(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
-        """Before the model, or what holds it, is called."""
+        """Before the model, or what holds it, is called: give the row a request, unless it came with one."""
         if "target_source" not in kwargs:
             return None
         refuse_call(kwargs)

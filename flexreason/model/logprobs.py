@@ -1,5 +1,8 @@
 """`token_logprobs`: the log-probability of every target of a row, in one pass, for evaluation and for RL.
 
+It calls a patched model, as a trainer does, and nothing of what is done to a model needs it: so it stands beside
+hooks.py.
+
 >>> import flexreason as fr
 >>> from transformers import Qwen3Config, Qwen3ForCausalLM
 >>> model = fr.patch(Qwen3ForCausalLM(Qwen3Config(vocab_size=40, hidden_size=32, intermediate_size=48,

@@ -108,7 +108,8 @@ class TreeLoss:
         nll = nn.functional.cross_entropy(
             logits[0].float(), labels[0].to(logits.device), ignore_index=IGNORED, reduction="none"
         )
-        request.logprobs = -nll.detach()
+        if request.loss:
+            request.logprobs = -nll.detach()
         w, total = _weights(weight, labels, nll, kwargs.get("num_items_in_batch"))
         return (nll * w).sum() / total
 
@@ -116,8 +117,8 @@ class TreeLoss:
 def _labels(labels: Tensor | None, shifted: Tensor | None, weight: Tensor) -> Tensor:
     """A row's labels, [1, T], which come under two names."""
     if shifted is None or labels is None or shifted.shape != weight.shape or labels.shape != weight.shape:
-        found = None if shifted is None else list(shifted.shape)
-        raise ValueError(f"row: expected labels for its {weight.shape[1]} targets, found labels of shape {found}")
+        shape = None if shifted is None else list(shifted.shape)
+        raise ValueError(f"row: expected labels for its {weight.shape[1]} targets, found labels of shape {shape}")
     if labels.device.type == "cpu" and not torch.equal(labels, shifted):
         raise ValueError("row: labels and shift_labels differ; shift_labels is what counts, so change both alike")
     return shifted

@@ -78,8 +78,8 @@ def reason_against_adapters(model: nn.Module) -> Reason | None:
 
 def reason_against_adapter(module: nn.Module) -> Reason | None:
     """What speaks against the adapters that one module knows of."""
-    found = getattr(module, "peft_config", None)
-    for adapter in found.values() if isinstance(found, Mapping) else [found]:
+    adapters = getattr(module, "peft_config", None)
+    for adapter in adapters.values() if isinstance(adapters, Mapping) else [adapters]:
         name = type(adapter).__name__
         if getattr(adapter, "alora_invocation_tokens", None):
             return (
@@ -141,8 +141,8 @@ def is_recurrent(cls: type, config: Any) -> bool:
 
 def rope_settings(config: Any) -> list[dict[str, Any]]:
     """A config's RoPE parameters; some have one set for each kind of layer."""
-    found = getattr(config, "rope_parameters", None) or {}
-    return [found] if "rope_type" in found else [r for r in found.values() if isinstance(r, dict)]
+    settings = getattr(config, "rope_parameters", None) or {}
+    return [settings] if "rope_type" in settings else [rope for rope in settings.values() if isinstance(rope, dict)]
 
 
 def rope_types(config: Any) -> set[str]:

@@ -42,19 +42,19 @@ def trainers_count(n_items: Any) -> bool:
     trainer: Any = getattr(sys.modules.get("transformers.trainer"), "Trainer", None)
     if n_items is None or trainer is None:
         return False
-    found, frame = [], sys._getframe(1)
+    frames, frame = [], sys._getframe(1)
     while frame is not None:
         if "num_items_in_batch" in frame.f_code.co_varnames and isinstance(frame.f_locals.get("self"), trainer):
-            found.append(frame)
+            frames.append(frame)
         frame = frame.f_back  # type: ignore[assignment]
-    if not found:
+    if not frames:
         return False
     ways = ("get_batch_samples", "_get_num_items_in_batch")
-    kind = type(found[-1].f_locals["self"])
+    kind = type(frames[-1].f_locals["self"])
     if any(getattr(kind, way, None) is not getattr(trainer, way, None) for way in ways):
         return False  # somebody counts differently, as RowTrainer does
-    count, passed = (frame.f_locals.get("num_items_in_batch") for frame in (found[-1], found[0]))
-    handed_on = passed is count and found[0].f_code is trainer.compute_loss.__code__
+    count, passed = (frame.f_locals.get("num_items_in_batch") for frame in (frames[-1], frames[0]))
+    handed_on = passed is count and frames[0].f_code is trainer.compute_loss.__code__
     return n_items is count or (count is not None and handed_on)
 
 
@@ -198,16 +198,16 @@ def refuse_other_layouts(row: Mapping[str, Tensor]) -> None:
 
 def warn_of_dropout(root: nn.Module) -> None:
     """Say that one draw of dropout or embedding noise is shared by all samples of a row."""
-    found = [name for name, m in root.named_modules() if isinstance(m, nn.Dropout) and m.p > 0 and m.training]
+    places = [name for name, m in root.named_modules() if isinstance(m, nn.Dropout) and m.p > 0 and m.training]
     config = root.config.get_text_config() if isinstance(root, PreTrainedModel) else None
     for key, value in (vars(config) if config is not None else {}).items():
         of_decoder = any(word in key for word in RANDOM) and not key.startswith("classifier")
         if of_decoder and isinstance(value, float) and value > 0:
-            found.append(f"config.{key} = {value}")
-    if found:
+            places.append(f"config.{key} = {value}")
+    if places:
         warnings.warn(
-            f"flexreason: randomness is on in {len(found)} places ({found[0]}, ...); one draw is shared by all samples "
-            "of a row, where N passes would draw N times",
+            f"flexreason: randomness is on in {len(places)} places ({places[0]}, ...); one draw is shared by all "
+            "samples of a row, where N passes would draw N times",
             stacklevel=2,
         )
     embeddings = root.get_input_embeddings() if isinstance(root, PreTrainedModel) else None
