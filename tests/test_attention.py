@@ -9,7 +9,7 @@ from torch.nn.attention.flex_attention import create_block_mask
 import flexreason as fr
 from attention import inputs, rows, written_out
 from flexreason.attention import dense, flex, pieces, segments
-from flexreason.attention.tree_row import choose_backend
+from flexreason.attention.registry import choose_backend
 from strategies import random_turns, samples
 from watch import Largest
 

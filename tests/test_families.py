@@ -21,7 +21,7 @@ import flexreason as fr
 from exact import EXACT, errors
 from flexreason import patching as gate
 from flexreason.attention import segments
-from flexreason.attention.tree_row import BACKENDS, TreeRow
+from flexreason.attention.registry import BACKENDS, TreeRow
 from flexreason.cli import main
 from flexreason.commands import models as proof_models
 from flexreason.model import head, refuse

@@ -383,3 +383,81 @@ def test_after_a_failed_call_the_model_is_as_before():
     found = model(**row)
     assert found.loss == expected.loss
     assert torch.equal(found.logits, expected.logits)
+
+
+def test_the_loss_stays_a_loss_while_log_probabilities_are_made():
+    """Also of the same model, called for another row from within: nothing of a forward stands on the model."""
+    model, row = fr.patch(tiny("Qwen3").double()), fr.collate([conversation()])
+    with true_float64():
+        expected, wanted = model(**row).loss.detach(), fr.token_logprobs(model, row).detach()
+    seen = []
+
+    def within(model, args):
+        if not seen:
+            seen.append(None)  # only the first comes here
+            seen[0] = model(**row).loss.detach()
+
+    hooks = [
+        model.register_forward_pre_hook(within),
+        model.register_forward_hook(lambda module, args, out: seen.append(out.loss.detach())),
+    ]
+    with true_float64():
+        found = fr.token_logprobs(model, row)
+    for hook in hooks:
+        hook.remove()
+    assert torch.equal(found.detach(), wanted)
+    assert [loss.shape for loss in seen] == [()] * 3
+    assert seen[0] == expected
+
+
+def test_backward_of_log_probabilities_passes_what_came_out_of_the_model():
+    """DDP and FSDP put hooks there, and look there for the weights that take part."""
+    model, row, passed = fr.patch(tiny("Qwen3")), fr.collate([conversation()]), []
+
+    def found_at(graph):
+        waiting, seen = [graph], set()
+        while waiting:
+            if (node := waiting.pop()) is not None and node not in seen:
+                seen.add(node)
+                waiting += [following for following, _ in node.next_functions]
+        return {id(node.variable) for node in seen if hasattr(node, "variable")}
+
+    def look(module, args, out):
+        out.loss.register_hook(passed.append)
+        assert found_at(out.loss.grad_fn) == {id(p) for p in model.parameters()}
+
+    model.register_forward_hook(look)
+    fr.token_logprobs(model, row).sum().backward()
+    assert len(passed) == 1
+
+
+def test_where_only_the_forward_is_called_the_loss_is_the_same_and_it_is_said_that_chunks_are_not():
+    model, row = fr.patch(tiny("Qwen3").double(), loss="chunked"), fr.collate([conversation()])
+    with true_float64():
+        expected = model(**row).loss
+        with pytest.warns(UserWarning, match="makes all logits at once where model.forward"):
+            found = model.forward(**row).loss
+    torch.testing.assert_close(found, expected, rtol=EXACT, atol=0)
+
+
+class Picking(torch.nn.Module):
+    """Hands on what it knows, and nothing else."""
+
+    def __init__(self, inner, known):
+        super().__init__()
+        self.inner, self.known = inner, known
+
+    def forward(self, **given):
+        return self.inner(**{key: value for key, value in given.items() if key in self.known})
+
+
+@pytest.mark.parametrize("patched", ["before", "after"])
+def test_log_probabilities_say_so_where_what_holds_the_model_hands_on_a_part_of_the_keywords(patched):
+    root, row = tiny("Qwen3"), fr.collate([conversation()])
+    if patched == "before":
+        fr.patch(root)
+    wrapped = Picking(root, row.keys())
+    model = wrapped if patched == "before" else fr.patch(wrapped)
+    assert torch.isfinite(model(**row).loss)
+    with pytest.raises(ValueError, match=r"flexreason_request did not come to the model's loss.*\(Picking\)"):
+        fr.token_logprobs(model, row)

@@ -24,7 +24,7 @@ from trl.trainer.utils import add_fused_lm_head
 
 import flexreason as fr
 from exact import EXACT, samples_of, single_pass
-from flexreason.attention.tree_row import TreeRow
+from flexreason.attention.registry import TreeRow
 from flexreason.proof import oracle
 from flexreason.proof.float64 import relative_l2, true_float64
 from models import TINY, checkpoint, tiny

@@ -24,6 +24,10 @@ from functools import cache
 from itertools import pairwise
 from typing import NamedTuple
 
+import torch
+
+from flexreason.tree.layout import begins_stretch
+
 TILE = 128
 
 
@@ -78,19 +82,19 @@ class Chain:
 
 def chains(until: Sequence[int], position: Sequence[int]) -> list[Chain]:
     """All chains in storage order."""
-    starts = [i for i in range(len(until)) if i == 0 or position[i] != position[i - 1] + 1]
-    found: list[Chain] = []
+    starts = begins_stretch(torch.tensor(position)).nonzero()[:, 0].tolist()
+    in_storage: list[Chain] = []
     path: list[int] = []  # chains from the root to here
     for start, stop in pairwise([*starts, len(until)]):
-        while path and found[path[-1]].position >= position[start]:
+        while path and in_storage[path[-1]].position >= position[start]:
             path.pop()
         if position[start] == 0:
             path.clear()
         parent = path[-1] if path else -1
-        fork = found[parent].start + position[start] - found[parent].position if path else start
-        path.append(len(found))
-        found.append(Chain(start, stop, position[start], until[start], parent, fork))
-    return found
+        fork = in_storage[parent].start + position[start] - in_storage[parent].position if path else start
+        path.append(len(in_storage))
+        in_storage.append(Chain(start, stop, position[start], until[start], parent, fork))
+    return in_storage
 
 
 def cover(
@@ -102,8 +106,8 @@ def cover(
         window = None
     if window is not None or chunk is not None:
         return [r for c in in_storage for r in _limited(in_storage, c, window, chunk)]
-    found = [r for chain in in_storage for r in _staircase(chain)]
-    return found + [part for r in prefixes(in_storage, CPU) for part in _outside_tiles(r)]
+    own = [r for chain in in_storage for r in _staircase(chain)]
+    return own + [part for r in prefixes(in_storage, CPU) for part in _outside_tiles(r)]
 
 
 def prefixes(in_storage: list[Chain], cost: Cost) -> list[Rectangle]:
@@ -121,7 +125,7 @@ def paths(
 ) -> list[tuple[Span, tuple[Span, ...]]]:
     """Stretches of queries that stand one behind the other on a path, and the keys that the first of them sees and all
     those behind, in the order of their positions: the last ones are the queries themselves."""
-    found = []
+    stretches = []
     for chain in in_storage:
         shift = chain.position - chain.start
         stops = [chain.start, chain.stop]
@@ -131,8 +135,8 @@ def paths(
             lowest = 0 if window is None else start + shift - window + 1
             if chunk is not None:
                 lowest = max(lowest, (start + shift) // chunk * chunk)
-            found.append(((start, stop), tuple(reversed([*_upwards(in_storage, chain, stop, lowest)]))))
-    return found
+            stretches.append(((start, stop), tuple(reversed([*_upwards(in_storage, chain, stop, lowest)]))))
+    return stretches
 
 
 def _upwards(in_storage: list[Chain], chain: Chain, stop: int, lowest: int) -> Iterator[Span]:

@@ -8,8 +8,6 @@ from torch import Tensor
 
 from flexreason.tree.mask import Tree, dense_mask
 
-MASKS = ("interval", "turn_role")
-
 
 def prepare(tree: Tree, mask: str, window: int | None, chunk: int | None) -> Tensor:
     return dense_mask(tree, mask=mask, window=window, chunk=chunk)

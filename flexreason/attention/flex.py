@@ -13,8 +13,6 @@ from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attent
 from flexreason.tree.blocks import block_mask
 from flexreason.tree.mask import Tree
 
-MASKS = ("interval", "turn_role")
-
 ADDRESSES = 2**31
 """From here on the kernels' offsets run over, forward or backward (pytorch #190857)."""
 

@@ -150,10 +150,10 @@ def _fused_kernel_groups_heads() -> bool:
     q, k, v = (torch.randn(1, heads, 3, 8, generator=generator) for heads in (4, 2, 2))
     try:
         out, lse = _fused(q, k, v)
-        found = _fused_backward(q, q, k, v, out, lse, 0.0, False)
+        grouped = _fused_backward(q, q, k, v, out, lse, 0.0, False)
     except RuntimeError:
         return False
     k, v = (x.repeat_interleave(2, dim=1) for x in (k, v))
     expected = _fused_backward(q, q, k, v, *_fused(q, k, v), 0.0, False)
     summed = (expected[0], *(reduce(x, "b (g n) k d -> b g k d", "sum", n=2) for x in expected[1:]))
-    return all(a.shape == b.shape and torch.allclose(a, b, atol=1e-5) for a, b in zip(found, summed, strict=True))
+    return all(a.shape == b.shape and torch.allclose(a, b, atol=1e-5) for a, b in zip(grouped, summed, strict=True))

@@ -8,7 +8,7 @@ would have had, whatever its config or its keywords say.
 A layer reads the name from its config, and so does everybody else. So the config is left as it is, and layers are given
 a `Renamed` view of it: the same attributes, in the same dict, and another name of the implementation.
 
-Shapes: S tokens, H query heads, G key heads, D head size.
+Shapes: S tokens, T targets, H query heads, G key heads, D head size.
 """
 
 import contextlib
@@ -18,6 +18,7 @@ from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import cache
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -26,7 +27,9 @@ from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from flexreason.attention.tree_row import TreeRow
+from flexreason.attention import dense, flex, segments
+
+BACKENDS: dict[str, ModuleType] = {"flex": flex, "segments": segments, "dense": dense}
 
 IMPLEMENTATIONS = ("sdpa", "eager", "flex_attention")
 """What a model may use, and goes on using for ordinary batches."""
@@ -36,6 +39,59 @@ NAME = "flexreason"
 
 TREE = "flexreason_tree"
 """The keyword that carries a `TreeRow` to the layers."""
+
+
+def choose_backend(wanted: str, device: torch.device, dtype: torch.dtype) -> str:
+    """The backend that computes rows on `device`, for weights of `dtype`: "auto" chooses flex on a GPU, and segments
+    elsewhere and for float64, which flex cannot compute."""
+    if wanted != "auto":
+        return wanted
+    return "flex" if device.type == "cuda" and dtype != torch.float64 else "segments"
+
+
+def computes(backend: str, mask: str) -> bool:
+    """Whether a backend can compute a mask: segments knows the tree alone."""
+    return mask == "interval" or backend != "segments"
+
+
+@dataclass(eq=False)
+class TreeRow:
+    """A row on its way through the layers: the one object of a forward pass that they are handed.
+
+    It is a keyword argument, and neither a global nor an attribute of the model: so it survives gradient checkpointing,
+    which runs a layer again during backward, and wrapping by other libraries.
+    """
+
+    row: dict[str, Tensor]  # MASK_KEYS, each [1, S]
+    target_source: Tensor  # [1, T]
+    backend: str
+    mask: str
+    tables: dict[tuple[int | None, int | None], Any] = field(default_factory=dict)
+
+    @property
+    def length(self) -> int:
+        return self.row["until"].shape[1]
+
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        scale: float,
+        window: int | None = None,
+        chunk: int | None = None,
+        softcap: float | None = None,
+        sinks: Tensor | None = None,
+    ) -> Tensor:
+        """Attention of one layer over the tree, [1, S, H, E]. Layers with the same limits share their tables."""
+        backend = BACKENDS[self.backend]
+        return backend.attend(q, k, v, self.table(window, chunk), scale, softcap, sinks)
+
+    @torch.compiler.disable
+    def table(self, window: int | None, chunk: int | None) -> Any:
+        if (window, chunk) not in self.tables:
+            self.tables[window, chunk] = BACKENDS[self.backend].prepare(self.row, self.mask, window, chunk)
+        return self.tables[window, chunk]
 
 
 current_tree: ContextVar[TreeRow | None] = ContextVar("flexreason_tree", default=None)
@@ -65,16 +121,16 @@ def find_decoder(root: PreTrainedModel) -> nn.Module:
     - that is lost (Llama 4 names it otherwise): then the one part that is a model;
     - the forward goes past it (OPT, and the decoders of encoder-decoder families): then its `decoder`.
     """
-    found = root.base_model
-    if found is root:
-        parts = [part for part in root.children() if isinstance(part, PreTrainedModel)]
-        found = parts[0] if len(parts) == 1 else root
-    inner = getattr(found, "decoder", None)
+    decoder = root.base_model
+    if decoder is root:
+        models = [part for part in root.children() if isinstance(part, PreTrainedModel)]
+        decoder = models[0] if len(models) == 1 else root
+    inner = getattr(decoder, "decoder", None)
     if isinstance(inner, PreTrainedModel):
         with contextlib.suppress(OSError, TypeError):  # no source to read
             if f"self.{root.base_model_prefix}.decoder(" in inspect.getsource(type(root).forward):
                 return inner
-    return found
+    return decoder
 
 
 def empty_mask(device: torch.device) -> Tensor:
@@ -152,6 +208,8 @@ def _part(name: str) -> property:
 
 
 def _mask(stock: Callable) -> Callable:
+    """The mask function under a name of ours: for a row it notes what is asked for, else it does what `stock` does."""
+
     def mask(*args: Any, attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
         if attention_mask is not None and attention_mask.dim() == 2 and not attention_mask.shape[1]:
             return _asked(**kwargs)
@@ -168,7 +226,7 @@ def _asked(*, mask_function: Callable, local_size: int | None = None, **kwargs: 
     places += [(size + 7, 8), (size + 8, 8), (2 * size - 1, size), (2 * size, size), (2 * size, 2 * size - 1)]
     zero = torch.zeros((), dtype=torch.int64)
     try:
-        found = [bool(mask_function(zero, zero, zero + q, zero + kv)) for q, kv in places]
+        visible = [bool(mask_function(zero, zero, zero + q, zero + kv)) for q, kv in places]
     except IndexError:
         raise ValueError("row: the model asks for a mask that depends on the tokens; it cannot take rows") from None
     tree = current_tree.get()
@@ -176,7 +234,7 @@ def _asked(*, mask_function: Callable, local_size: int | None = None, **kwargs: 
     if local_size is not None:
         candidates = [Asked(window=size, tree=tree), Asked(chunk=size, tree=tree)]
     for asked in candidates:
-        if found == [asked.allows(q, kv) for q, kv in places]:
+        if visible == [asked.allows(q, kv) for q, kv in places]:
             return asked
     raise ValueError(
         "row: the model asks for a mask that is neither causal, nor a causal window, nor causal chunks; it cannot take "
@@ -185,6 +243,8 @@ def _asked(*, mask_function: Callable, local_size: int | None = None, **kwargs: 
 
 
 def _attention(previous: str) -> Callable:
+    """The attention under a name of ours: over a tree where a layer is handed one, else that of the plain name."""
+
     def attention(
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
@@ -205,8 +265,8 @@ def _attention(previous: str) -> Callable:
 def _eager_of(cls: type) -> Callable:
     """The eager attention of a layer's module, or of the module of the class that it was derived from."""
     for kind in cls.__mro__:
-        if found := getattr(sys.modules[kind.__module__], "eager_attention_forward", None):
-            return found
+        if attention := getattr(sys.modules[kind.__module__], "eager_attention_forward", None):
+            return attention
     raise ValueError(f'the eager attention of {cls.__name__} is not found; use set_attn_implementation("sdpa")')
 
 

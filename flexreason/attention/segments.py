@@ -26,8 +26,6 @@ from flexreason.attention import flash, pieces
 from flexreason.attention.cover import TILE, Rectangle, cover
 from flexreason.tree.mask import Tree, mask_mod, per_token
 
-MASKS = ("interval",)
-
 
 @dataclass(eq=False)
 class Segments:
@@ -88,7 +86,7 @@ class Segments:
 
 def prepare(tree: Tree, mask: str = "interval", window: int | None = None, chunk: int | None = None) -> Segments:
     """The parts of a layout or row."""
-    assert mask in MASKS
+    assert mask == "interval"
     return Segments(tree, window, chunk)
 
 
@@ -150,12 +148,12 @@ def _forward_tiles(
 ) -> tuple[Tensor, Tensor]:
     """Output [1, H, S, E] and log-sum-exp [1, H, S], in high precision."""
     high = torch.float64 if q.dtype == torch.float64 else torch.float32
-    found = []
+    tiles = []
     for part, mask in work.masks(q.dtype):
         q_, k_, v_ = (_tiled(x, part) for x in (q, k, v))
-        found.append(pieces.forward(how, q_, k_, v_, mask, score))
-    out = _untiled([out for out, _ in found]).to(high)
-    lse = _untiled([lse.unsqueeze(-1) for _, lse in found]).squeeze(-1)
+        tiles.append(pieces.forward(how, q_, k_, v_, mask, score))
+    out = _untiled([out for out, _ in tiles]).to(high)
+    lse = _untiled([lse.unsqueeze(-1) for _, lse in tiles]).squeeze(-1)
     for r in work.rectangles:
         edge = work.edge(r, q.dtype)
         more = pieces.forward(how, q[:, :, r.q], k[:, :, r.k], v[:, :, r.k], edge, score)
@@ -175,12 +173,12 @@ def _backward_tiles(
     score: pieces.Score,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients by q, k and v, in high precision; `out` and `lse` are those of all parts merged."""
-    found = []
+    tiles = []
     for part, mask in work.masks(q.dtype):
         grad_, q_, k_, v_, out_ = (_tiled(x, part) for x in (grad, q, k, v, out))
         lse_ = _tiled(lse.unsqueeze(-1), part).squeeze(-1)
-        found.append(pieces.backward(how, grad_, q_, k_, v_, out_, lse_, mask, score))
-    dq, dk, dv = (_untiled(list(parts)).to(lse.dtype) for parts in zip(*found, strict=True))
+        tiles.append(pieces.backward(how, grad_, q_, k_, v_, out_, lse_, mask, score))
+    dq, dk, dv = (_untiled(list(parts)).to(lse.dtype) for parts in zip(*tiles, strict=True))
     for r in work.rectangles:
         q_, out_, lse_, grad_ = (x[:, :, r.q] for x in (q, out, lse, grad))
         edge = work.edge(r, q.dtype)

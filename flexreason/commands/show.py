@@ -16,6 +16,7 @@ from flexreason.chat import dirt
 from flexreason.proof import oracle
 from flexreason.proof.float64 import relative_l2, true_float64
 from flexreason.tree.draw import role_name
+from flexreason.tree.layout import begins_stretch
 from flexreason.tree.sample import Sample
 
 CONVERSATION = [  # (what the user says, what the model thinks, what it answers)
@@ -180,9 +181,7 @@ def folded(layout: fr.Layout, decode: Callable[[list[int]], str], width: int = 1
     """A layout with a line a stretch: tokens one behind the other on one path, of one turn and role."""
     text_width = max(24, width - 56)
     position, until = layout.position_ids, layout.until
-    breaks = (position[1:] != position[:-1] + 1) | (until[1:] != until[:-1])
-    breaks |= (layout.turn[1:] != layout.turn[:-1]) | (layout.role[1:] != layout.role[:-1])
-    starts = [0, *(breaks.nonzero()[:, 0] + 1).tolist(), len(layout)]
+    starts = [*begins_stretch(position, until, layout.turn, layout.role).nonzero()[:, 0].tolist(), len(layout)]
     targets = torch.bincount(layout.target_source, minlength=len(layout))
     lines = [["index", "tokens", "turn", "role", "position", "until", "targets", "text"]]
     for start, end in pairwise(starts):

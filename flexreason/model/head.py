@@ -173,10 +173,10 @@ def sweep(
         factor = (upstream[chunk].to(high) * real / temperature).unsqueeze(1)
         slope = p.mul_(-factor / mass).scatter_add_(1, label, factor)  # factor x (label's one - p)
         wanted = [states, *rest] if by_hand is None else [states, by_hand.anchor, *rest]
-        found = torch.autograd.grad(logits, wanted, slope.to(logits.dtype), allow_unused=True)
-        if found[0] is not None:
-            swept.hidden[chunk] = found[0]
-        for p, gradient in zip(rest, found[len(wanted) - len(rest) :], strict=True):
+        gradients = torch.autograd.grad(logits, wanted, slope.to(logits.dtype), allow_unused=True)
+        if gradients[0] is not None:
+            swept.hidden[chunk] = gradients[0]
+        for p, gradient in zip(rest, gradients[len(wanted) - len(rest) :], strict=True):
             number = next(k for k, other in enumerate(parameters) if other is p)
             swept.parameters[number] = _add(swept.parameters[number], gradient)
     if by_hand is not None:
@@ -220,14 +220,14 @@ class _InPlace:
         flat = given.flatten(0, -2)
         shape = (*given.shape[:-1], self.buffer.shape[1])
         if self.used or len(flat) > len(self.buffer):  # a head that asks twice
-            found = self.buffer.new_empty(shape)
+            result = self.buffer.new_empty(shape)
         else:  # of the same memory, and no view of it in autograd's eyes, which would forbid to go on in place
-            found = self.buffer.new_empty(0).set_(
+            result = self.buffer.new_empty(0).set_(
                 self.buffer.untyped_storage(), 0, shape, torch.empty(shape, device="meta").stride()
             )
         self.used = True
-        torch.mm(flat, self.linear.weight.detach().t(), out=found.view(len(flat), shape[-1]))
-        return found if self.linear.bias is None else found.add_(self.linear.bias.detach())
+        torch.mm(flat, self.linear.weight.detach().t(), out=result.view(len(flat), shape[-1]))
+        return result if self.linear.bias is None else result.add_(self.linear.bias.detach())
 
     def add(self, slope: Tensor, given: Tensor) -> None:
         slope, given = slope.flatten(0, -2), given.flatten(0, -2)

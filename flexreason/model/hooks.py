@@ -8,18 +8,18 @@ What is done to a model, and all that is done:
   after it, a hook keeps the hidden states that predict a target. So the head, and whatever replaced the
   head's loss, see T rows instead of S, and are left alone.
 - the model's loss function takes weights, and an empty row.
-- before the model, or what holds it, is called with a row, a hook asks whether the row and its adapters will do.
+- before the model, or what holds it, is called with a row, a hook refuses adapters that would change the row, and
+  gives the row a `Request`, which says what the forward is to give.
 
 What is done to a model afterwards counts as if it had been done before: another loss function, another implementation
 of attention, hooks, adapters. Adapters are looked for at the first row, and again once modules have been put anywhere
 in the process: torch tells of it, so that rows need not look for them.
 
-Only what can be seen is refused here. `fr.patch` is in proof/gate.py: it asks for proof as well.
+Only what can be seen is refused here. `fr.patch`, in patching.py, asks for proof as well.
 """
 
-import contextlib
 import inspect
-import re
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -32,36 +32,40 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
 from flexreason.attention.registry import (
+    BACKENDS,
     IMPLEMENTATIONS,
     TREE,
     Renamed,
+    TreeRow,
     attention_of,
+    choose_backend,
+    computes,
     current_tree,
     empty_mask,
     find_decoder,
     renamed,
 )
-from flexreason.attention.tree_row import BACKENDS, PER_TOKEN, TreeRow, choose_backend
+from flexreason.model.find import ATTRIBUTE, find_root
 from flexreason.model.head import with_states
-from flexreason.model.loss import LOSSES, TreeLoss, is_weighted
+from flexreason.model.loss import LOSSES, REQUEST, Request, TreeLoss
 from flexreason.model.refuse import (
-    computes_own_loss,
     reason_against_adapter,
     reason_against_adapters,
     refusal,
-    refuse_call,
     refuse_model,
-    refuse_other_layouts,
     refuse_own_loss,
+)
+from flexreason.model.refuse_rows import (
+    real_targets,
+    refuse_call,
+    refuse_other_layouts,
     refuse_row,
-    trainers_count,
+    refuse_weights,
+    replaced_by,
     warn_of_dropout,
 )
-from flexreason.tree.mask import MASKS
-from flexreason.tree.row import IGNORED, NOBODY, ROW_KEYS
-
-ATTRIBUTE = "_flexreason"
-"""Where a model keeps its `Patch`."""
+from flexreason.tree.mask import MASK_KEYS, MASKS
+from flexreason.tree.row import NOBODY, ROW_KEYS
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -98,47 +102,15 @@ def apply_patch(
 
 def unpatch(model: Model) -> Model:
     """Undo `patch`, to the last hook; the same object back. A model that is not patched stays as it is."""
-    if (found := find_patch(model)) is not None:
-        found.undo()
+    if (patch := find_patch(model)) is not None:
+        patch.undo()
     return model
 
 
 def find_patch(model: nn.Module) -> "Patch | None":
     """What was done to a model, or None."""
-    found = find_root(model).__dict__.get(ATTRIBUTE)
-    return found if isinstance(found, Patch) else None
-
-
-def find_root(model: nn.Module) -> PreTrainedModel:
-    """The transformers model with a head inside whatever wraps it (PEFT, compile, DDP).
-
-    Of several, the one that is called by the forward of what holds them; or the one that is patched.
-    """
-    found = _roots(model) if isinstance(model, nn.Module) else {}
-    if not found:
-        raise ValueError(
-            f"patch: expected a transformers model with an LM head (...ForCausalLM), found {type(model).__name__}"
-        )
-    patched = {name: root for name, root in found.items() if ATTRIBUTE in vars(root)}
-    if len(found) > 1 and len(patched) != 1:
-        raise ValueError(
-            f"patch: {type(model).__name__} holds {len(found)} models with a head ({', '.join(found)}), and its "
-            "forward does not tell which of them takes the rows; give patch that one"
-        )
-    return next(iter((patched if len(found) > 1 else found).values()))
-
-
-def _roots(model: nn.Module, name: str = "") -> dict[str, PreTrainedModel]:
-    """Models with a head by their names, inside what wraps them, that its forward may call."""
-    if isinstance(model, PreTrainedModel) and model.get_output_embeddings() is not None:
-        return {name: model}
-    below = {own: found for own, child in model.named_children() if (found := _roots(child, f"{name}.{own}"))}
-    if len(below) > 1:
-        with contextlib.suppress(OSError, TypeError):  # no source to read
-            source = inspect.getsource(type(model).forward)
-            below = {own: found for own, found in below.items() if re.search(rf"\bself\.{own}\b", source)} or below
-    each = {id(root): (name.lstrip("."), root) for found in below.values() for name, root in found.items()}
-    return dict(each.values())
+    patch = vars(find_root(model)).get(ATTRIBUTE)
+    return patch if isinstance(patch, Patch) else None
 
 
 @dataclass(eq=False)
@@ -160,6 +132,7 @@ class Patch:
     row_loss: TreeLoss = field(init=False)
 
     def apply(self, holders: Sequence[nn.Module] = ()) -> None:
+        """Put everything in its place; `holders` are the modules that hold the model."""
         decoder = find_decoder(self.root)
         self.hooks = self.hooks or [
             decoder.register_forward_pre_hook(self.before, with_kwargs=True),
@@ -176,7 +149,7 @@ class Patch:
         _listen()
 
     def look(self) -> None:
-        """Give layers their view of the config, and refuse adapters; both also where they are new."""
+        """Give layers their view of the config, and refuse adapters; a second look finds those that came since."""
         if against := reason_against_adapters(self.root):
             raise refusal(self.root, against)
         self.makers = []
@@ -194,7 +167,7 @@ class Patch:
         self.looked = _listened.count
 
     def held_by(self, holder: nn.Module) -> None:
-        """Ask what holds the model too: it may change a row, or have the adapters."""
+        """Hook what holds the model as well: it may have the adapters, or call the model's `forward` past its hooks."""
         if not type(holder).__module__.startswith("torch."):
             self.hooks.append(holder.register_forward_pre_hook(self.called, with_kwargs=True))
 
@@ -205,6 +178,7 @@ class Patch:
         _listen()
 
     def undo(self) -> None:
+        """Take everything away again."""
         for module, name, config in self.views:
             if isinstance(vars(module).get(name), Renamed):
                 vars(module)[name] = config
@@ -230,16 +204,17 @@ class Patch:
         return choose_backend(self.backend, device, next(self.root.parameters()).dtype)
 
     def called(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
-        """Before the model, or what holds it, is called."""
+        """Before the model, or what holds it, is called: give the row a request, unless it came with one."""
         if "target_source" not in kwargs:
             return None
         refuse_call(kwargs)
         if against := reason_against_adapter(module):
             raise refusal(self.root, against)
-        if torch.compiler.is_compiling() or "target_document" not in kwargs or not replaced_forward(self.root):
-            return None
-        document = kwargs["target_document"]  # what replaced the forward may keep the labels to itself
-        return args, {**kwargs, "target_document": document.where(_real(kwargs), NOBODY)}
+        kwargs = {REQUEST: Request(), **kwargs}
+        if not torch.compiler.is_compiling() and "target_document" in kwargs and replaced_by(self.root):
+            document = kwargs["target_document"]  # what replaced the forward may keep the labels to itself
+            kwargs["target_document"] = document.where(real_targets(kwargs), NOBODY)
+        return args, kwargs
 
     @torch.compiler.disable
     def before(self, decoder: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
@@ -251,13 +226,18 @@ class Patch:
             return None
         refuse_row(decoder, given, ROW_KEYS | {"position_ids"})
         self.as_it_is_now(decoder)
-        self.refuse_weights(given)
+        refuse_weights(self.root, given, self.runs_head(given))
+        if self.loss == "chunked" and REQUEST not in kwargs:
+            warnings.warn(
+                'row: loss="chunked" makes all logits at once where model.forward(**row) is called; call model(**row)',
+                stacklevel=2,
+            )
         if decoder.training and not self.warned:
             self.warned = True
             warn_of_dropout(self.root)
         backend = self.backend_on(given["until"].device)
         _check_pair(backend, self.mask)
-        row = {key: given[key] for key in PER_TOKEN}
+        row = {key: given[key] for key in MASK_KEYS}
         if self.mask == "turn_role":
             refuse_other_layouts(row)
         kwargs = {key: value for key, value in kwargs.items() if key not in ROW_KEYS}
@@ -274,9 +254,8 @@ class Patch:
         if self.looked != _listened.count:
             self.look()
         if not self.row_loss.in_place:
-            temperature, now = self.row_loss.temperature, self.root.loss_function
+            now = self.root.loss_function
             self.row_loss = now if isinstance(now, TreeLoss) and now.root is self.root else TreeLoss(self.root)
-            self.row_loss.temperature = temperature
         for config in self.configs:
             if (name := attention_of(config)) not in (None, *IMPLEMENTATIONS):
                 raise ValueError(
@@ -299,25 +278,15 @@ class Patch:
             )
         source = kwargs[TREE].target_source[0]
         output = with_states(output, output[0][:, source])
-        if self.runs_head:
+        if self.runs_head(kwargs):
             if isinstance(output, tuple) and (decoder._backward_hooks or decoder._backward_pre_hooks):
                 raise ValueError(  # of other outputs torch does not call them
                     f'row: {type(decoder).__name__} has backward hooks, which loss="chunked" and token_logprobs go '
                     'past; use loss="model"'
                 )
-            self.row_loss.states = output
+            kwargs[REQUEST].states = output
             return with_states(output, output[0][:, :0])  # so that the model's own forward makes no logits
         return output
-
-    @contextmanager
-    def giving_logprobs(self, temperature: float) -> Iterator[None]:
-        """In here a row's `loss` is the log-probability of every target, [T]."""
-        refuse_own_loss(self.root, "token_logprobs", self.unchunked)
-        self.row_loss.temperature = temperature
-        try:
-            yield
-        finally:
-            self.row_loss.temperature = self.row_loss.states = None
 
     @torch.compiler.disable
     def done(self, *forward: Any) -> None:
@@ -326,73 +295,20 @@ class Patch:
         for module, name, config, _ in self.makers:
             vars(module)[name] = config
 
-    @property
-    def runs_head(self) -> bool:
+    def runs_head(self, given: dict[str, Any]) -> bool:
         """Whether the loss makes the logits itself, a chunk at a time."""
-        return self.loss == "chunked" or self.row_loss.temperature is not None
+        request = given.get(REQUEST)
+        return request is not None and (self.loss == "chunked" or not request.loss)
 
     def without_logits(self, root: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
         """Where the loss made the logits, what the model's forward made is empty, and is taken from its output."""
-        if "target_source" in kwargs and self.runs_head and isinstance(output, ModelOutput):
+        if "target_source" in kwargs and self.runs_head(kwargs) and isinstance(output, ModelOutput):
             if output.get("loss") is None:
                 raise ValueError(
                     'row: it has no labels, and with loss="chunked" there is nothing else to give; pass labels, or ask '
                     "fr.token_logprobs"
                 )
             output["logits"] = None
-
-    def refuse_weights(self, given: dict[str, Any]) -> None:
-        """Whatever replaced the model's forward (trl's fused head, Liger) has a loss of its own, without weights; so
-        have a few classes; and transformers' Trainer divides by a number of targets, whatever they weigh."""
-        by, n_items = replaced_forward(self.root), given.get("num_items_in_batch")
-        if by and self.runs_head:
-            raise ValueError(
-                f'row: loss="chunked" and token_logprobs need the model\'s own forward, and it was replaced (by {by}); '
-                'use loss="model", where that loss is chunked itself'
-            )
-        if by:
-            why = f"the model's forward was replaced (by {by}), whose loss takes none", "the model's own forward"
-        elif computes_own_loss(type(self.root).forward):
-            self.refuse_divisor(given)
-            why = f"{type(self.root).__name__} computes its loss in its own forward, which takes none", "another model"
-        elif trainers_count(n_items):
-            why = "the Trainer divides a step by its number of targets", "fr.RowTrainer, which divides by their weight"
-        else:
-            return
-        if is_weighted(given["target_weight"], _real(given)):
-            raise ValueError(f"row: it has target weights other than 1, and {why[0]}; use weights of 1, or {why[1]}")
-
-    def refuse_divisor(self, given: dict[str, Any]) -> None:
-        """A forward with a loss of its own divides by the targets of its row."""
-        n_items, n_targets = given.get("num_items_in_batch"), int(_real(given).sum())
-        if not n_targets or (n_items is not None and float(n_items) != n_targets):
-            raise ValueError(
-                f"row: {type(self.root).__name__} computes its loss in its own forward, as the mean over a row's own "
-                f"targets: here {n_targets}, while num_items_in_batch is {n_items}; give it one row a step, and no "
-                "empty one"
-            )
-
-
-def _real(given: dict[str, Any]) -> Tensor:
-    """[1, T] which targets are not ignored; labels do not come as far as the decoder everywhere."""
-    labels, document = given.get("shift_labels"), given["target_document"]
-    return document != NOBODY if labels is None or labels.shape != document.shape else labels != IGNORED
-
-
-def replaced_forward(root: PreTrainedModel) -> str | None:
-    """The module of a function that stands in place of the model's own forward, or None.
-
-    What only wraps the model's own, as torch's and accelerate's autocast do, replaces nothing. Where a function is
-    from is asked of its globals, since wrappers take on the name of what they wrap.
-    """
-    own = {cls.__module__.partition(".")[0] for cls in type(root).__mro__} | {"accelerate", "functools"}
-    forward: Any = getattr(root.forward, "__func__", root.forward)
-    while forward is not None:
-        module = getattr(forward, "__globals__", {}).get("__name__", type(forward).__module__)
-        if module.partition(".")[0] not in own:
-            return module
-        forward = getattr(forward, "__wrapped__", None)
-    return None
 
 
 class _Listened:
@@ -421,7 +337,7 @@ def _listen() -> None:
 
 
 def _check_pair(backend: str, mask: str) -> None:
-    if mask not in BACKENDS[backend].MASKS:
+    if not computes(backend, mask):
         raise ValueError(
             f'patch: backend "{backend}" cannot compute mask="{mask}"; use backend="flex" (on CPU: no backward) or '
             '"dense", or mask="interval", which is the same mask'

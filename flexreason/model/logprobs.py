@@ -1,5 +1,8 @@
 """`token_logprobs`: the log-probability of every target of a row, in one pass, for evaluation and for RL.
 
+It calls a patched model, as a trainer does, and nothing of what is done to a model needs it: so it stands beside
+hooks.py.
+
 >>> import flexreason as fr
 >>> from transformers import Qwen3Config, Qwen3ForCausalLM
 >>> model = fr.patch(Qwen3ForCausalLM(Qwen3Config(vocab_size=40, hidden_size=32, intermediate_size=48,
@@ -17,6 +20,8 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 
 from flexreason.model.hooks import find_patch
+from flexreason.model.loss import REQUEST, Request
+from flexreason.model.refuse import refuse_own_loss
 
 
 def token_logprobs(model: nn.Module, row: Mapping[str, Tensor], *, temperature: float = 1.0) -> Tensor:
@@ -34,5 +39,13 @@ def token_logprobs(model: nn.Module, row: Mapping[str, Tensor], *, temperature: 
     missing = sorted({"labels", "shift_labels"} - row.keys())
     if missing:
         raise ValueError(f"token_logprobs: the row lacks {', '.join(missing)}; pass all that fr.collate made")
-    with patch.giving_logprobs(temperature):
-        return model(**row).loss
+    refuse_own_loss(patch.root, "token_logprobs", patch.unchunked)
+    request = Request(loss=False, temperature=temperature)
+    nothing = model(**row, **{REQUEST: request}).loss
+    logprobs, request.logprobs = request.logprobs, None  # layers that are checkpointed keep the request for backward
+    if logprobs is None:
+        raise ValueError(
+            f"token_logprobs: the keyword {REQUEST} did not come to the model's loss; what holds the model "
+            f"({type(model).__name__}) is to hand all keywords on"
+        )
+    return logprobs + nothing  # so that backward passes what came out of the model, where DDP and FSDP look for it

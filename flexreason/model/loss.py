@@ -26,19 +26,37 @@ from flexreason.tree.row import IGNORED, ROW_KEYS
 
 LOSSES = ("model", "chunked")
 
+REQUEST = "flexreason_request"
+"""The keyword that carries a `Request` to the hooks and to the loss."""
+
+
+class Request:
+    """What one forward of a row is to give, and what it leaves for whoever asked.
+
+    It goes with the row as a keyword, as a `TreeRow` goes with the layers, so that nothing of a forward stays on the
+    model. It is no dataclass: FSDP and DDP hand on copies of those, and what is left in a copy reaches nobody.
+
+    Args:
+        loss: whether a loss is wanted. Else the log-probabilities alone are, with their gradient.
+        temperature: divides the logits where log-probabilities alone are wanted.
+    """
+
+    def __init__(self, *, loss: bool = True, temperature: float = 1.0) -> None:
+        self.loss = loss
+        self.temperature = temperature
+        self.states: Any = None  # what the decoder gave, where the loss makes the logits, until it has made them
+        self.logprobs: Tensor | None = None  # [T], of every target; without a gradient where a loss was wanted
+
 
 class TreeLoss:
-    """Stands in the place of a model's loss function, for rows. In place of logits it can be left what the decoder
-    gave: then it runs the head itself, a chunk at a time.
+    """Stands in the place of a model's loss function, for rows. In place of logits it can find what the decoder gave
+    in the `Request`: then it runs the head itself, a chunk at a time.
     """
 
     def __init__(self, root: PreTrainedModel) -> None:
         self.root = root
         self.own = vars(root).get("_loss_function")
         self.previous = root.loss_function
-        self.states: Any = None  # what the decoder gave, where the loss runs the head
-        self.temperature: float | None = None  # set while log-probabilities are wanted in place of a loss
-        self.logprobs: Tensor | None = None  # [T] of the last row's targets, without gradient: for whoever logs
         vars(root)["_loss_function"] = self  # past torch, which keeps a loss that is a module in another place
 
     @property
@@ -55,20 +73,23 @@ class TreeLoss:
     def __call__(self, logits: Tensor, labels: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if "target_weight" not in kwargs:
             return self.previous(logits, labels, *args, **kwargs)
-        states, self.states = self.states, None
+        request = kwargs.get(REQUEST) or Request()  # none comes where the model's `forward` is called, past its hooks
+        states, request.states = request.states, None
         weight = kwargs["target_weight"]
         labels = _labels(labels, kwargs.get("shift_labels", labels), weight)
         if states is not None:
             head, hidden = Head(self.root, states), states[0]
-            if self.temperature is not None:
-                return logprobs(head, hidden[0], labels[0].to(hidden.device), self.temperature)
+            if not request.loss:
+                request.logprobs = logprobs(head, hidden[0], labels[0].to(hidden.device), request.temperature)
+                everywhere = torch.ones_like(request.logprobs, dtype=torch.bool)
+                return request.logprobs.masked_fill(everywhere, 0.0).sum()  # 0, on the same graph
             if self.previous is not ForCausalLMLoss:
                 raise ValueError(
                     f'row: loss="chunked" computes the usual loss, and the loss function was replaced (by '
                     f'{self.previous}); use loss="model"'
                 )
             w, total = _weights(weight, labels, hidden, kwargs.get("num_items_in_batch"))
-            loss, self.logprobs = weighted_nll(head, hidden[0], labels[0].to(hidden.device), w / total)
+            loss, request.logprobs = weighted_nll(head, hidden[0], labels[0].to(hidden.device), w / total)
             return loss
         if logits.shape[:2] != labels.shape:
             raise ValueError(
@@ -82,12 +103,13 @@ class TreeLoss:
                 )
             if not (labels != IGNORED).any():
                 return logits.sum() * 0.0
-            kwargs = {key: value for key, value in kwargs.items() if key not in ROW_KEYS}
+            kwargs = {key: value for key, value in kwargs.items() if key not in ROW_KEYS | {REQUEST}}
             return self.previous(logits, labels, *args, **kwargs)
         nll = nn.functional.cross_entropy(
             logits[0].float(), labels[0].to(logits.device), ignore_index=IGNORED, reduction="none"
         )
-        self.logprobs = -nll.detach()
+        if request.loss:
+            request.logprobs = -nll.detach()
         w, total = _weights(weight, labels, nll, kwargs.get("num_items_in_batch"))
         return (nll * w).sum() / total
 
@@ -95,8 +117,8 @@ class TreeLoss:
 def _labels(labels: Tensor | None, shifted: Tensor | None, weight: Tensor) -> Tensor:
     """A row's labels, [1, T], which come under two names."""
     if shifted is None or labels is None or shifted.shape != weight.shape or labels.shape != weight.shape:
-        found = None if shifted is None else list(shifted.shape)
-        raise ValueError(f"row: expected labels for its {weight.shape[1]} targets, found labels of shape {found}")
+        shape = None if shifted is None else list(shifted.shape)
+        raise ValueError(f"row: expected labels for its {weight.shape[1]} targets, found labels of shape {shape}")
     if labels.device.type == "cpu" and not torch.equal(labels, shifted):
         raise ValueError("row: labels and shift_labels differ; shift_labels is what counts, so change both alike")
     return shifted

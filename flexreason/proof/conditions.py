@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from flexreason.attention import flex, segments
+from flexreason.attention import flex
+from flexreason.attention.registry import computes
 from flexreason.model.hooks import find_patch, find_root
 
 
@@ -62,7 +63,7 @@ def copy_in(model: nn.Module, dtype: torch.dtype, notes: list[str]) -> nn.Module
     made = copy.deepcopy(model)
     root, ours = find_root(made), find_patch(made)
     if ours is not None and ours.backend_on(root.device) == "flex" and flex.unfit(root.device, dtype):
-        ours.backend = "segments" if ours.mask in segments.MASKS else "dense"
+        ours.backend = "segments" if computes("segments", ours.mask) else "dense"
         notes.append(
             f'in {str(dtype).removeprefix("torch.")} it is backend "{ours.backend}" that is compared, since '
             f"{flex.unfit(root.device, dtype)}"

@@ -19,8 +19,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from flexreason.attention.registry import find_decoder
-from flexreason.attention.tree_row import TreeRow
+from flexreason.attention.registry import TreeRow, find_decoder
 from flexreason.model import head
 from flexreason.model.hooks import apply_patch, unpatch
 from flexreason.model.logprobs import token_logprobs

@@ -11,7 +11,7 @@ from typing import Any
 from torch.utils.data import Dataset, IterableDataset, RandomSampler, Sampler
 
 from flexreason.data.collator import Collator
-from flexreason.model.refuse import refuse_tokens
+from flexreason.model.refuse_rows import refuse_tokens
 from flexreason.tree.row import Row, collate
 
 

@@ -25,7 +25,8 @@ from transformers import Trainer
 from flexreason.data.rows import Rows
 from flexreason.data.stream import RowStream
 from flexreason.model.hooks import find_patch, find_root
-from flexreason.model.refuse import vocabulary_of
+from flexreason.model.loss import REQUEST, Request
+from flexreason.model.refuse_rows import vocabulary_of
 from flexreason.train import checkpoints
 from flexreason.train.filling import Filled, FilledStream, Filling
 from flexreason.train.sums import Sums, total_weight
@@ -111,8 +112,9 @@ class RowTraining:
         return rows, total
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
-        loss = super().training_step(model, inputs, *args, **kwargs)  # type: ignore[misc]
-        self._sums.add(inputs, self._logprobs())
+        request = Request()
+        loss = super().training_step(model, {**inputs, REQUEST: request}, *args, **kwargs)  # type: ignore[misc]
+        self._sums.add(inputs, request.logprobs)
         return loss
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
@@ -140,13 +142,6 @@ class RowTraining:
         found["tree_tokens_per_second"] = in_trees / seconds
         found["sample_tokens_per_second"] = in_samples / seconds
         self._sums, self._since = Sums(me.args.device), time.perf_counter()
-        return found
-
-    def _logprobs(self) -> Tensor | None:
-        """Of the last row's targets, where the loss was the model's own."""
-        me: Any = self
-        loss = find_patch(me.model).row_loss  # type: ignore[union-attr]
-        found, loss.logprobs = loss.logprobs, None
         return found
 
     def _over_ranks(self, values: Tensor) -> Tensor:
@@ -220,16 +215,16 @@ class RowTraining:
     ) -> Any:
         me: Any = self
         assert self._evaluated is not None
-        inputs = me._prepare_inputs(inputs)
+        inputs, request = me._prepare_inputs(inputs), Request()
         with torch.no_grad(), me.compute_loss_context_manager():
-            loss = model(**inputs, num_items_in_batch=1).loss  # what divides it is known when all rows are summed
-        logprobs = self._logprobs()
-        if logprobs is None:
+            # what divides the loss is known when all rows are summed
+            loss = model(**inputs, num_items_in_batch=1, **{REQUEST: request}).loss
+        if request.logprobs is None:
             raise ValueError(
                 "RowTrainer: the loss was replaced, so evaluation cannot tell targets apart; evaluate with the model's "
                 "own loss"
             )
-        self._evaluated.add(inputs, logprobs)
+        self._evaluated.add(inputs, request.logprobs)
         return loss.detach(), None, None
 
     # --- checkpoints

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
-from flexreason.tree.mask import Tree, check_limits, mask_mod, per_token
+from flexreason.tree.layout import begins_stretch
+from flexreason.tree.mask import MASK_KEYS, Tree, check_limits, mask_mod, per_token
 
 BLOCK = 128
 
@@ -49,8 +50,7 @@ def block_mask(
     if min(q_size, kv_size) < 1:
         raise ValueError(f"block_size: expected at least 1, found {block_size}")
     if device is not None:
-        names = ("until", "position_ids", "turn", "role", "document")
-        tree = {name: per_token(tree, name).to(device)[None] for name in names}
+        tree = {name: per_token(tree, name).to(device)[None] for name in MASK_KEYS}
     until = per_token(tree, "until")
     if window is None and chunk is None:
         partial, full = _intervals(until, q_size, kv_size)
@@ -176,8 +176,7 @@ def _runs(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Where each run begins and ends, and the run its first token's parent is in (-1: none)."""
     index = torch.arange(len(until))
-    starts = (index % q_size == 0) | (index % kv_size == 0)
-    starts[1:] |= (position.diff() != 1) | (until.diff() != 0)
+    starts = begins_stretch(position, until) | (index % q_size == 0) | (index % kv_size == 0)
     if chunk is not None:
         starts |= position % chunk == 0
     begin = starts.nonzero().squeeze(1)

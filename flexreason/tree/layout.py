@@ -182,6 +182,24 @@ def unmerge(layout: Layout) -> list[Sample]:
     return samples
 
 
+def begins_stretch(position: Tensor, *alike: Tensor) -> Tensor:
+    """[S] where a stretch of a path begins in storage; the tensors in `alike` do not change inside one either.
+
+    In preorder, a token whose position is one more than that of the token stored before it is the child of that one.
+
+    >>> layout = lay_out_turns([([1, 2], [10, 11], [20]), ([3], [12], [21])])
+    >>> begins_stretch(layout.position_ids).nonzero()[:, 0].tolist()
+    [0, 6]
+    >>> begins_stretch(layout.position_ids, layout.until, layout.turn).nonzero()[:, 0].tolist()
+    [0, 2, 3, 6]
+    """
+    begins = torch.ones_like(position, dtype=torch.bool)
+    begins[1:] = position.diff() != 1
+    for same in alike:
+        begins[1:] |= same.diff() != 0
+    return begins
+
+
 def _check_turn(i: int, turn: tuple[Ids, Ids, Ids]) -> tuple[Tensor, Tensor, Tensor]:
     if not isinstance(turn, Sequence) or len(turn) != 3:
         raise ValueError(f"turn {i}: expected (h, t, r), found {turn!r}")

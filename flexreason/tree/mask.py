@@ -22,7 +22,10 @@ MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 MASKS = ("interval", "turn_role")
 
-LONGEST = 2**30
+MASK_KEYS = ("until", "position_ids", "turn", "role", "document")
+"""What masks are made from, of every token of a row."""
+
+MOST_POSITIONS = 2**30
 """Positions stay below this, in 32 bits with room for a sum."""
 
 
@@ -77,10 +80,13 @@ def turn_role_rule(turn: Tensor, role: Tensor, document: Tensor) -> MaskMod:
 def near(position: Tensor, window: int | None, chunk: int | None) -> MaskMod:
     """The layer's own limits, in positions: less than `window` apart, in the same chunk of `chunk`.
 
-    What can be computed once a token stands in a table: a kernel computes what is left once a pair.
+    Whatever depends on one token alone is computed here, once for every token. A kernel calls the rule for every
+    pair of tokens, and only compares.
     """
-    behind = position if window is None else position + min(window, LONGEST)  # the first position that is too far
-    number = position if chunk is None else position // min(chunk, LONGEST)
+    behind = (
+        position if window is None else position + min(window, MOST_POSITIONS)
+    )  # the first position that is too far
+    number = position if chunk is None else position // min(chunk, MOST_POSITIONS)
 
     def visible(b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
         allowed = q == q

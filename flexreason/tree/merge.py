@@ -114,10 +114,10 @@ def _check(i: int, sample: Sample) -> _Checked:
     def said(name: str, values: Ids | None, ids: str, n: int, unsaid: int, lowest: int) -> np.ndarray:
         if values is None:
             return np.full(n, unsaid, dtype=np.int32)
-        found = as_ids(values, f"sample {i}: {name}", lowest=lowest).numpy()
-        if len(found) != n:
-            raise ValueError(f"sample {i}: expected {name} as long as {ids} ({n}), found {len(found)}")
-        return found
+        array = as_ids(values, f"sample {i}: {name}", lowest=lowest).numpy()
+        if len(array) != n:
+            raise ValueError(f"sample {i}: expected {name} as long as {ids} ({n}), found {len(array)}")
+        return array
 
     prompt_roles = said("prompt_roles", sample.prompt_roles, "prompt_ids", len(prompt), Role.PROMPT, 0)
     target_roles = said("target_roles", sample.target_roles, "target_ids", len(target), Role.RESPONSE, 0)

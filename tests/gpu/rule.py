@@ -22,7 +22,7 @@ import torch
 import flexreason as fr
 from attention import inputs, written_out
 from flexreason.attention import flex
-from flexreason.attention.tree_row import BACKENDS
+from flexreason.attention.registry import BACKENDS
 from flexreason.proof.float64 import relative_l2
 from strategies import VOCABULARY, random_tree, random_turns
 

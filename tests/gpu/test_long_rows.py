@@ -16,7 +16,7 @@ import torch
 import flexreason as fr
 from attention import written_out
 from flexreason.attention import flex
-from flexreason.attention.tree_row import BACKENDS
+from flexreason.attention.registry import BACKENDS
 from flexreason.proof.float64 import relative_l2
 from gpu.rule import Cell, alone, hold_errors, on, warnings_allowed
 from strategies import random_turns

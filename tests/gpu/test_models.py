@@ -13,7 +13,7 @@ import torch
 
 import flexreason as fr
 from exact import EXACT, errors, samples_of, single_pass
-from flexreason.attention.tree_row import BACKENDS
+from flexreason.attention.registry import BACKENDS
 from flexreason.proof import oracle
 from flexreason.proof.float64 import relative_l2, true_float64
 from gpu.rule import FACTOR, general_tree, hold_errors, on, paper, warnings_allowed

@@ -10,7 +10,7 @@ import torch
 
 import flexreason as fr
 from exact import samples_of, single_pass
-from flexreason.attention.tree_row import BACKENDS
+from flexreason.attention.registry import BACKENDS
 from flexreason.proof import oracle
 from flexreason.proof.float64 import relative_l2, true_float64
 from gpu.rule import paper, warnings_allowed

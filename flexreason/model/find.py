@@ -1,0 +1,84 @@
+"""What is found in and around a model: the one with a head inside its wrappers, and who replaced a forward."""
+
+import contextlib
+import inspect
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+ATTRIBUTE = "_flexreason"
+"""Where a model keeps its `Patch`."""
+
+WRAPPERS = ("functools", "accelerate", "torch", "peft")
+"""Packages whose functions, put around a forward, leave what it computes."""
+
+
+def find_root(model: nn.Module) -> PreTrainedModel:
+    """The transformers model with a head inside whatever wraps it (PEFT, compile, DDP).
+
+    Of several, the one that is called by the forward of what holds them; or the one that is patched.
+    """
+    roots = _roots(model) if isinstance(model, nn.Module) else {}
+    if not roots:
+        raise ValueError(
+            f"patch: expected a transformers model with an LM head (...ForCausalLM), found {type(model).__name__}"
+        )
+    patched = {name: root for name, root in roots.items() if ATTRIBUTE in vars(root)}
+    if len(roots) > 1 and len(patched) != 1:
+        raise ValueError(
+            f"patch: {type(model).__name__} holds {len(roots)} models with a head ({', '.join(roots)}), and its "
+            "forward does not tell which of them takes the rows; give patch that one"
+        )
+    return next(iter((patched if len(roots) > 1 else roots).values()))
+
+
+def _roots(model: nn.Module, name: str = "") -> dict[str, PreTrainedModel]:
+    """The models with a head inside `model`, by their names in it: those that its forward may call."""
+    if isinstance(model, PreTrainedModel) and model.get_output_embeddings() is not None:
+        return {name: model}
+    below = {own: roots for own, child in model.named_children() if (roots := _roots(child, f"{name}.{own}"))}
+    if len(below) > 1:
+        with contextlib.suppress(OSError, TypeError):  # no source to read
+            source = inspect.getsource(type(model).forward)
+            below = {own: roots for own, roots in below.items() if re.search(rf"\bself\.{own}\b", source)} or below
+    each = {id(root): (name.lstrip("."), root) for roots in below.values() for name, root in roots.items()}
+    return dict(each.values())
+
+
+def replaced_forward(module: nn.Module, harmless: Sequence[str] = WRAPPERS) -> Any:
+    """The function that stands in place of a module's own forward, or None.
+
+    What only wraps the module's own forward, as torch's and accelerate's autocast do, replaces nothing. A class whose
+    forward somebody put there from another package counts as replaced too.
+
+    Args:
+        harmless: packages whose functions are taken for wrappers.
+    """
+    forward: Any = module.forward
+    while forward is not None:
+        inner = getattr(forward, "func", forward)  # of functools.partial
+        if getattr(inner, "__func__", inner) is type(module).forward:
+            harmless = (*harmless, *packages_of(type(module)))
+        if not is_of(home_of(inner), harmless):
+            return inner
+        forward = getattr(forward, "__wrapped__", None)
+    return None
+
+
+def packages_of(cls: type) -> set[str]:
+    """The packages that a class and those that it derives from were written in."""
+    return {base.__module__.partition(".")[0] for base in cls.__mro__}
+
+
+def home_of(function: Any) -> str:
+    """The module that a function is from, by its globals: wrappers take on the name of what they wrap."""
+    function = getattr(function, "__func__", function)
+    return getattr(function, "__globals__", {}).get("__name__", type(function).__module__)
+
+
+def is_of(module: str, packages: Sequence[str]) -> bool:
+    """Whether a module, by its name, is one of some packages or inside one."""
+    return any(module == package or module.startswith(f"{package}.") for package in packages)

@@ -1,0 +1,215 @@
+"""What is refused of rows, with the reason: those that are not whole, and those that a model or trainer takes wrongly.
+
+Shapes: S tokens, T targets.
+"""
+
+import contextlib
+import sys
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from flexreason.model.find import WRAPPERS, home_of, packages_of, replaced_forward
+from flexreason.model.loss import is_weighted
+from flexreason.model.refuse import computes_own_loss, refuse_rope
+from flexreason.tree.layout import begins_stretch
+from flexreason.tree.mask import MASK_KEYS, interval_rule, turn_role_rule
+from flexreason.tree.row import IGNORED, NOBODY
+
+RANDOM = ("dropout", "pdrop", "jitter", "layerdrop")
+"""What the names of config entries say that draw at random while training."""
+
+
+def refuse_call(given: Mapping[str, Any]) -> None:
+    """Raise if somebody took a row's labels out, to compute a loss of the logits that shifts them."""
+    if given.get("labels") is None and given.get("shift_labels") is not None:
+        raise ValueError(
+            "row: it came with shift_labels and without labels, as a Trainer gives it that has label_smoothing_factor "
+            "or compute_loss_func: these take the labels out, and shift them, which are in their places; leave both "
+            "out. For a loss of your own, in which line t of the logits belongs to target t, leave out shift_labels too"
+        )
+
+
+def trainers_count(n_items: Any) -> bool:
+    """Whether what is to divide a loss is a number of targets that transformers' Trainer counted.
+
+    It is a number like any other, so it is known by where it comes from: the Trainers that are at work above.
+    """
+    trainer: Any = getattr(sys.modules.get("transformers.trainer"), "Trainer", None)
+    if n_items is None or trainer is None:
+        return False
+    frames, frame = [], sys._getframe(1)
+    while frame is not None:
+        if "num_items_in_batch" in frame.f_code.co_varnames and isinstance(frame.f_locals.get("self"), trainer):
+            frames.append(frame)
+        frame = frame.f_back  # type: ignore[assignment]
+    if not frames:
+        return False
+    ways = ("get_batch_samples", "_get_num_items_in_batch")
+    kind = type(frames[-1].f_locals["self"])
+    if any(getattr(kind, way, None) is not getattr(trainer, way, None) for way in ways):
+        return False  # somebody counts differently, as RowTrainer does
+    count, passed = (frame.f_locals.get("num_items_in_batch") for frame in (frames[-1], frames[0]))
+    handed_on = passed is count and frames[0].f_code is trainer.compute_loss.__code__
+    return n_items is count or (count is not None and handed_on)
+
+
+def refuse_row(decoder: nn.Module, given: Mapping[str, Any], required: set[str]) -> None:
+    """Raise if what the decoder was given is not one whole row that fits its input."""
+    missing = sorted(key for key in required if given.get(key) is None)
+    if missing:
+        raise ValueError(
+            f"row: the keys {', '.join(missing)} are missing; pass all that fr.collate made, as model(**row) "
+            "(with a Trainer: remove_unused_columns=False)"
+        )
+    ids, embeds = given.get("input_ids"), given.get("inputs_embeds")
+    tokens = ids if ids is not None else embeds
+    if tokens is None:
+        raise ValueError("row: input_ids is missing")
+    if ids is not None:
+        refuse_tokens(ids, vocabulary_of(decoder))
+    until = given["until"]
+    if until.dim() != 2 or until.shape[0] != 1:
+        raise ValueError(
+            f"row: expected one row, [1, S], found until of shape {list(until.shape)}; collate packs all layouts of a "
+            "batch into one row, so use a batch size of 1 and a longer row"
+        )
+    for key in MASK_KEYS:
+        if given[key].shape != tokens.shape[:2]:
+            raise ValueError(
+                f"row: expected {key} of shape {list(tokens.shape[:2])} like the tokens, found {list(given[key].shape)}"
+            )
+        if given[key].is_floating_point():
+            raise ValueError(f"row: expected {key} of integers, found {given[key].dtype}")
+    if until.device.type == "cpu" and not bool((until[0] > torch.arange(until.shape[1])).all()):
+        raise ValueError("row: until does not end behind every token; pass what fr.collate made, unchanged")
+    weight = next(decoder.parameters())
+    for key in required:
+        if given[key].device != weight.device and weight.device.type != "meta":
+            raise ValueError(f"row: {key} is on {given[key].device} and the model on {weight.device}; move the row")
+    mask = given.get("attention_mask")
+    if mask is not None and not isinstance(mask, Tensor):
+        raise ValueError(
+            f"row: its attention_mask came as a {type(mask).__name__}, as a table returns empty tensors; keep layouts "
+            "in a datasets.Dataset and call fr.collate in the data collator, or leave the key out"
+        )
+    if mask is not None and (mask.dim() != 4 or mask.numel()):
+        raise ValueError("row: it came with an attention_mask of its own; a row's mask follows from its layout")
+    if given.get("past_key_values") is not None:
+        raise ValueError("row: it came with past_key_values; a row is whole in itself and takes no cache")
+    config = getattr(decoder.config, "get_text_config", lambda: decoder.config)()
+    if given.get("output_router_logits") or getattr(config, "output_router_logits", False):
+        raise ValueError(
+            "row: output_router_logits is on, but the router's auxiliary loss would count the tokens of the tree, not "
+            "of the samples; set config.output_router_logits = False (trl: router_aux_loss_coef=0.0)"
+        )
+    refuse_rope(config, given)
+
+
+def vocabulary_of(model: nn.Module) -> int | None:
+    """How many tokens a model's embedding knows, where it says so."""
+    with contextlib.suppress(NotImplementedError, AttributeError):
+        return getattr(model.get_input_embeddings(), "num_embeddings", None)  # type: ignore[operator]
+    return None
+
+
+def refuse_tokens(ids: Tensor, known: int | None) -> None:
+    """Raise if tokens are none of the `known` ones. On a GPU nobody asks: the answer would have to be waited for."""
+    if known is None or ids.device.type != "cpu" or not ids.numel():
+        return
+    low, high = int(ids.min()), int(ids.max())
+    if low < 0 or high >= known:
+        raise ValueError(
+            f"row: it has tokens from {low} to {high}, and the model's vocabulary has {known}: made with another "
+            "tokenizer? If tokens were added to it: model.resize_token_embeddings(len(tokenizer))"
+        )
+
+
+def refuse_weights(root: PreTrainedModel, given: Mapping[str, Any], runs_head: bool) -> None:
+    """Whatever replaced the model's forward (trl's fused head, Liger) has a loss of its own, without weights; so
+    have a few classes; and transformers' Trainer divides by a number of targets, whatever they weigh."""
+    by, n_items = replaced_by(root), given.get("num_items_in_batch")
+    if by and runs_head:
+        raise ValueError(
+            f'row: loss="chunked" and token_logprobs need the model\'s own forward, and it was replaced (by {by}); '
+            'use loss="model", where that loss is chunked itself'
+        )
+    if by:
+        why = f"the model's forward was replaced (by {by}), whose loss takes none", "the model's own forward"
+    elif computes_own_loss(type(root).forward):
+        _refuse_divisor(root, given)
+        why = f"{type(root).__name__} computes its loss in its own forward, which takes none", "another model"
+    elif trainers_count(n_items):
+        why = "the Trainer divides a step by its number of targets", "fr.RowTrainer, which divides by their weight"
+    else:
+        return
+    if is_weighted(given["target_weight"], real_targets(given)):
+        raise ValueError(f"row: it has target weights other than 1, and {why[0]}; use weights of 1, or {why[1]}")
+
+
+def _refuse_divisor(root: PreTrainedModel, given: Mapping[str, Any]) -> None:
+    """A forward with a loss of its own divides by the targets of its row."""
+    n_items, n_targets = given.get("num_items_in_batch"), int(real_targets(given).sum())
+    if not n_targets or (n_items is not None and float(n_items) != n_targets):
+        raise ValueError(
+            f"row: {type(root).__name__} computes its loss in its own forward, as the mean over a row's own "
+            f"targets: here {n_targets}, while num_items_in_batch is {n_items}; give it one row a step, and no "
+            "empty one"
+        )
+
+
+def replaced_by(root: PreTrainedModel) -> str:
+    """The module whose function stands in place of the model's own forward, or nothing."""
+    replaced = replaced_forward(root, (*WRAPPERS, *packages_of(type(root))))
+    return "" if replaced is None else home_of(replaced)
+
+
+def real_targets(given: Mapping[str, Any]) -> Tensor:
+    """[1, T] which targets are not ignored; labels do not come as far as the decoder everywhere."""
+    labels, document = given.get("shift_labels"), given["target_document"]
+    return document != NOBODY if labels is None or labels.shape != document.shape else labels != IGNORED
+
+
+def refuse_other_layouts(row: Mapping[str, Tensor]) -> None:
+    """Raise unless the paper's rule and the tree agree: under mask="turn_role" only `lay_out_turns` layouts do.
+
+    Both rules are the same for all tokens of a run (consecutive positions, one turn, role, document and `until`)
+    and all of another, so that one token of each run tells; inside a run both are causal.
+    """
+    until, *words = (row[key][0] for key in ("until", "turn", "role", "document"))
+    first = begins_stretch(row["position_ids"][0], until, *words).nonzero().squeeze(1)
+    first = first[row["document"][0, first] >= 0]
+    q, kv = first[:, None], first[None, :]
+    zero = torch.zeros((), dtype=torch.int64, device=first.device)
+    by_tree = interval_rule(until)(zero, zero, q, kv)
+    by_words = turn_role_rule(*words)(zero, zero, q, kv)
+    differ = by_tree != by_words
+    if differ.any():
+        at, other = (int(first[i]) for i in differ.nonzero()[0])
+        raise ValueError(
+            f'row: mask="turn_role" takes rows of lay_out_turns layouts only, and here turns and roles say otherwise '
+            f'than the tree whether token {at} sees token {other}; use mask="interval"'
+        )
+
+
+def warn_of_dropout(root: nn.Module) -> None:
+    """Say that one draw of dropout or embedding noise is shared by all samples of a row."""
+    places = [name for name, m in root.named_modules() if isinstance(m, nn.Dropout) and m.p > 0 and m.training]
+    config = root.config.get_text_config() if isinstance(root, PreTrainedModel) else None
+    for key, value in (vars(config) if config is not None else {}).items():
+        of_decoder = any(word in key for word in RANDOM) and not key.startswith("classifier")
+        if of_decoder and isinstance(value, float) and value > 0:
+            places.append(f"config.{key} = {value}")
+    if places:
+        warnings.warn(
+            f"flexreason: randomness is on in {len(places)} places ({places[0]}, ...); one draw is shared by all "
+            "samples of a row, where N passes would draw N times",
+            stacklevel=2,
+        )
+    embeddings = root.get_input_embeddings() if isinstance(root, PreTrainedModel) else None
+    if getattr(embeddings, "neftune_noise_alpha", None):
+        warnings.warn("flexreason: NEFTune is on; one draw of noise is shared by all samples of a row", stacklevel=2)
