@@ -3,7 +3,7 @@
     python benchmarks/counts.py
 
 Conversations of several shapes, grown to a row's length. *Token* and *work ratio* are the samples' by the tree's, work
-for models of two sizes (flexreason.data.work). *flex* and *flash* are the pairs computed, by those visible: flex in the
+for models of two sizes (data.figures). *flex* and *flash* are the pairs computed, by those visible: flex in the
 128 x 128 blocks of its lists, segments in the 128 x 64 tiles of flash attention over its calls. *Calls* are those of a
 layer forward: one for all chains, one a round. *Rows* and *keys* are what the rounds read, by tokens of the row.
 """
@@ -16,7 +16,7 @@ import torch
 import flexreason as fr
 from flexreason.attention import flash
 from flexreason.bench.report import amount
-from flexreason.data.work import SIZES
+from flexreason.data.figures import SIZES
 from kernel import SHAPES, conversation, scaled
 from measure import print_json, print_table
 

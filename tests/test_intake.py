@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 import flexreason as fr
 from flexreason.chat.render import ConversationError
 from flexreason.data.files import BadInput
-from flexreason.data.intake import CHUNK, EntryEncoder, Intake, Refused, start_workers
+from flexreason.data.intake import CHUNK, EntryEncoder, Intake, Refusals, Refused, start_workers
 from templating import SHAPES, TOOLS, answer, call, result, trl_tokenizer, user
 
 CHAT = SHAPES["reasoning chat"]
@@ -258,18 +258,17 @@ def test_refusals_are_skipped_and_listed(tokenizer):
 
 
 def test_refusals_of_several_sources_add_up(tokenizer):
-    total = Intake([], EntryEncoder(tokenizer)).refusals
-    for _ in range(2):
-        intake = Intake([*chats(1), *BAD, *BAD[:1]], EntryEncoder(tokenizer), skip_invalid=True)
-        assert len(list(intake)) == 1
-        total.merge(intake.refusals)
+    entries = [*chats(1), *BAD, *BAD[:1]]
+    intakes = [Intake(entries, EntryEncoder(tokenizer), skip_invalid=True) for _ in range(2)]
+    assert [len(list(intake)) for intake in intakes] == [1, 1]
+    total = Refusals.together(intake.refusals for intake in intakes)
     assert total.counts == {"nothing to train": 4, "bad message": 2, "bad input": 2}
     assert {reason: len(named) for reason, named in total.examples.items()} == {
         "nothing to train": 3,
         "bad message": 2,
         "bad input": 2,
     }
-    assert len(intake.refusals.examples["nothing to train"]) == 2  # as they were
+    assert len(intakes[0].refusals.examples["nothing to train"]) == 2  # as they were
 
 
 def test_tokenized_samples_that_cannot_be_laid_out_are_refused_by_name(tokenizer):

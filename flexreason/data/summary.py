@@ -12,9 +12,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from flexreason.chat.encode import REMARKS
-from flexreason.data.figures import Figures
+from flexreason.data.figures import SIZES, Amount, Figures, Shape
 from flexreason.data.pack import Packer
-from flexreason.data.work import SIZES, Amount, Shape
 
 EXAMPLES = 5
 """Samples longer than a row that are named."""

@@ -11,7 +11,7 @@ import argparse
 import types
 import typing
 from collections.abc import Mapping
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -133,13 +133,22 @@ class Settings:
         if self.evaluate_every is not None and self.evaluation is None:
             raise ValueError("evaluate_every: there is nothing to evaluate on; give evaluation")
         self.accept = sorted(accepted(self.accept))
+        _ = self.evaluation_share  # which tells a share that is none
         if own := self.template.keys() & OURS:
             raise ValueError(f"template: {min(own)} is no option of the template; it is a setting of its own")
         if self.turns not in (None, "last"):
             raise ValueError(f'turns: expected "last" or nothing, found {self.turns!r}')
 
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
+    @property
+    def evaluation_share(self) -> float | None:
+        """The share of the conversations that is evaluated on; None if there is nothing, or data of their own."""
+        try:
+            share = None if self.evaluation is None else float(self.evaluation)
+        except ValueError:
+            return None
+        if share is not None and not 0 < share < 1:
+            raise ValueError(f"evaluation: expected a share between 0 and 1, or data, found {self.evaluation}")
+        return share
 
 
 NAMES = {each.name: each for each in fields(Settings)}

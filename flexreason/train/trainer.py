@@ -22,11 +22,10 @@ from torch import Tensor, nn
 from torch.utils.data import IterableDataset, SequentialSampler
 from transformers import Trainer
 
-from flexreason.data.rows import Rows
-from flexreason.data.stream import RowStream
+from flexreason.data.rows import Rows, RowStream
 from flexreason.model.hooks import find_patch, find_root
 from flexreason.model.refuse import vocabulary_of
-from flexreason.train import checkpoints
+from flexreason.train import record
 from flexreason.train.filling import Filled, FilledStream, Filling
 from flexreason.train.sums import Sums, total_weight
 from flexreason.tree.row import IGNORED
@@ -88,7 +87,7 @@ class RowTraining:
         """As the Trainer's; with `resume_from_checkpoint=True` from the last checkpoint that is whole."""
         me: Any = self
         if resume_from_checkpoint is True:
-            whole = checkpoints.whole_ones(Path(me.args.output_dir))
+            whole = record.whole_checkpoints(Path(me.args.output_dir))
             if not whole:
                 raise ValueError(f"RowTrainer: no whole checkpoint in {me.args.output_dir}")
             resume_from_checkpoint = str(whole[-1])
@@ -245,16 +244,16 @@ class RowTraining:
         folder = run / f"checkpoint-{me.state.global_step}"
         try:
             if me.args.should_save:
-                (folder / checkpoints.SEAL).unlink(missing_ok=True)
+                (folder / record.SEAL).unlink(missing_ok=True)
             super()._save_checkpoint(model, *args, **kwargs)  # type: ignore[misc]
             me.accelerator.wait_for_everyone()
             if me.args.should_save:
-                checkpoints.seal(folder)
-                checkpoints.keep_latest(run, self.keep, me.state.best_model_checkpoint)
+                record.seal(folder)
+                record.keep_latest(run, self.keep, me.state.best_model_checkpoint)
         except (
             Exception
         ) as error:  # a full disk comes as OSError, and from safetensors and torch as errors of their own
-            last = next(reversed(checkpoints.whole_ones(run)), None)
+            last = next(reversed(record.whole_checkpoints(run)), None)
             raise Broken(
                 f"step {me.state.global_step}: the checkpoint cannot be written: {error}; "
                 + (f"the last whole one is {last}" if last else "there is no other yet")
