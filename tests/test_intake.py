@@ -1,5 +1,6 @@
 """Taking in data: the same layouts by every way in, in any number of processes, and no conversation lost silently."""
 
+import argparse
 import itertools
 import json
 import os
@@ -16,6 +17,7 @@ from torch.utils.data import DataLoader
 
 import flexreason as fr
 from flexreason.chat.render import ConversationError
+from flexreason.data import options
 from flexreason.data.files import BadInput
 from flexreason.data.intake import CHUNK, EntryEncoder, Intake, Refusals, Refused, start_workers
 from templating import SHAPES, TOOLS, answer, call, result, trl_tokenizer, user
@@ -269,6 +271,26 @@ def test_refusals_of_several_sources_add_up(tokenizer):
         "bad input": 2,
     }
     assert len(intakes[0].refusals.examples["nothing to train"]) == 2  # as they were
+
+
+def test_some_conversations_are_from_all_over_all_sources(tokenizer, tmp_path):
+    """As verify and bench take them: --data twice."""
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    for name, n in (("one", 50), ("two", 70)):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in chats(n)))
+    parser = argparse.ArgumentParser()
+    options.add_arguments(parser)
+    files = [str(tmp_path / f"{name}.jsonl") for name in ("one", "two")]
+    given = ["--data", files[0], "--data", files[1], "--tokenizer", str(tmp_path / "tokenizer")]
+    wheres, of_samples, notes = options.some_conversations(parser.parse_args(given), len(tokenizer))
+    assert wheres == [f"{files[n >= 50]}, line {(n - 50 if n >= 50 else n) + 1}" for n in range(0, 120, 4)]
+    assert [len(samples) for samples in of_samples] == [n % 50 % 3 + 1 for n in range(0, 50, 4)] + [
+        (n - 50) % 3 + 1 for n in range(52, 120, 4)
+    ]
+    assert notes[0] == f"looked at 30 of 120 conversations of {files[0]}, {files[1]}"
+    wheres, _, notes = options.some_conversations(parser.parse_args([*given, "--limit", "2"]), len(tokenizer))
+    assert wheres == [f"{file}, line {line}" for file in files for line in (1, 2)]  # the most of each
+    assert notes[0] == f"looked at 4 of the first 4 conversations of {files[0]}, {files[1]}"
 
 
 def test_tokenized_samples_that_cannot_be_laid_out_are_refused_by_name(tokenizer):

@@ -177,6 +177,8 @@ def test_options_are_the_settings_and_go_first(material, tmp_path):
     )
     found = from_options(parser.parse_args(["--model", "1", "--data", "x", "y", "--output", "o", "--warmup", "3"]))
     assert (found.model, found.data, found.warmup) == ("1", ["x", "y"], 3)
+    found = from_options(parser.parse_args(["--model", "1", "--data", "x", "--data", "y", "--output", "o"]))
+    assert found.data == ["x", "y"]  # as in every other command
     assert {each.metadata["help"] != "" for each in NAMES.values()} == {True}
 
 

@@ -14,7 +14,8 @@ from flexreason.data.intake import OURS, EntryEncoder, Refusals, Refused, take
 from flexreason.load import load_tokenizer, option_of
 from flexreason.tree.sample import Sample
 
-DATA = "conversations: a .jsonl, .json or .parquet file, a folder, a data set's name; several: --data again for each"
+DATA = "conversations: a .jsonl, .json or .parquet file, a folder, a data set's name"
+"""What --data takes, in every command."""
 
 READ = 2000
 """Conversations that are read of each source where some are enough, unless --limit says otherwise."""
@@ -32,7 +33,7 @@ T = TypeVar("T")
 
 def add_data(parser: argparse._ActionsContainer) -> None:
     """Add `--data FILE`, which may be given several times; `options.data` is a list, or None."""
-    parser.add_argument("--data", action="append", metavar="FILE", help=DATA)
+    parser.add_argument("--data", action="append", metavar="FILE", help=f"{DATA}; again for each of several")
 
 
 def add_arguments(

@@ -20,6 +20,7 @@ from flexreason.chat.encode import HISTORIES
 from flexreason.chat.messages import did_you_mean
 from flexreason.data.documents import WEIGHTINGS
 from flexreason.data.intake import OURS
+from flexreason.data.options import DATA
 
 PRECISIONS = ("auto", "fp32", "bf16", "bf16-weights", "fp16")
 CHOICES = {
@@ -44,7 +45,7 @@ class Settings:
     # what is trained
     model: str = _said("name, folder, or a config.json (random weights)")
     tokenizer: str | None = _said("name or folder; the model's own if not given", None)
-    data: list[str] = _said("files, folders or names of data sets, in any form that fr.encode takes")
+    data: list[str] = _said(f"{DATA}; one or several")
     output: str = _said("folder for the model, its checkpoints, the encoded data and the record of the run")
     trust_remote_code: bool = _said("run code that comes with the model", False)
 
@@ -228,7 +229,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         if kind is bool:
             parser.add_argument(name, action=argparse.BooleanOptionalAction, default=None, help=words)
         elif kind == list[str]:
-            parser.add_argument(name, action="extend", nargs="+", metavar="X", help=words)
+            metavar = "FILE" if each.name == "data" else "X"
+            parser.add_argument(name, action="extend", nargs="+", metavar=metavar, help=words)
         else:
             parser.add_argument(name, metavar="X", help=words.replace("%", "%%"))
 
