@@ -51,7 +51,7 @@ class EntryEncoder:
     Options are those of `fr.encode`. An encoder can be pickled, and gives the same in every process.
 
     >>> EntryEncoder(None)({"prompt_ids": [1, 2], "target_ids": [3]})
-    Layout(2 tokens, 1 targets, 1 samples of 3 tokens)
+    Layout(3 tokens, 1 targets, 1 samples of 3 tokens)
     """
 
     def __init__(self, tokenizer: Any, *, format: str | None = None, turns: Any = None, **options: Any) -> None:
