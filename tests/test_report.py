@@ -488,7 +488,7 @@ def test_what_cannot_be_read(capsys, tmp_path, folder):
         "--tokenizer is needed": [path],
         "multiple of 128, found 1000; try 1024": [path, "--tokenizer", folder, "--length", "1000"],
         "multiple of 128, found 0; try 128": [path, "--tokenizer", folder, "--length", "0"],
-        "--limit: expected 1 or more": [path, "--tokenizer", folder, "--limit", "0"],
+        "--limit: expected at least 1": [path, "--tokenizer", folder, "--limit", "0"],
         "--workers: expected 0 or more": [path, "--tokenizer", folder, "--workers", "-1"],
         "cannot be loaded": [path, "--tokenizer", tmp_path / "none"],
         "shapes of a causal language model": [path, "--tokenizer", folder, "--model", tmp_path / "none"],

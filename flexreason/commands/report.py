@@ -179,10 +179,9 @@ def _check(options: argparse.Namespace) -> None:
     if options.length < 1 or options.length % BLOCK:
         near = max(1, -(-options.length // BLOCK)) * BLOCK
         raise ValueError(f"--length: expected a multiple of {BLOCK}, found {options.length}; try {near}")
-    for name, least in (("workers", 0), ("limit", 1)):
-        value = getattr(options, name)
-        if value is not None and value < least:
-            raise ValueError(f"--{name}: expected {least} or more, found {value}")
+    of_data.check(options)
+    if options.workers < 0:
+        raise ValueError(f"--workers: expected 0 or more, found {options.workers}")
     if options.plot is not None and not options.plot.parent.is_dir():
         raise ValueError(f"--plot: there is no folder {options.plot.parent}")
 

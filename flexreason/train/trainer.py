@@ -134,12 +134,12 @@ class RowTraining(Base):
     def _of_training(self) -> dict[str, float]:
         """The losses and the speed of all rows since the last log, on all ranks."""
         self._sums.put(self._over_ranks(self._sums.all()))
-        found = {name: value for name, value in self._sums.losses().items() if not name.startswith("loss_turn")}
+        logs = {name: value for name, value in self._sums.losses().items() if not name.startswith("loss_turn")}
         seconds, (in_trees, in_samples) = time.perf_counter() - self._since, self._sums.tokens.tolist()
-        found["tree_tokens_per_second"] = in_trees / seconds
-        found["sample_tokens_per_second"] = in_samples / seconds
+        logs["tree_tokens_per_second"] = in_trees / seconds
+        logs["sample_tokens_per_second"] = in_samples / seconds
         self._sums, self._since = Sums(self.args.device), time.perf_counter()
-        return found
+        return logs
 
     def _logprobs(self) -> Tensor | None:
         """The log-probabilities of the last row's targets; None where the loss is not the model's own."""
