@@ -11,8 +11,9 @@
 
 import os
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,10 +47,10 @@ def write_documents(path: Path, documents: Iterable[tuple[int, Layout]]) -> int:
     ints = pa.list_(pa.int32())
     schema = pa.schema([("conversation", pa.int64()), *((name, ints) for name in COLUMNS)])
     unfinished = path.with_name(path.name + ".unfinished")
-    n_written = 0
+    n_written, following = 0, iter(documents)
     with pa.OSFile(str(unfinished), "wb") as file:
         with pa.ipc.new_file(file, schema) as writer:
-            for batch in _batches(documents):
+            for batch in iter(lambda: list(islice(following, TOGETHER)), []):
                 columns = [pa.array([number for number, _ in batch], pa.int64())]
                 for name in COLUMNS:
                     parts = [getattr(layout, name).to(torch.int32) for _, layout in batch]
@@ -62,17 +63,6 @@ def write_documents(path: Path, documents: Iterable[tuple[int, Layout]]) -> int:
         os.fsync(written.fileno())
     unfinished.replace(path)
     return n_written
-
-
-def _batches(documents: Iterable[Any]) -> Iterator[list[Any]]:
-    batch: list[Any] = []
-    for document in documents:
-        batch.append(document)
-        if len(batch) == TOGETHER:
-            yield batch
-            batch = []
-    if batch:
-        yield batch
 
 
 class Documents(Sequence[Layout]):

@@ -25,6 +25,9 @@ from flexreason.chat.messages import did_you_mean, json_words
 from flexreason.chat.render import ConversationError
 from flexreason.tree.sample import Sample
 
+DATA = "conversations: a .jsonl, .json or .parquet file, a folder, a data set's name"
+"""What --data takes, in every command."""
+
 FORMATS = ("messages", "sharegpt", "pairs", "samples")
 
 FILES = (".jsonl", ".json", ".parquet")

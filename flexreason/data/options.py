@@ -9,13 +9,10 @@ from typing import Any, TypeVar
 
 from flexreason.chat import dirt
 from flexreason.chat.encode import HISTORIES
-from flexreason.data.files import FORMATS, BadInput, Conversation, read_all
+from flexreason.data.files import DATA, FORMATS, BadInput, Conversation, read_all
 from flexreason.data.intake import OURS, EntryEncoder, Refusals, Refused, take
 from flexreason.load import load_tokenizer, option_of
 from flexreason.tree.sample import Sample
-
-DATA = "conversations: a .jsonl, .json or .parquet file, a folder, a data set's name"
-"""What --data takes, in every command."""
 
 READ = 2000
 """Conversations that are read of each source where some are enough, unless --limit says otherwise."""

@@ -19,8 +19,8 @@ from flexreason.chat.dirt import REASONS, accepted
 from flexreason.chat.encode import HISTORIES
 from flexreason.chat.messages import did_you_mean
 from flexreason.data.documents import WEIGHTINGS
+from flexreason.data.files import DATA
 from flexreason.data.intake import OURS
-from flexreason.data.options import DATA
 
 PRECISIONS = ("auto", "fp32", "bf16", "bf16-weights", "fp16")
 CHOICES = {
