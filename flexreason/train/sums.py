@@ -9,15 +9,13 @@ ranks. So whoever runs passes needs the weight of all of a step's targets before
 Shapes: S tokens, T targets.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
-from flexreason.tree.row import IGNORED, NOBODY
+from flexreason.tree.row import IGNORED, NOBODY, Row
 from flexreason.tree.sample import Role
-
-Row = Mapping[str, Tensor]
 
 
 def total_weight(rows: Iterable[Row]) -> Tensor:
