@@ -20,7 +20,7 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
-from transformers import TrainerCallback, TrainingArguments
+from transformers import TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 
 import flexreason as fr
@@ -31,26 +31,12 @@ from flexreason.data.rows import Rows
 from flexreason.data.summary import Summary
 from flexreason.model.hooks import find_root
 from flexreason.train import record
+from flexreason.train.arguments import arguments_of
 from flexreason.train.model import patched_model_of, precision_of, tokenizer_of
 from flexreason.train.prepare import Prepared, choose_for_evaluation, prepare
 from flexreason.train.progress import Progress
 from flexreason.train.settings import Settings
 from flexreason.train.trainer import RowTrainer
-
-NOT_FOR_ROWS = {
-    *("auto_find_batch_size", "average_tokens_across_devices", "ignore_data_skip", "label_smoothing_factor"),
-    *("load_best_model_at_end", "max_steps", "resume_from_checkpoint", "save_only_model", "save_total_limit"),
-}
-"""Arguments of the Trainer that would contradict settings, or make a run that goes on another one."""
-
-CHECKPOINTING = next(
-    name
-    for name in ("activation_checkpointing", "gradient_checkpointing")
-    if name in TrainingArguments.__dataclass_fields__
-)
-"""What the Trainer of the transformers that is installed calls it."""
-
-LEARNING_RATE, LEARNING_RATE_WITH_LORA = 1e-5, 1e-4
 
 
 @dataclass
@@ -106,7 +92,8 @@ def train(
     ours = {"turns": settings.turns, "history": settings.history, "accept": settings.accept}
     encoder = EntryEncoder(tokenizer, format=settings.format, **ours, **settings.template)
     model = patched_model_of(settings, plan.precision, say)
-    _arguments(plan, 0)  # what is wrong with these is told before data are encoded
+    accumulate = plan.rows_per_step // plan.processes
+    arguments_of(settings, plan.folder, plan.precision, accumulate, 0)  # refuses what is wrong before data are encoded
     record.refuse_other_settings(plan.folder, settings)
 
     data, evaluation = _prepare(plan, encoder)
@@ -128,7 +115,7 @@ def train(
     progress = Progress(plan.folder / "log.jsonl", rows, plan.rows_per_step, settings, say, plan.rank == 0)
     trainer = RowTrainer(
         model=model,
-        args=_arguments(plan, steps),
+        args=arguments_of(settings, plan.folder, plan.precision, accumulate, steps),
         train_dataset=rows,
         eval_dataset=rows_to_evaluate,
         data_collator=fr.Collator(settings.length),
@@ -292,51 +279,7 @@ def _about(settings: Settings, data: Prepared, evaluation: Prepared | None, rows
     }
 
 
-# --- the Trainer
-
-
-def _arguments(plan: _Plan, n_steps: int) -> TrainingArguments:
-    """What the settings are in the Trainer's own words."""
-    settings = plan.settings
-    default_rate = LEARNING_RATE if settings.lora is None else LEARNING_RATE_WITH_LORA
-    arguments: dict[str, Any] = {
-        "output_dir": str(plan.folder / "checkpoints"),
-        "num_train_epochs": 1,  # of Rows, which hold all epochs
-        "per_device_train_batch_size": 1,
-        "per_device_eval_batch_size": 1,
-        "gradient_accumulation_steps": plan.rows_per_step // plan.processes,
-        "learning_rate": settings.learning_rate or default_rate,
-        "lr_scheduler_type": settings.schedule,
-        "warmup_steps": settings.warmup if settings.warmup >= 1 else round(settings.warmup * n_steps),
-        "weight_decay": settings.weight_decay,
-        "max_grad_norm": settings.clip,
-        "optim": settings.optimizer,
-        "seed": settings.seed,
-        "bf16": plan.precision == "bf16",
-        "fp16": plan.precision == "fp16",
-        CHECKPOINTING: settings.checkpointing,
-        "torch_compile": settings.compile,
-        "logging_strategy": "steps",
-        "logging_steps": settings.log_every,
-        "logging_first_step": True,
-        "save_strategy": "no",  # `Progress` says when
-        "eval_strategy": "no",
-        "report_to": settings.report_to or "none",
-        "remove_unused_columns": False,
-        "disable_tqdm": True,
-        "prediction_loss_only": True,
-        "dataloader_pin_memory": torch.cuda.is_available() and not settings.trainer.get("use_cpu"),
-        "use_cpu": not torch.accelerator.is_available(),
-    }
-    ours = (arguments.keys() | NOT_FOR_ROWS) - {"use_cpu", "dataloader_pin_memory"}
-    if reserved := sorted(ours & settings.trainer.keys()):
-        raise ValueError(f"trainer: {', '.join(reserved)} is decided by settings of flexreason; use those")
-    try:
-        args = TrainingArguments(**{**arguments, **settings.trainer})
-    except (TypeError, ValueError, ImportError) as error:
-        raise ValueError(f"trainer: {error}") from error
-    args.save_total_limit = settings.keep
-    return args
+# --- the end
 
 
 def _save_model(plan: _Plan, trainer: RowTrainer) -> None:
