@@ -29,10 +29,10 @@ WANTED_ANSWERS = 0.9
 """Held-out answers that must be right."""
 
 WANTED_LOSS = 0.25
-"""Loss of the last steps by that of the first, at most."""
+"""The loss of the last steps, at most, as a share of the loss of the first."""
 
 WANTED_SAME = 1e-3
-"""How far the losses of single pass and N samples may be apart, in float32 and after some steps: relative."""
+"""How far the losses of single pass and N samples may be apart, relatively, in float32 and after some steps."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -75,7 +75,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def claim(out: Path) -> None:
-    """Make the folder the demo's own, since what an earlier demo has left there is written over."""
+    """Make the folder the demo's own. Files of an earlier demo are written over; a folder with other files is refused."""
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out: expected a folder, found a file: {out}")
     if out.is_dir() and any(out.iterdir()) and not (out / MARK).exists():
@@ -86,7 +86,7 @@ def claim(out: Path) -> None:
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """So small a model gains little from more, and loses much wherever a core has something else to do."""
+    """Compute in one thread: so small a model gains little from more, and loses much on a core that is busy."""
     import torch
 
     before = torch.get_num_threads()
@@ -99,7 +99,7 @@ def one_thread() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Goal:
-    """What the demo promises, and what came of it."""
+    """One thing that the demo promises, and what came of it."""
 
     name: str
     wanted: str

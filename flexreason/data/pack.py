@@ -38,7 +38,7 @@ class Packer:
         self.sizes = 0  # bit s: something of size s is waiting
 
     def add(self, number: int, size: int) -> Iterator[list[int]]:
-        """One more document; and a row, if with it the pool is full."""
+        """Add a document; gives a row if the pool is full with it."""
         if not 1 <= size <= self.length:
             raise ValueError(
                 f"Packer: document {number} has {size} tokens, and a row {self.length}; split it first (fr.split)"

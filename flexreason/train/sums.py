@@ -1,7 +1,7 @@
 """Sums over rows: they divide a step's loss, and make its logs and its evaluation.
 
 The loss of an optimizer step is the mean over all its targets, however these fall on rows, accumulated passes and
-ranks. So whoever runs passes needs the weight of all of a step's targets before the first of them:
+ranks. So a loop must know the weight of all targets of a step before its first pass:
 
     total = total_weight(rows_of_this_step)                      # over all ranks: sum it there
     model(**row, num_items_in_batch=total).loss.backward()       # for each row; times the number of ranks under DDP

@@ -88,7 +88,7 @@ class RowTraining(Base):
     # --- training
 
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
-        """As the Trainer's; with `resume_from_checkpoint=True` from the last checkpoint that is whole."""
+        """Train as the Trainer does; `resume_from_checkpoint=True` goes on from the last whole checkpoint."""
         if resume_from_checkpoint is True:
             whole = record.whole_checkpoints(Path(self.args.output_dir))
             if not whole:
