@@ -75,7 +75,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def claim(out: Path) -> None:
-    """Make the folder the demo's own. Files of an earlier demo are written over; a folder with other files is refused."""
+    """Make the folder the demo's own: files of an earlier demo are written over, and other files are refused."""
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out: expected a folder, found a file: {out}")
     if out.is_dir() and any(out.iterdir()) and not (out / MARK).exists():

@@ -191,7 +191,7 @@ class Intake:
             with start_workers(self.workers, self.encoder, self.then) as pool:
                 yield from _in_processes(pool, self.workers, read)
         else:
-            yield from (take(self.encoder, self.then, conversation) for conversation in read)
+            yield from (_take(self.encoder, self.then, conversation) for conversation in read)
 
     def _read(self) -> Iterator[Conversation | BadInput]:
         for conversation in read_all(self.source, self.encoder.format, self.split):
@@ -200,7 +200,7 @@ class Intake:
             yield conversation
 
 
-def take(
+def _take(
     encoder: EntryEncoder, then: Callable[[Item], Any] | None, conversation: Conversation | BadInput
 ) -> tuple[bool, Any]:
     """(False, what `then` makes of the Item), or where it is refused (True, (class of reasons, words))."""
@@ -235,7 +235,7 @@ def start_workers(
 
 
 def _in_processes(pool: ProcessPoolExecutor, workers: int, read: Iterator[Any]) -> Iterator[tuple[bool, Any]]:
-    """What `take` gives, in order, from processes of their own, which are only a few chunks ahead of who asks."""
+    """What `_take` gives, in order, from processes of their own, which are only a few chunks ahead of who asks."""
     chunks = iter(lambda: list(itertools.islice(read, CHUNK)), [])
     waiting = deque(pool.submit(_take_each, chunk) for chunk in itertools.islice(chunks, 4 * workers))
     try:
@@ -255,7 +255,7 @@ def _begin(encoder: EntryEncoder, then: Callable[[Item], Any] | None) -> None:
     global _step
     torch.set_num_threads(1)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    _step = partial(take, encoder, then)
+    _step = partial(_take, encoder, then)
 
 
 def _take_each(chunk: list[Any]) -> list[tuple[bool, Any]]:

@@ -9,8 +9,9 @@ from typing import Any, TypeVar
 
 from flexreason.chat import dirt
 from flexreason.chat.encode import HISTORIES
+from flexreason.chat.render import ConversationError
 from flexreason.data.files import DATA, FORMATS, BadInput, Conversation, read_all
-from flexreason.data.intake import OURS, EntryEncoder, Refusals, Refused, take
+from flexreason.data.intake import OURS, EntryEncoder, Refusals, Refused
 from flexreason.load import load_tokenizer, option_of
 from flexreason.tree.sample import Sample
 
@@ -99,13 +100,14 @@ def some_conversations(options: argparse.Namespace, vocabulary: int) -> tuple[li
     encoder = encoder_of(options, tokenizer)
     wheres, of_samples = [], []
     for conversation in some.conversations:
-        refused, item = take(encoder, None, conversation)
-        if refused:
-            some.refusals.add(*item)
+        try:
+            samples = encoder.encoded(conversation).samples
+        except ConversationError as error:
+            some.refusals.add(error.reason, f"{conversation.where}: {error}")
             continue
-        _check_ids(item.encoded.samples, vocabulary, conversation.where)
+        _check_ids(samples, vocabulary, conversation.where)
         wheres.append(conversation.where)
-        of_samples.append(item.encoded.samples)
+        of_samples.append(samples)
     if some.refusals.total and not (options.skip_invalid and of_samples):
         raise Refused(some.refusals, n_looked_at)
     for reason, examples in some.refusals.examples.items():

@@ -104,7 +104,7 @@ def save_conversations(path: Path, conversations: Iterable[Messages]) -> None:
 
 
 def config(tokenizer: Any) -> Any:
-    """The config of a Qwen3 with 0.8 million parameters. So narrow a model learns sooner from larger weights than usual."""
+    """A Qwen3 with 0.8 million parameters. So narrow a model learns sooner from larger weights than usual."""
     from transformers import Qwen3Config
 
     return Qwen3Config(
