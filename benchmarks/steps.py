@@ -28,7 +28,7 @@ from flexreason.bench import steps as ways
 from flexreason.bench.measure import Found, measure, ratio, wrong
 from flexreason.bench.report import amount
 from flexreason.bench.steps import Case, Way
-from flexreason.data.work import Amount, Shape, dense
+from flexreason.data.figures import Amount, Shape, dense
 from flexreason.memory import available_bytes
 from flexreason.proof.conditions import suspended
 from shared import Run, conversation, shape

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 
 import flexreason as fr
-from flexreason.attention.tree_row import BACKENDS, choose_backend
+from flexreason.attention.registry import BACKENDS, choose_backend
 from flexreason.bench import steps as ways
 from flexreason.bench.measure import interleaved
 from flexreason.bench.steps import Case

@@ -5,9 +5,8 @@ from typing import TYPE_CHECKING, Any
 
 from flexreason.data.collator import Collator
 from flexreason.data.pack import Packer
-from flexreason.data.rows import Rows
+from flexreason.data.rows import Rows, RowStream
 from flexreason.data.splitting import Split, split
-from flexreason.data.stream import RowStream
 from flexreason.tree.blocks import block_mask
 from flexreason.tree.draw import draw_layout, draw_mask
 from flexreason.tree.layout import Layout, lay_out_turns, unmerge

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from flexreason.train import checkpoints
+from flexreason.train import record
 from flexreason.train.run import train
 from flexreason.train.settings import Settings
 from training import write_data, write_model
@@ -42,7 +42,7 @@ def start(settings):
 
 def saving(folder):
     """Whether a checkpoint is there that is not whole."""
-    return any(not (path / checkpoints.SEAL).exists() for path in folder.glob("checkpoints/checkpoint-*"))
+    return any(not (path / record.SEAL).exists() for path in folder.glob("checkpoints/checkpoint-*"))
 
 
 def steps_done(folder):

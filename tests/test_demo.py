@@ -11,12 +11,13 @@ from flexreason.chat.encode import Encoder
 from flexreason.cli import main
 from flexreason.commands.demo import claim, judge
 from flexreason.commands.template import describe
-from flexreason.demo import answers, material, task, tokenizer, ways
-from flexreason.demo.fit import fit, start
+from flexreason.demo import answers, material, task, ways
+from flexreason.demo.material import start
+from flexreason.demo.ways import fit
 from flexreason.proof import oracle
 from flexreason.proof.float64 import relative_l2
 
-TOKENIZER = tokenizer.make()
+TOKENIZER = material.make_tokenizer()
 TRAIN, HELD_OUT = task.make(300, 60, seed=0)
 
 
@@ -200,7 +201,7 @@ def test_the_leaking_pass_is_the_plain_one_over_the_whole_conversation(model):
 
 def test_all_ways_see_the_same_conversations(tmp_path):
     data = material.make(3, 3, 0)
-    single, last = (data.batches(way, 3, 0) for way in (ways.SINGLE_PASS, ways.LAST_TURN))
+    single, last = (data.batches(3, 0, **way.options) for way in (ways.SINGLE_PASS, ways.LAST_TURN))
     assert len(single) == 3
     for row, others in zip(single, last, strict=True):
         assert sum(map(len, row)) <= material.ROW
@@ -211,7 +212,7 @@ def test_all_ways_see_the_same_conversations(tmp_path):
 def test_the_loop_learns_and_begins_where_it_should(tmp_path):
     data = material.make(3, 3, 0)
     material.save(tmp_path, data)
-    batches = [data.batches(ways.SINGLE_PASS, 1, 0)[0][:2]] * 40
+    batches = [data.batches(1, 0)[0][:2]] * 40
     model, other = start(tmp_path, 0, "cpu"), start(tmp_path, 0, "cpu")
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
     losses = [step.loss for step in fit(model, ways.SINGLE_PASS, batches)]
@@ -227,7 +228,7 @@ def test_side_by_side_is_the_same_as_one_by_one(tmp_path):
     data = material.make(3, 3, 0)
     material.save(tmp_path, data)
     model = start(tmp_path, 0, "cpu")
-    list(fit(model, ways.SINGLE_PASS, [data.batches(ways.SINGLE_PASS, 1, 0)[0][:2]] * 40))
+    list(fit(model, ways.SINGLE_PASS, [data.batches(1, 0)[0][:2]] * 40))
     together = answers.answer(model, TOKENIZER, HELD_OUT[:5])
     alone = answers.answer(model, TOKENIZER, HELD_OUT[:5], at_once=1)
     assert together == alone

@@ -29,7 +29,7 @@ from flexreason.commands import train as train_command
 from flexreason.data.documents import weighted
 from flexreason.load import stand_in
 from flexreason.proof.float64 import true_float64
-from flexreason.train.run import CHECKPOINTING
+from flexreason.train.arguments import CHECKPOINTING
 from flexreason.train.settings import NAMES, from_options
 from models import tiny
 from training import (

@@ -1,5 +1,6 @@
 """Taking in data: the same layouts by every way in, in any number of processes, and no conversation lost silently."""
 
+import argparse
 import itertools
 import json
 import os
@@ -16,8 +17,9 @@ from torch.utils.data import DataLoader
 
 import flexreason as fr
 from flexreason.chat.render import ConversationError
+from flexreason.data import options
 from flexreason.data.files import BadInput
-from flexreason.data.intake import CHUNK, EntryEncoder, Intake, Refused, start_workers
+from flexreason.data.intake import CHUNK, EntryEncoder, Intake, Refusals, Refused, start_workers
 from templating import SHAPES, TOOLS, answer, call, result, trl_tokenizer, user
 
 CHAT = SHAPES["reasoning chat"]
@@ -258,18 +260,37 @@ def test_refusals_are_skipped_and_listed(tokenizer):
 
 
 def test_refusals_of_several_sources_add_up(tokenizer):
-    total = Intake([], EntryEncoder(tokenizer)).refusals
-    for _ in range(2):
-        intake = Intake([*chats(1), *BAD, *BAD[:1]], EntryEncoder(tokenizer), skip_invalid=True)
-        assert len(list(intake)) == 1
-        total.merge(intake.refusals)
+    entries = [*chats(1), *BAD, *BAD[:1]]
+    intakes = [Intake(entries, EntryEncoder(tokenizer), skip_invalid=True) for _ in range(2)]
+    assert [len(list(intake)) for intake in intakes] == [1, 1]
+    total = Refusals.together(intake.refusals for intake in intakes)
     assert total.counts == {"nothing to train": 4, "bad message": 2, "bad input": 2}
     assert {reason: len(named) for reason, named in total.examples.items()} == {
         "nothing to train": 3,
         "bad message": 2,
         "bad input": 2,
     }
-    assert len(intake.refusals.examples["nothing to train"]) == 2  # as they were
+    assert len(intakes[0].refusals.examples["nothing to train"]) == 2  # as they were
+
+
+def test_some_conversations_are_from_all_over_all_sources(tokenizer, tmp_path):
+    """As verify and bench take them: --data twice."""
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    for name, n in (("one", 50), ("two", 70)):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in chats(n)))
+    parser = argparse.ArgumentParser()
+    options.add_arguments(parser)
+    files = [str(tmp_path / f"{name}.jsonl") for name in ("one", "two")]
+    given = ["--data", files[0], "--data", files[1], "--tokenizer", str(tmp_path / "tokenizer")]
+    wheres, of_samples, notes = options.some_conversations(parser.parse_args(given), len(tokenizer))
+    assert wheres == [f"{files[n >= 50]}, line {(n - 50 if n >= 50 else n) + 1}" for n in range(0, 120, 4)]
+    assert [len(samples) for samples in of_samples] == [n % 50 % 3 + 1 for n in range(0, 50, 4)] + [
+        (n - 50) % 3 + 1 for n in range(52, 120, 4)
+    ]
+    assert notes[0] == f"looked at 30 of 120 conversations of {files[0]}, {files[1]}"
+    wheres, _, notes = options.some_conversations(parser.parse_args([*given, "--limit", "2"]), len(tokenizer))
+    assert wheres == [f"{file}, line {line}" for file in files for line in (1, 2)]  # the most of each
+    assert notes[0] == f"looked at 4 of the first 4 conversations of {files[0]}, {files[1]}"
 
 
 def test_tokenized_samples_that_cannot_be_laid_out_are_refused_by_name(tokenizer):

@@ -15,10 +15,9 @@ import flexreason as fr
 from flexreason.chat.encode import encode_samples
 from flexreason.cli import main
 from flexreason.commands.report import report
-from flexreason.data.figures import Figures, figures_of
+from flexreason.data.figures import SIZES, Amount, Figures, dense, figures_of, shape_of
 from flexreason.data.intake import EntryEncoder, Intake, Item
 from flexreason.data.summary import Fill, Summary, bin_of
-from flexreason.data.work import SIZES, Amount, dense, shape_of
 from templating import SHAPES, TOOLS, answer, trl_tokenizer, user
 
 TOY = dense("toy", width=16, inner=32, layers=2, heads=2, groups=1, size=8, vocabulary=50)
@@ -392,6 +391,21 @@ def test_several_sources_are_taken_together_and_each_said(capsys, tmp_path, fold
     assert lines[1].startswith(f"{two}: pairs (detected), 2 read, 1 refused; tokens ")
 
 
+def test_files_are_named_with_and_without_data_before_and_behind_options(capsys, tmp_path, folder):
+    one, two = write(tmp_path / "one.jsonl", CHATS[:2]), write(tmp_path / "two.jsonl", CHATS[2:])
+    for arguments in (
+        ["--data", one, "--data", two, "--tokenizer", folder],
+        [one, two, "--tokenizer", folder],
+        ["--tokenizer", folder, one, two],
+        ["--tokenizer", folder, one, "--data", two],
+    ):
+        code, made = run_json(capsys, *arguments)
+        assert code == 0
+        assert [(source["source"], source["read"]) for source in made["sources"]] == [(one, 2), (two, 4)]
+    assert main(["report", "--tokenizer", str(folder)]) == 2
+    assert "--data: expected at least one FILE" in capsys.readouterr().err
+
+
 BAD = [
     [user("harbour")],
     "{broken",
@@ -474,7 +488,7 @@ def test_what_cannot_be_read(capsys, tmp_path, folder):
         "--tokenizer is needed": [path],
         "multiple of 128, found 1000; try 1024": [path, "--tokenizer", folder, "--length", "1000"],
         "multiple of 128, found 0; try 128": [path, "--tokenizer", folder, "--length", "0"],
-        "--limit: expected 1 or more": [path, "--tokenizer", folder, "--limit", "0"],
+        "--limit: expected at least 1": [path, "--tokenizer", folder, "--limit", "0"],
         "--workers: expected 0 or more": [path, "--tokenizer", folder, "--workers", "-1"],
         "cannot be loaded": [path, "--tokenizer", tmp_path / "none"],
         "shapes of a causal language model": [path, "--tokenizer", folder, "--model", tmp_path / "none"],

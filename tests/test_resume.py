@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from flexreason.train import checkpoints
+from flexreason.train import record
 from training import environment
 
 HERE = Path(__file__).parent
@@ -45,8 +45,8 @@ def assert_as_if_never_killed(folder):
         if epoch != steps[-1]["epoch"]:  # the last one may be cut by `steps`
             assert len(seen) == 60
     left = list((folder / "killed" / "checkpoints").iterdir())
-    assert [path.name for path in sorted(left, key=checkpoints.step_of)] == ["checkpoint-23", "checkpoint-24"]
-    assert all(map(checkpoints.is_whole, left))
+    assert [path.name for path in sorted(left, key=record.step_of)] == ["checkpoint-23", "checkpoint-24"]
+    assert all(map(record.is_whole, left))
 
 
 def test_a_run_killed_twice_ends_as_one_that_was_not(tmp_path):
@@ -67,28 +67,31 @@ def test_a_checkpoint_is_whole_or_is_none(tmp_path):
     (folder / "deep").mkdir(parents=True)
     (folder / "weights").write_bytes(b"12345")
     (folder / "deep" / "more").write_bytes(b"1")
-    assert not checkpoints.is_whole(folder)
-    checkpoints.seal(folder)
-    assert checkpoints.is_whole(folder)
-    assert checkpoints.whole_ones(tmp_path) == [folder]
+    assert not record.is_whole(folder)
+    record.seal(folder)
+    assert record.is_whole(folder)
+    assert record.whole_checkpoints(tmp_path) == [folder]
+    (folder / f"{record.SEAL}.unfinished").write_text("{}")  # a run was killed here, and went on
+    record.seal(folder)
+    assert record.is_whole(folder)
     (folder / "weights").write_bytes(b"1234")
-    assert not checkpoints.is_whole(folder)
+    assert not record.is_whole(folder)
     (folder / "weights").write_bytes(b"54321")
-    assert checkpoints.is_whole(folder)
+    assert record.is_whole(folder)
     (folder / "deep" / "more").unlink()
-    assert checkpoints.whole_ones(tmp_path) == []
+    assert record.whole_checkpoints(tmp_path) == []
     (tmp_path / "checkpoint-mine").mkdir()
-    checkpoints.remove_unfinished(tmp_path)
+    record.remove_unfinished(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-mine"]
 
 
 def test_the_latest_are_kept_by_number_and_not_by_name(tmp_path):
     for step in (9, 10, 8, 100):
         (tmp_path / f"checkpoint-{step}").mkdir()
-        checkpoints.seal(tmp_path / f"checkpoint-{step}")
+        record.seal(tmp_path / f"checkpoint-{step}")
     (tmp_path / "checkpoint-200").mkdir()  # being written
-    assert [path.name for path in checkpoints.whole_ones(tmp_path)] == [f"checkpoint-{n}" for n in (8, 9, 10, 100)]
-    checkpoints.keep_latest(tmp_path, None)
-    assert len(checkpoints.whole_ones(tmp_path)) == 4
-    checkpoints.keep_latest(tmp_path, 2)
+    assert [path.name for path in record.whole_checkpoints(tmp_path)] == [f"checkpoint-{n}" for n in (8, 9, 10, 100)]
+    record.keep_latest(tmp_path, None)
+    assert len(record.whole_checkpoints(tmp_path)) == 4
+    record.keep_latest(tmp_path, 2)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-10", "checkpoint-100", "checkpoint-200"]

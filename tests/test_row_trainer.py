@@ -16,7 +16,7 @@ from flexreason.data.documents import weighted
 from flexreason.memory import peak_bytes
 from flexreason.proof import oracle
 from flexreason.proof.float64 import relative_l2, true_float64
-from flexreason.train import checkpoints
+from flexreason.train import record
 from flexreason.train.sums import target_roles, tokens_of
 from flexreason.train.trainer import Broken, RowTraining
 from models import tiny
@@ -461,9 +461,11 @@ def test_going_on_and_the_best_one_mind_what_is_whole(tmp_path):
     found.train()
     best = max((e for e in found.state.log_history if "eval_loss" in e), key=lambda e: e["eval_loss"])
     assert best["step"] < 5
-    assert {path.name for path in checkpoints.whole_ones(tmp_path)} == {f"checkpoint-{n}" for n in (best["step"], 5, 6)}
+    assert {path.name for path in record.whole_checkpoints(tmp_path)} == {
+        f"checkpoint-{n}" for n in (best["step"], 5, 6)
+    }
     assert found.evaluate()["eval_loss"] == pytest.approx(best["eval_loss"], rel=1e-5)
-    (tmp_path / "checkpoint-6" / checkpoints.SEAL).unlink()
+    (tmp_path / "checkpoint-6" / record.SEAL).unlink()
     again, began_at = trainer(), []
     again.add_callback(BeginsAt(began_at))
     again.train(resume_from_checkpoint=True)

@@ -20,7 +20,7 @@ from flexreason.cli import main
 from flexreason.data.documents import Documents, weighted, write_documents
 from flexreason.data.files import read_conversations
 from flexreason.data.intake import EntryEncoder, Refused
-from flexreason.train import checkpoints, prepare, record
+from flexreason.train import prepare, record
 from flexreason.train.run import train
 from flexreason.train.settings import NAMES, Settings, add_options, from_mapping, from_options, read_yaml
 from flexreason.train.trainer import Broken
@@ -177,6 +177,8 @@ def test_options_are_the_settings_and_go_first(material, tmp_path):
     )
     found = from_options(parser.parse_args(["--model", "1", "--data", "x", "y", "--output", "o", "--warmup", "3"]))
     assert (found.model, found.data, found.warmup) == ("1", ["x", "y"], 3)
+    found = from_options(parser.parse_args(["--model", "1", "--data", "x", "--data", "y", "--output", "o"]))
+    assert found.data == ["x", "y"]  # as in every other command
     assert {each.metadata["help"] != "" for each in NAMES.values()} == {True}
 
 
@@ -292,7 +294,7 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole(material, tmp_path):
     try:
         with pytest.raises(Broken, match=r"the checkpoint cannot be written: .*the last whole one is .*checkpoint-\d"):
             train(settings(material, small / "out", save_every=1, keep=20, steps=20), silent)
-        whole = checkpoints.whole_ones(small / "out" / "checkpoints")
+        whole = record.whole_checkpoints(small / "out" / "checkpoints")
         assert whole
         for path in whole[:-1]:
             shutil.rmtree(path)

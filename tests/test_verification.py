@@ -16,7 +16,7 @@ import flexreason as fr
 from flexreason import cli
 from flexreason.attention import dense, flex, segments
 from flexreason.commands import verify as verification
-from flexreason.data import excerpt
+from flexreason.data import intake, options
 from flexreason.load import stand_in
 from flexreason.model import head
 from flexreason.model.hooks import find_patch
@@ -679,13 +679,13 @@ def test_a_tokenizer_with_more_words_than_the_model_is_a_clear_error(whole, tmp_
 
 def test_of_much_data_some_are_looked_at_from_all_over_it(whole, tmp_path, monkeypatch, capsys):
     looked_at = []
-    encoded = excerpt.EntryEncoder.encoded
+    encoded = intake.EntryEncoder.encoded
 
     def noted(self, one):
         looked_at.append(one.number)
         return encoded(self, one)
 
-    monkeypatch.setattr(excerpt.EntryEncoder, "encoded", noted)
+    monkeypatch.setattr(intake.EntryEncoder, "encoded", noted)
     data = jsonl(tmp_path / "many.jsonl", [{"messages": messages(CHATS[n % 3])} for n in range(1000)])
     assert cli.main(["verify", str(whole), "--data", str(data), "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
@@ -702,7 +702,7 @@ def test_of_much_data_some_are_looked_at_from_all_over_it(whole, tmp_path, monke
 
 @pytest.mark.parametrize("n", [0, 1, 4, 5, 8, 9, 1000])
 def test_what_is_spread_is_even_and_begins_with_the_first(n):
-    found = excerpt.spread(range(n), 4)
+    found = options.spread(range(n), 4)
     assert found[:1] == list(range(n))[:1]
     assert len({b - a for a, b in itertools.pairwise(found)}) <= 1
     assert min(n, 2) <= len(found) <= 4

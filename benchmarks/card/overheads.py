@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch._dynamo.utils import counters
 
-from flexreason.attention.tree_row import BACKENDS
+from flexreason.attention.registry import BACKENDS
 from flexreason.bench import steps as ways
 from flexreason.bench.measure import interleaved
 from flexreason.bench.steps import Case

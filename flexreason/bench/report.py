@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from flexreason.bench.measure import Found, Ratio, ratio, wrong
-from flexreason.data.work import Amount, Shape
+from flexreason.data.figures import Amount, Shape
 from flexreason.tree.draw import draw_table
 from flexreason.tree.layout import Layout
 

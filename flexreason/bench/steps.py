@@ -22,8 +22,7 @@ from torch.nn.attention.flex_attention import create_block_mask
 from transformers import PreTrainedModel
 
 from flexreason.attention import flex
-from flexreason.attention.registry import find_decoder
-from flexreason.attention.tree_row import choose_backend
+from flexreason.attention.registry import choose_backend, find_decoder
 from flexreason.bench.batches import (
     Attend,
     Batch,

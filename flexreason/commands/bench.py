@@ -23,8 +23,8 @@ import torch
 from flexreason.bench.measure import measure
 from flexreason.bench.report import Report, amount
 from flexreason.bench.steps import HONEST, WAYS, Case, chosen
-from flexreason.data import excerpt
-from flexreason.data.work import Shape, shape_of
+from flexreason.data import options as of_data
+from flexreason.data.figures import Shape, shape_of
 from flexreason.load import load_model
 from flexreason.model.hooks import find_root
 from flexreason.patching import patch
@@ -55,11 +55,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    excerpt.add_arguments(parser)
+    of_data.add_arguments(parser)
 
 
 def run(options: argparse.Namespace) -> int:
-    excerpt.check(options)
+    of_data.check(options)
     for name in ("tokens", "repeats", "turns"):
         if (given := getattr(options, name)) is not None and given < 1:
             raise ValueError(f"--{name}: expected at least 1, found {given}")
@@ -72,7 +72,7 @@ def run(options: argparse.Namespace) -> int:
     if options.data is None:
         conversations = random_conversations(options, vocabulary, tokens)
     else:
-        _, conversations, more = excerpt.conversations(options, vocabulary)
+        _, conversations, more = of_data.some_conversations(options, vocabulary)
         notes += more
     layouts = that_fit(conversations, tokens, notes)
     shape = counted(options.model, notes)

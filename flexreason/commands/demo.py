@@ -29,10 +29,10 @@ WANTED_ANSWERS = 0.9
 """Held-out answers that must be right."""
 
 WANTED_LOSS = 0.25
-"""Loss of the last steps by that of the first, at most."""
+"""The loss of the last steps, at most, as a share of the loss of the first."""
 
 WANTED_SAME = 1e-3
-"""How far the losses of single pass and N samples may be apart, in float32 and after some steps: relative."""
+"""How far the losses of single pass and N samples may be apart, relatively, in float32 and after some steps."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -53,9 +53,9 @@ def run(options: argparse.Namespace) -> int:
     steps = options.steps
     if steps is None:
         steps = TO_COMPARE if options.compare else STEPS
-    for name, given in (("steps", steps), ("held_out", options.held_out)):
-        if given < 1:
-            raise ValueError(f"--{name.replace('_', '-')}: expected at least 1, found {given}")
+    for name, value in (("steps", steps), ("held-out", options.held_out)):
+        if value < 1:
+            raise ValueError(f"--{name}: expected at least 1, found {value}")
     claim(options.out)
 
     def say(text: str) -> None:
@@ -66,16 +66,16 @@ def run(options: argparse.Namespace) -> int:
         if options.compare:
             from flexreason.demo.compare import compare
 
-            found = compare(options.out, steps, options.held_out, options.seed, options.device, say)
+            figures = compare(options.out, steps, options.held_out, options.seed, options.device, say)
         else:
-            found, goals = demo(options.out, steps, options.held_out, options.seed, options.device, say)
+            figures, goals = demo(options.out, steps, options.held_out, options.seed, options.device, say)
     if options.json:
-        print(json.dumps(found))
+        print(json.dumps(figures))
     return 0 if all(goal.met for goal in goals) else 1
 
 
 def claim(out: Path) -> None:
-    """Make the folder the demo's own, since what an earlier demo has left there is written over."""
+    """Make the folder the demo's own: files of an earlier demo are written over, and other files are refused."""
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out: expected a folder, found a file: {out}")
     if out.is_dir() and any(out.iterdir()) and not (out / MARK).exists():
@@ -86,7 +86,7 @@ def claim(out: Path) -> None:
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """So small a model gains little from more, and loses much wherever a core has something else to do."""
+    """Compute in one thread: so small a model gains little from more, and loses much on a core that is busy."""
     import torch
 
     before = torch.get_num_threads()
@@ -99,7 +99,7 @@ def one_thread() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Goal:
-    """What the demo promises, and what came of it."""
+    """One thing that the demo promises, and what came of it."""
 
     name: str
     wanted: str
@@ -112,14 +112,13 @@ def demo(out: Path, steps: int, held_out: int, seed: int, device: str, say: Any)
     started = time.perf_counter()
     from flexreason.commands.train import check_installed
     from flexreason.demo import material
-    from flexreason.demo.telling import transcript
     from flexreason.tree.draw import draw_table
 
     check_installed()
     data = material.make(steps, held_out, seed)
     material.save(out, data)
     say("Sums, and follow-ups on their answers. Reasoning stands in brackets; in later turns it is gone:\n")
-    say(transcript(data.train[0]))
+    say(_transcript(data.train[0]))
     same = beside_the_samples(data, out, min(BESIDE, steps), seed, device, say)
     losses, train_s = train(out, steps, seed, device, say)
     right, asked, answer_s = ask(data, out, device, say)
@@ -131,7 +130,7 @@ def demo(out: Path, steps: int, held_out: int, seed: int, device: str, say: Any)
     say(f"\n{whole_s:.0f} s in all, {train_s:.0f} of them training and {answer_s:.0f} answering")
     say(f"{out}/ has the conversations (train.jsonl, held_out.jsonl), the settings (train.yaml), what was trained")
     say("(run/model), its answers (answers.jsonl) and these figures (demo.json)")
-    found = {
+    figures = {
         "seed": seed,
         "steps": steps,
         "device": device,
@@ -145,8 +144,8 @@ def demo(out: Path, steps: int, held_out: int, seed: int, device: str, say: Any)
         "goals": [asdict(goal) for goal in goals],
         "out": str(out),
     }
-    (out / "demo.json").write_text(json.dumps(found, indent=1) + "\n")
-    return found, goals
+    (out / "demo.json").write_text(json.dumps(figures, indent=1) + "\n")
+    return figures, goals
 
 
 def judge(right: int, asked: int, losses: Sequence[float], same: dict[str, Any]) -> list[Goal]:
@@ -175,34 +174,36 @@ def judge(right: int, asked: int, losses: Sequence[float], same: dict[str, Any])
 
 
 def beside_the_samples(data: Any, out: Path, steps: int, seed: int, device: str, say: Any) -> dict[str, Any]:
-    """The first steps in single passes and on the N samples, from the same weights; a step of one, a step of the other,
-    so that whatever else the machine does slows both."""
-    from flexreason.demo.fit import fit, start
-    from flexreason.demo.ways import N_SAMPLES, SINGLE_PASS
+    """Take the first steps in single passes and on the N samples, from the same weights.
+
+    They take turns, so that whatever else the machine does slows both.
+    """
+    from flexreason.demo.material import start
+    from flexreason.demo.ways import N_SAMPLES, SINGLE_PASS, fit
     from flexreason.tree.draw import draw_table
 
-    batches = data.batches(SINGLE_PASS, steps, seed)
-    one, many = (fit(start(out, seed, device), way, batches) for way in (SINGLE_PASS, N_SAMPLES))
-    pairs = list(zip(one, many, strict=True))
-    one_s, many_s = (sum(step.seconds for step in steps) for steps in zip(*pairs, strict=True))
+    batches = data.batches(steps, seed)
+    single, many = (fit(start(out, seed, device), way, batches) for way in (SINGLE_PASS, N_SAMPLES))
+    pairs = list(zip(single, many, strict=True))
+    single_s, many_s = (sum(step.seconds for step in steps) for steps in zip(*pairs, strict=True))
     say(f"\nThe same loss as on the N samples, {steps} steps from the same weights:\n")
     rows = [[f"step {n}", f"{a.loss:.6f}", f"{b.loss:.6f}"] for n, (a, b) in enumerate(pairs, start=1)]
-    say(draw_table([["", SINGLE_PASS.name, N_SAMPLES.name], *rows, ["time", f"{one_s:.2f} s", f"{many_s:.2f} s"]]))
+    say(draw_table([["", SINGLE_PASS.name, N_SAMPLES.name], *rows, ["time", f"{single_s:.2f} s", f"{many_s:.2f} s"]]))
     return {
         "single_pass": [a.loss for a, _ in pairs],
         "n_samples": [b.loss for _, b in pairs],
         "apart": max(abs(a.loss / b.loss - 1) for a, b in pairs),
-        "single_pass_s": one_s,
+        "single_pass_s": single_s,
         "n_samples_s": many_s,
     }
 
 
 def train(out: Path, steps: int, seed: int, device: str, say: Any) -> tuple[list[float], float]:
-    """`flexreason train` on a file of settings that is written first; the losses it logged, and the seconds it took."""
+    """Write a file of settings and run `flexreason train` on it; the losses it logged, and the seconds it took."""
     import yaml
 
-    from flexreason.demo.fit import BETA2, CLIP, LEARNING_RATE, WARM_UP, WEIGHT_DECAY
     from flexreason.demo.material import ROW
+    from flexreason.demo.ways import BETA2, CLIP, LEARNING_RATE, WARM_UP, WEIGHT_DECAY
     from flexreason.train.run import train
     from flexreason.train.settings import from_mapping, read_yaml
 
@@ -222,7 +223,7 @@ def train(out: Path, steps: int, seed: int, device: str, say: Any) -> tuple[list
         "trainer": {"adam_beta2": BETA2, "use_cpu": device == "cpu"},
     }
     (out / "train.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
-    if (out / "run" / "run.json").exists():  # of the demo before: else it would be gone on with
+    if (out / "run" / "run.json").exists():  # an earlier demo's run, which training would resume
         shutil.rmtree(out / "run")
     say(f"\nflexreason train {out / 'train.yaml'}\n")
     started = time.perf_counter()
@@ -232,20 +233,28 @@ def train(out: Path, steps: int, seed: int, device: str, say: Any) -> tuple[list
 
 
 def ask(data: Any, out: Path, device: str, say: Any) -> tuple[int, int, float]:
-    """The model as it lies in `out`, asked what it has not seen: right answers, all answers, seconds."""
+    """Ask the model that lies in `out` what it has not seen; right answers, all answers, and the seconds it took."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from flexreason.demo import answers
     from flexreason.demo.material import save_conversations
-    from flexreason.demo.telling import transcript
 
     started = time.perf_counter()
     model: Any = AutoModelForCausalLM.from_pretrained(out / "run" / "model")
     model.to(device)
     tokenizer = AutoTokenizer.from_pretrained(out / "run" / "model")
-    found = answers.answer(model, tokenizer, data.held_out)
-    save_conversations(out / "answers.jsonl", found)
-    right, asked = answers.right(found, data.held_out)
+    answered = answers.answer(model, tokenizer, data.held_out)
+    save_conversations(out / "answers.jsonl", answered)
+    right, asked = answers.right(answered, data.held_out)
     say(f"\n{asked} questions that begin as none before did, each with the model's own earlier answers, such as:\n")
-    say(transcript(found[0]))
+    say(_transcript(answered[0]))
     return right, asked, time.perf_counter() - started
+
+
+def _transcript(messages: Sequence[dict[str, Any]]) -> str:
+    """A conversation to read, reasoning in brackets."""
+    lines = []
+    for message in messages:
+        thought = f"({message['reasoning_content']})  " if message.get("reasoning_content") else ""
+        lines.append(f"  {message['role']:<10} {thought}{message['content']}")
+    return "\n".join(lines)

@@ -13,7 +13,7 @@ import json
 
 import torch
 
-from flexreason.data import excerpt
+from flexreason.data import options as of_data
 from flexreason.load import load_model
 from flexreason.model.hooks import apply_patch, find_root
 from flexreason.proof.conversations import random_conversations
@@ -34,18 +34,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of random trees, and of weights where there are none")
     parser.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
-    excerpt.add_arguments(parser)
+    of_data.add_arguments(parser)
 
 
 def run(options: argparse.Namespace) -> int:
-    excerpt.check(options)
+    of_data.check(options)
     model, notes = load_model(options.model, options.dtype, options.device, options.seed, options.trust_remote_code)
     config = find_root(model).config
     wheres: list[str] = []
     if options.data is None:
         conversations, more = random_conversations(config, options.tokens, options.seed)
     else:
-        wheres, conversations, more = excerpt.conversations(options, config.get_text_config().vocab_size)
+        wheres, conversations, more = of_data.some_conversations(options, config.get_text_config().vocab_size)
     apply_patch(model, options.backend, loss=options.loss, ask=reason_against_chunks)
     layouts = [lay_out(samples) for samples in conversations]
     report = verify(model, layouts, conversations, tokens=options.tokens, float64=False if options.no_float64 else None)

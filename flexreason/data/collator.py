@@ -1,4 +1,4 @@
-"""`Collator`: whatever a dataset holds, a DataLoader's or Trainer's batch of it, to one row.
+"""`Collator`: makes one row of a batch, whatever kind of items a data set has.
 
 >>> import flexreason as fr
 >>> layout = fr.lay_out_turns([([1, 2], [10, 11], [20]), ([3], [12], [21])])
@@ -17,11 +17,14 @@ from flexreason.tree.row import Row, collate
 
 
 class Collator:
-    """A batch of layouts, lists of layouts (as `Packer` groups them) or columns of layouts, to one row [1, S].
+    """Makes one row [1, S] of a batch of any size, for a DataLoader or a Trainer.
 
-    A batch of any size becomes one row: batch size says how many items share it, and `length` how long it is. An item
-    may be a layout, a list of layouts (an item of `Rows`; none make an empty row), a layout's columns as a
-    datasets.Dataset keeps them, or whatever `encode` turns into a layout (`EntryEncoder`: a conversation).
+    An item may be a layout, a list of layouts (an item of `Rows`; an empty list makes an empty row), or a layout's
+    columns as a datasets.Dataset keeps them.
+
+    Args:
+        length: Tokens of the row; as many as are needed, in whole blocks, if not given.
+        encode: Makes a layout of any other item, such as `EntryEncoder` of a conversation.
     """
 
     def __init__(self, length: int | None = None, *, encode: Any = None) -> None:
@@ -36,11 +39,11 @@ class Collator:
         if isinstance(item, list) and all(map(_is_document, item)):
             return [layout for part in item for layout in self._layouts(part)]
         if self.encode is None or item == {}:
-            raise ValueError(f"Collator: expected layouts, found {_found(item)}")
+            raise ValueError(f"Collator: expected layouts, found {_words_for(item)}")
         try:
             return [self.encode(item)]
         except ValueError as error:
-            if words := _lost(item):
+            if words := _without_columns(item):
                 raise ValueError(f"{error}; Collator: found {words}") from error
             raise
 
@@ -49,21 +52,21 @@ def _is_document(item: Any) -> bool:
     return isinstance(item, Layout) or (isinstance(item, Mapping) and item.keys() >= {*PER_TOKEN, *PER_TARGET})
 
 
-def _lost(item: Any) -> str | None:
-    """What an item was before a Trainer took columns out, and how to keep them."""
+def _without_columns(item: Any) -> str | None:
+    """What is wrong with an item from which a Trainer took columns out, and how to keep them; None for other items."""
     columns = {*PER_TOKEN, *PER_TARGET}
     if not isinstance(item, Mapping) or (item and not columns & item.keys()):
         return None
     missing = ", ".join(sorted(columns - item.keys()))
-    what = f"a layout without its columns {missing}" if item else "an item without any columns"
-    return f"{what}; a Trainer takes columns out unless its arguments say remove_unused_columns=False"
+    item_words = f"a layout without its columns {missing}" if item else "an item without any columns"
+    return f"{item_words}; a Trainer takes columns out unless its arguments say remove_unused_columns=False"
 
 
-def _found(item: Any) -> str:
+def _words_for(item: Any) -> str:
     if isinstance(item, Mapping) and {"document", "labels"} <= item.keys():
         return "a row of fr.collate, which is a batch by itself; give data_collator=lambda rows: rows[0]"
     keys = f" with the keys {', '.join(map(str, item))}" if isinstance(item, Mapping) else ""
-    return _lost(item) or f"{type(item).__name__}{keys}; give encode=, which makes a layout of it"
+    return _without_columns(item) or f"{type(item).__name__}{keys}; give encode=, which makes a layout of it"
 
 
 def _from_columns(item: Mapping[str, Any]) -> Layout:

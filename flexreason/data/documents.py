@@ -11,8 +11,9 @@
 
 import os
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,43 +41,35 @@ def _arrow() -> Any:
 
 
 def write_documents(path: Path, documents: Iterable[tuple[int, Layout]]) -> int:
-    """Write (number of the conversation, layout), and say how many there were. The file appears when it is whole."""
+    """Write documents, each with the number of its conversation; how many there were. The file appears when it is
+    whole."""
     pa = _arrow()
     ints = pa.list_(pa.int32())
     schema = pa.schema([("conversation", pa.int64()), *((name, ints) for name in COLUMNS)])
     unfinished = path.with_name(path.name + ".unfinished")
-    n = 0
+    n_written, following = 0, iter(documents)
     with pa.OSFile(str(unfinished), "wb") as file:
         with pa.ipc.new_file(file, schema) as writer:
-            for batch in _batches(documents):
+            for batch in iter(lambda: list(islice(following, TOGETHER)), []):
                 columns = [pa.array([number for number, _ in batch], pa.int64())]
                 for name in COLUMNS:
                     parts = [getattr(layout, name).to(torch.int32) for _, layout in batch]
                     ends = torch.tensor([0, *map(len, parts)]).cumsum(0).to(torch.int32)
                     columns.append(pa.ListArray.from_arrays(ends.numpy(), torch.cat(parts).numpy()))
                 writer.write_batch(pa.record_batch(columns, schema=schema))
-                n += len(batch)
+                n_written += len(batch)
         file.flush()
     with unfinished.open("rb") as written:
         os.fsync(written.fileno())
     unfinished.replace(path)
-    return n
-
-
-def _batches(documents: Iterable[Any]) -> Iterator[list[Any]]:
-    batch: list[Any] = []
-    for document in documents:
-        batch.append(document)
-        if len(batch) == TOGETHER:
-            yield batch
-            batch = []
-    if batch:
-        yield batch
+    return n_written
 
 
 class Documents(Sequence[Layout]):
-    """The layouts of a file, by number. With `weighting="turn"` every turn weighs as much as any other, whatever its
-    number of targets; with "token" every target does."""
+    """The layouts of a file, by number.
+
+    With `weighting="token"` all targets weigh alike; with "turn" all turns do, however many targets they have.
+    """
 
     def __init__(self, path: str | Path, weighting: str = "token") -> None:
         if weighting not in WEIGHTINGS:
@@ -121,7 +114,8 @@ class Documents(Sequence[Layout]):
 
 
 def weighted(layout: Layout, weighting: str) -> Layout:
-    """The layout with target weights: 1 each ("token"), or 1 by the number of targets of their turn ("turn")."""
-    n = torch.bincount(layout.target_turn) if weighting == "turn" else None
-    weight = torch.ones_like(layout.target_weight) if n is None else 1 / n[layout.target_turn].to(torch.float32)
+    """The layout with weights: 1 for each target ("token"), or 1 / the number of targets of its turn ("turn")."""
+    weight = torch.ones_like(layout.target_weight)
+    if weighting == "turn":
+        weight /= torch.bincount(layout.target_turn)[layout.target_turn]
     return replace(layout, target_weight=weight)

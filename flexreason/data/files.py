@@ -1,14 +1,18 @@
 """Conversations from wherever they lie, one after the other, in one form.
 
-Read are JSONL, JSON and Parquet files, data sets that `datasets` has saved, and names of data sets on the Hub. Of an
-entry's form four kinds are known, told apart by their keys:
+JSONL, JSON and Parquet files are read, data sets that `datasets` has saved, and data sets on the Hub by their names.
+Entries may be of four formats, which are told apart by their keys:
 
     messages   {"messages": [{"role": ..., "content": ...}, ...], "tools": [...]}
     sharegpt   {"conversations": [{"from": "human", "value": ...}, ...]}
     pairs      {"prompt": ..., "completion": ...}, each text or messages
     samples    {"prompt_ids": [...], "target_ids": [...], "conversation": ...}, already tokenized
 
-The kind is that of the first entry, unless `format` names one; every `Conversation` tells it.
+The format is that of the first entry, unless one is named; every `Conversation` tells it.
+
+>>> [chat] = read_conversations([{"prompt": "2+3?", "completion": "5"}])
+>>> chat.format, chat.where, [message["content"] for message in chat.messages]
+('pairs', 'entry 0', ['2+3?', '5'])
 """
 
 import json
@@ -20,6 +24,9 @@ from typing import Any
 from flexreason.chat.messages import did_you_mean, json_words
 from flexreason.chat.render import ConversationError
 from flexreason.tree.sample import Sample
+
+DATA = "conversations: a .jsonl, .json or .parquet file, a folder, a data set's name"
+"""What --data takes, in every command."""
 
 FORMATS = ("messages", "sharegpt", "pairs", "samples")
 
@@ -74,53 +81,73 @@ class Conversation:
 def read_conversations(
     source: str | Path | Iterable[Any], format: str | None = None, split: str = "train"
 ) -> Iterator[Conversation]:
-    """Conversations of a file, a folder, a data set's name or an iterable of entries. Raises at the first bad one."""
-    for found in read_all(source, format, split):
-        if isinstance(found, BadInput):
-            raise found
-        yield found
+    """The conversations of a source. Raises at the first entry that is none.
+
+    Args:
+        source: A file, a folder, a data set's name, or entries.
+        format: One of `FORMATS`; that of the first entry if not given.
+        split: Of a data set.
+    """
+    for conversation in read_all(source, format, split):
+        if isinstance(conversation, BadInput):
+            raise conversation
+        yield conversation
 
 
 def read_all(
     source: str | Path | Iterable[Any], format: str | None = None, split: str = "train"
 ) -> Iterator[Conversation | BadInput]:
-    """The same, with what is bad given in its place. Raises where nothing can be read."""
+    """The same, but an entry that is no conversation is given as an error, in its place. Raises where nothing can be
+    read."""
     if format is not None and format not in FORMATS:
         raise BadInput(f"format: expected one of {', '.join(FORMATS)}, found {format!r}")
-    number, waiting = 0, None
+    number = 0
+    for conversation in _together(_parsed(source, format, split)):
+        yield replace(conversation, number=number) if isinstance(conversation, Conversation) else conversation
+        number += 1
+    if number == 0:
+        raise EmptySource(f"{source if isinstance(source, str | Path) else 'the source'}: nothing in it")
+
+
+def _parsed(source: Any, format: str | None, split: str) -> Iterator[tuple[Conversation | BadInput, Any]]:
+    """Every entry as a conversation, and the conversation that a tokenized sample says it is of."""
     for where, entry in read_entries(source, split):
-        found: Conversation | BadInput | Sample
-        group = None
         try:
             if isinstance(entry, BadInput):
                 raise entry
             format = format or detect(entry, where)
             if format == "samples":
-                found = as_sample(entry, where)
-                group = entry.get("conversation")
+                sample = as_sample(entry, where)
+                yield Conversation([], None, 0, where, format, samples=[sample]), entry.get("conversation")
             else:
-                found = as_conversation(entry, format, number, where)
+                yield as_conversation(entry, format, 0, where), None
         except BadInput as error:
-            found = error
-        if waiting and isinstance(found, Sample) and group is not None and group == waiting[0]:
-            waiting[1].append(found)
+            yield error, None
+
+
+def _together(parsed: Iterable[tuple[Conversation | BadInput, Any]]) -> Iterator[Conversation | BadInput]:
+    """Tokenized samples that stand one behind the other and are of the same conversation are put together."""
+    waiting: Conversation | BadInput | None = None
+    samples: list[Sample] = []  # of the conversation that waits for more
+    name = None
+    for conversation, of in parsed:
+        more = conversation.samples or [] if isinstance(conversation, Conversation) else []
+        if waiting is not None and of is not None and of == name:
+            samples += more
             continue
-        if waiting:
-            yield Conversation([], None, number, waiting[2], "samples", samples=waiting[1])
-            number, waiting = number + 1, None
-        if isinstance(found, Sample):
-            waiting = (group, [found], where)
+        if waiting is not None:
+            yield waiting
+            waiting = None
+        if of is None:
+            yield conversation
         else:
-            yield found if isinstance(found, BadInput) else replace(found, number=number)
-            number += 1
-    if waiting:
-        yield Conversation([], None, number, waiting[2], "samples", samples=waiting[1])
-    elif number == 0:
-        raise EmptySource(f"{_name(source)}: nothing in it")
+            waiting, samples, name = conversation, more, of
+    if waiting is not None:
+        yield waiting
 
 
 def count_entries(source: Any) -> int | None:
-    """How many entries there are, where that is quickly known: for progress bars."""
+    """How many entries there are, for progress bars; None where that is not quickly known."""
     if not isinstance(source, str | Path):
         return len(source) if hasattr(source, "__len__") else None
     path = Path(source)
@@ -131,7 +158,7 @@ def count_entries(source: Any) -> int | None:
 
 
 def read_entries(source: str | Path | Iterable[Any], split: str = "train") -> Iterator[tuple[str, Any]]:
-    """(where, entry) one after the other, as they lie in the source; a line that is no JSON is a BadInput."""
+    """(where it stands, entry) for each entry, as they lie in the source; a line that is no JSON is a BadInput."""
     if not isinstance(source, str | Path):
         table = hasattr(source, "features")
         for number, entry in enumerate(source):
@@ -145,7 +172,7 @@ def read_entries(source: str | Path | Iterable[Any], split: str = "train") -> It
     elif path.suffix.lower() in FILES or str(source).startswith((".", "/", "~")) or str(source).count("/") > 1:
         raise BadInput(f"{source}: no such file or folder")
     else:
-        yield from _rows(_loaded_set(source, str(source), split=split, streaming=True), str(source))
+        yield from _entries_of(_loaded_set(source, str(source), split=split, streaming=True), str(source))
 
 
 def _from_file(path: Path) -> Iterator[tuple[str, Any]]:
@@ -153,7 +180,7 @@ def _from_file(path: Path) -> Iterator[tuple[str, Any]]:
         return
     if path.suffix.lower() == ".parquet":
         data = _loaded_set(path, "parquet", data_files=str(path), split="train", streaming=True)
-        yield from _rows(data, str(path))
+        yield from _entries_of(data, str(path))
         return
     try:
         with path.open(encoding="utf-8-sig") as file:
@@ -186,8 +213,8 @@ def _json_document(path: Path) -> list[Any] | None:
         try:
             json.loads(text.lstrip().splitlines()[0])
         except json.JSONDecodeError:
-            found = f"{error.msg} at character {error.colno}"
-            raise BadInput(f"{path}, line {error.lineno}: no JSON: {found}") from error
+            words = f"{error.msg} at character {error.colno}"
+            raise BadInput(f"{path}, line {error.lineno}: no JSON: {words}") from error
         return None
     if isinstance(whole, dict):
         whole = next((whole[key] for key in ("data", "rows") if key in whole), whole)
@@ -203,7 +230,7 @@ def _from_folder(path: Path, split: str) -> Iterator[tuple[str, Any]]:
             if split not in data:
                 raise BadInput(f"{path}: no split {split!r} in it; there are {', '.join(data)}")
             data = data[split]
-        yield from _rows(data, str(path))
+        yield from _entries_of(data, str(path))
         return
     files = sorted(file for file in path.rglob("*") if file.suffix.lower() in FILES)
     if packed := sorted(file for file in path.rglob("*") if file.suffix.lower() in PACKED):
@@ -224,28 +251,28 @@ def _datasets(source: Any) -> Any:
     return datasets
 
 
-def _loaded_set(source: Any, *given: Any, **options: Any) -> Any:
+def _loaded_set(source: Any, name: str, **options: Any) -> Any:
     try:
-        return _datasets(source).load_dataset(*given, **options)
+        return _datasets(source).load_dataset(name, **options)
     except Exception as error:  # whatever datasets raises: no such name or split, no connection, no such file
         raise BadInput(f"{source}: cannot be read as a data set: {error}") from error
 
 
-def _rows(data: Iterable[Any], name: str) -> Iterator[tuple[str, Any]]:
+def _entries_of(data: Iterable[Any], name: str) -> Iterator[tuple[str, Any]]:
     for number, entry in enumerate(data):
         yield f"{name}, row {number}", without_none(entry)
 
 
 def detect(entry: Any, where: str) -> str:
-    """The kind of an entry, by its keys."""
+    """The format of an entry, by its keys."""
     if isinstance(entry, list):
         return "sharegpt" if entry and isinstance(entry[0], dict) and "from" in entry[0] else "messages"
     _check_kind(entry, "messages", where)
     if "prompt_ids" in entry and "target_ids" in entry:
         return "samples"
     for key in MESSAGE_KEYS:
-        if isinstance(found := entry.get(key), list) and found:
-            return "sharegpt" if isinstance(found[0], dict) and "from" in found[0] else "messages"
+        if isinstance(messages := entry.get(key), list) and messages:
+            return "sharegpt" if isinstance(messages[0], dict) and "from" in messages[0] else "messages"
     if "prompt" in entry and "completion" in entry:
         return "pairs"
     raise BadInput(
@@ -255,7 +282,7 @@ def detect(entry: Any, where: str) -> str:
 
 
 def _check_kind(entry: Any, format: str, where: str) -> None:
-    """Raise unless an entry is what can hold something of this kind at all."""
+    """Raise unless an entry can hold something of this format at all."""
     lists = format in ("messages", "sharegpt")
     if not isinstance(entry, dict) and not (lists and isinstance(entry, list)):
         wanted = "an object or a list of messages" if lists else f"an object of the kind {format}"
@@ -263,11 +290,11 @@ def _check_kind(entry: Any, format: str, where: str) -> None:
 
 
 def as_conversation(entry: Any, format: str, number: int, where: str) -> Conversation:
-    """One entry of kind messages, sharegpt or pairs."""
+    """The conversation of an entry whose format is messages, sharegpt or pairs."""
     _check_kind(entry, format, where)
     try:
-        made = {"messages": _messages, "sharegpt": _sharegpt, "pairs": _pairs}[format](entry)
-        if format == "messages" and made and isinstance(made[0], dict) and "from" in made[0]:
+        messages = {"messages": _messages, "sharegpt": _sharegpt, "pairs": _pairs}[format](entry)
+        if format == "messages" and messages and isinstance(messages[0], dict) and "from" in messages[0]:
             raise ValueError("from and value, as ShareGPT has them, where role and content are expected")
         about = entry if isinstance(entry, dict) else {}
         tools = _loaded(about.get("tools"), "tools")
@@ -279,8 +306,8 @@ def as_conversation(entry: Any, format: str, number: int, where: str) -> Convers
         if "accept" in options:  # else data would wave its own dirt through
             raise ValueError("chat_template_kwargs: accept is no option of the template; give it to the command")
         if format == "sharegpt" and isinstance(about.get("system"), str) and about["system"]:
-            made = [{"role": "system", "content": about["system"]}, *made]
-        return Conversation(made, tools, number, where, format, options)
+            messages = [{"role": "system", "content": about["system"]}, *messages]
+        return Conversation(messages, tools, number, where, format, options)
     except (ValueError, KeyError, TypeError) as error:
         words = f"{error.args[0]!r} is missing" if isinstance(error, KeyError) and error.args else str(error)
         raise BadInput(f"{where}: not of the kind {format}: {words}") from error
@@ -298,18 +325,19 @@ def as_sample(entry: Any, where: str) -> Sample:
 
 
 def _messages(entry: Any) -> list[Any]:
-    found = entry if isinstance(entry, list) else next((entry[k] for k in MESSAGE_KEYS if k in entry), None)
-    if found is None:
+    messages = entry if isinstance(entry, list) else next((entry[k] for k in MESSAGE_KEYS if k in entry), None)
+    if messages is None:
         raise ValueError("messages is missing")
-    if not isinstance(found := _loaded(found, "messages"), list):
-        raise ValueError(f"messages: expected a list, found {type(found).__name__}")
-    if isinstance(entry, dict) and found and isinstance(found[0], dict) and not {"role", "from"} & found[0].keys():
-        raise ValueError(f"messages: expected objects with role and content, found keys {', '.join(found[0])}")
-    return found
+    if not isinstance(messages := _loaded(messages, "messages"), list):
+        raise ValueError(f"messages: expected a list, found {type(messages).__name__}")
+    first = messages[0] if messages else None
+    if isinstance(entry, dict) and isinstance(first, dict) and not {"role", "from"} & first.keys():
+        raise ValueError(f"messages: expected objects with role and content, found keys {', '.join(first)}")
+    return messages
 
 
 def _sharegpt(entry: Any) -> list[Any]:
-    made: list[Any] = []
+    messages: list[Any] = []
     for at, turn in enumerate(_messages(entry)):
         if not isinstance(turn, dict):
             raise ValueError(f"turn {at}: expected an object with from and value, found {type(turn).__name__}")
@@ -324,10 +352,10 @@ def _sharegpt(entry: Any) -> list[Any]:
         if role == "call":
             call = _call(turn["value"], at)
             calls = [{"type": "function", "function": one} for one in (call if isinstance(call, list) else [call])]
-            made.append({"role": "assistant", "content": "", "tool_calls": calls, **extra})
+            messages.append({"role": "assistant", "content": "", "tool_calls": calls, **extra})
         else:
-            made.append({"role": role, "content": turn["value"], **extra})
-    return made
+            messages.append({"role": role, "content": turn["value"], **extra})
+    return messages
 
 
 def _call(value: Any, at: int) -> Any:
@@ -344,9 +372,9 @@ def _pairs(entry: Any) -> list[Any]:
         [{"role": role, "content": entry[name]}] if isinstance(entry[name], str) else entry[name]
         for name, role in (("prompt", "user"), ("completion", "assistant"))
     )
-    for name, found in (("prompt", before), ("completion", after)):
-        if not isinstance(found, list) or not all(isinstance(message, dict) for message in found):
-            raise ValueError(f"{name}: expected text or a list of messages, found {str(found)[:80]}")
+    for name, messages in (("prompt", before), ("completion", after)):
+        if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
+            raise ValueError(f"{name}: expected text or a list of messages, found {str(messages)[:80]}")
     earlier = [{**m, "train": False} if m.get("role") == "assistant" else m for m in before]  # part of the prompt
     return earlier + after
 
@@ -360,11 +388,7 @@ def _loaded(value: Any, name: str) -> Any:
 
 
 def without_none(value: Any) -> Any:
-    """Tables fill keys that an entry lacks with None."""
+    """An entry of a table, without the keys that it lacks and that the table has filled with None."""
     if isinstance(value, dict):
         return {key: without_none(item) for key, item in value.items() if item is not None}
     return [without_none(item) for item in value] if isinstance(value, list) else value
-
-
-def _name(source: Any) -> str:
-    return str(source) if isinstance(source, str | Path) else "the source"

@@ -1,8 +1,8 @@
-"""From any source to layouts: conversations read, encoded, and those refused counted by their reason.
+"""From any source to layouts: conversations are read and encoded, and those that are refused are counted by reason.
 
-`EntryEncoder` is the one step, an entry to its layout, for DataLoader workers and `datasets.map`. `Intake` goes over a
-whole source with it. A refusal stops it, once all that is left has been looked at, so that what is wrong is known
-whole: nothing is left out silently, and nobody fixes a file line by line. Or refusals are skipped, and listed.
+`EntryEncoder` is one step, from an entry to its layout, for DataLoader workers and `datasets.map`. `Intake` goes over a
+whole source with it. A refusal stops it once all that is left has been looked at. So nothing is left out silently, and
+nobody mends a file line by line. Or refusals are skipped, and listed.
 """
 
 import itertools
@@ -36,19 +36,22 @@ from flexreason.tree.layout import Layout
 from flexreason.tree.merge import lay_out
 
 EXAMPLES = 3
-"""Refused conversations that are named a class of reasons."""
+"""Refused conversations that are named for each class of reasons."""
 
 OURS = {"tokenizer", "format", "turns", "history", "accept"}
-"""What `EntryEncoder` takes itself, and is no option of a template."""
+"""Options of `EntryEncoder` itself, which are none of a template."""
 
 CHUNK = 8
 """Conversations that a worker takes at a time."""
 
 
 class EntryEncoder:
-    """What a data set's entry holds, in any of the formats of `data.conversations`, to its layout.
+    """Makes the layout of what a data set's entry holds, in any of the formats of `data.files`.
 
-    Options are those of `fr.encode`. Can be pickled; it gives the same in every process.
+    Options are those of `fr.encode`. An encoder can be pickled, and gives the same in every process.
+
+    >>> EntryEncoder(None)({"prompt_ids": [1, 2], "target_ids": [3]})
+    Layout(3 tokens, 1 targets, 1 samples of 3 tokens)
     """
 
     def __init__(self, tokenizer: Any, *, format: str | None = None, turns: Any = None, **options: Any) -> None:
@@ -72,8 +75,7 @@ class EntryEncoder:
     def encoded(self, conversation: Conversation) -> Encoded:
         """The samples of a conversation, and how they were found."""
         if conversation.samples is not None:
-            given = conversation.samples
-            return Encoded(given, ["given"] * len(given), [], [], 0.0, 0)
+            return Encoded(conversation.samples, ["given"] * len(conversation.samples), [], [], 0.0, 0)
         encoder = encoder_of(self.tokenizer, **{**self.options, **conversation.options})
         return encoder.encoded(conversation.messages, conversation.tools, self.turns)
 
@@ -90,7 +92,7 @@ class Item:
 
 @dataclass
 class Refusals:
-    """Refused conversations by class of reasons, how many each, and where the first of them stand."""
+    """Refused conversations by class of reasons: how many there are of each, and where the first of them stand."""
 
     counts: dict[str, int] = field(default_factory=dict)
     examples: dict[str, list[str]] = field(default_factory=dict)
@@ -101,26 +103,30 @@ class Refusals:
         if len(named) < EXAMPLES:
             named.append(words)
 
-    def merge(self, other: "Refusals") -> None:
-        """Those of another source, too."""
-        for reason, count in other.counts.items():
-            self.counts[reason] = self.counts.get(reason, 0) + count
-            named = self.examples.setdefault(reason, [])
-            named += other.examples[reason][: EXAMPLES - len(named)]
+    @classmethod
+    def together(cls, all_of: Iterable["Refusals"]) -> "Refusals":
+        """The refusals of several sources."""
+        whole = cls()
+        for refusals in all_of:
+            for reason, count in refusals.counts.items():
+                whole.counts[reason] = whole.counts.get(reason, 0) + count
+                named = whole.examples.setdefault(reason, [])
+                named += refusals.examples[reason][: EXAMPLES - len(named)]
+        return whole
 
     @property
     def total(self) -> int:
         return sum(self.counts.values())
 
     def lines(self) -> list[str]:
-        """A line a class, the largest first, and its examples."""
-        made = []
+        """A line for each class, the largest first, and its examples."""
+        lines = []
         for reason, count in sorted(self.counts.items(), key=lambda item: (-item[1], item[0])):
-            made.append(f"{count:>6}  {reason}")
-            made += [f"        {words}" for words in self.examples[reason]]
+            lines.append(f"{count:>6}  {reason}")
+            lines += [f"        {words}" for words in self.examples[reason]]
             if count > len(self.examples[reason]):
-                made.append("        ...")
-        return made
+                lines.append("        ...")
+        return lines
 
 
 class Refused(ValueError):
@@ -133,11 +139,17 @@ class Refused(ValueError):
 
 
 class Intake:
-    """Conversations of a source, encoded one after the other, in order; iterate over it once.
+    """The conversations of a source, encoded one after the other, in order; iterate over it once.
 
-    `then` makes of an Item what is given out, in the worker, so that only this is sent back. The number of `workers`
-    (processes; 0: none) changes nothing but the time; `pool` is them, where several sources share what `start_workers`
-    started. `limit`: the most conversations to read.
+    Args:
+        source: A file, a folder, a data set's name, or entries.
+        encoder: What makes layouts of conversations.
+        split: Of a data set.
+        skip_invalid: Go on without conversations that are refused, unless all are.
+        limit: The most conversations to read.
+        workers: Processes that encode; 0 for none but this one. Their number changes nothing but the time.
+        then: Makes of an `Item` what is given out; in the worker, so that only this is sent back.
+        pool: The workers, where several sources share what `start_workers` started.
     """
 
     def __init__(
@@ -162,12 +174,12 @@ class Intake:
         self.format: str | None = encoder.format
 
     def __iter__(self) -> Iterator[Any]:
-        for refused, found in self._encoded():
+        for refused, taken in self._encoded():
             self.n_read += 1
             if refused:
-                self.refusals.add(*found)
+                self.refusals.add(*taken)
             elif not self.refusals.total or self.skip_invalid:
-                yield found
+                yield taken
         if self.refusals.total and (not self.skip_invalid or self.refusals.total == self.n_read):
             raise Refused(self.refusals, self.n_read)
 
@@ -179,36 +191,36 @@ class Intake:
             with start_workers(self.workers, self.encoder, self.then) as pool:
                 yield from _in_processes(pool, self.workers, read)
         else:
-            yield from (_take(self.encoder, self.then, found) for found in read)
+            yield from (_take(self.encoder, self.then, conversation) for conversation in read)
 
     def _read(self) -> Iterator[Conversation | BadInput]:
-        for found in read_all(self.source, self.encoder.format, self.split):
-            if isinstance(found, Conversation):
-                self.format = self.format or found.format
-            yield found
+        for conversation in read_all(self.source, self.encoder.format, self.split):
+            if isinstance(conversation, Conversation):
+                self.format = self.format or conversation.format
+            yield conversation
 
 
 def _take(
-    encoder: EntryEncoder, then: Callable[[Item], Any] | None, found: Conversation | BadInput
+    encoder: EntryEncoder, then: Callable[[Item], Any] | None, conversation: Conversation | BadInput
 ) -> tuple[bool, Any]:
-    """(False, what was made of it), or (True, (class of reasons, words))."""
+    """(False, what `then` makes of the Item), or where it is refused (True, (class of reasons, words))."""
     start = time.perf_counter()
     try:
-        if isinstance(found, BadInput):
-            raise found
-        encoded = encoder.encoded(found)
-        item = Item(found, encoded, _laid_out(encoded, found), time.perf_counter() - start)
+        if isinstance(conversation, BadInput):
+            raise conversation
+        encoded = encoder.encoded(conversation)
+        item = Item(conversation, encoded, _laid_out(encoded, conversation), time.perf_counter() - start)
     except ConversationError as error:
-        where = "" if isinstance(found, BadInput) else f"{found.where}: "
+        where = "" if isinstance(conversation, BadInput) else f"{conversation.where}: "
         return True, (error.reason, f"{where}{error}")
     return False, item if then is None else then(item)
 
 
-def _laid_out(encoded: Encoded, found: Conversation) -> Layout:
+def _laid_out(encoded: Encoded, conversation: Conversation) -> Layout:
     try:
         return lay_out(encoded.samples)
     except ValueError as error:
-        if found.samples is None:
+        if conversation.samples is None:
             raise  # samples that we have made
         raise BadInput(str(error)) from error
 
@@ -216,20 +228,21 @@ def _laid_out(encoded: Encoded, found: Conversation) -> Layout:
 def start_workers(
     workers: int, encoder: EntryEncoder, then: Callable[[Item], Any] | None = None
 ) -> ProcessPoolExecutor:
-    """Processes for Intakes with this encoder and `then`. They take seconds to start, so several may share them."""
+    """Processes for Intakes with this encoder and `then`. They take seconds to start, so several Intakes may share
+    them."""
     context = multiprocessing.get_context("spawn")  # a fork would inherit torch's and the tokenizer's threads
     return ProcessPoolExecutor(workers, context, _begin, (encoder, then))
 
 
 def _in_processes(pool: ProcessPoolExecutor, workers: int, read: Iterator[Any]) -> Iterator[tuple[bool, Any]]:
-    """The same in order from processes of their own, no more than a few chunks ahead of who asks."""
+    """What `_take` gives, in order, from processes of their own, which are only a few chunks ahead of who asks."""
     chunks = iter(lambda: list(itertools.islice(read, CHUNK)), [])
     waiting = deque(pool.submit(_take_each, chunk) for chunk in itertools.islice(chunks, 4 * workers))
     try:
         while waiting:
             yield from waiting.popleft().result()
             waiting.extend(pool.submit(_take_each, chunk) for chunk in itertools.islice(chunks, 1))
-    finally:  # who stops early need not wait for all that
+    finally:  # whoever stops early need not wait for all chunks
         for future in waiting:
             future.cancel()
 
@@ -246,4 +259,4 @@ def _begin(encoder: EntryEncoder, then: Callable[[Item], Any] | None) -> None:
 
 
 def _take_each(chunk: list[Any]) -> list[tuple[bool, Any]]:
-    return [_step(found) for found in chunk]
+    return [_step(conversation) for conversation in chunk]

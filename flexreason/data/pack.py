@@ -2,8 +2,8 @@
 
 A row begins with one of the pool at random, and is filled up with the longest that still fits, and again, until
 nothing does. With a pool of some hundreds there is nearly always one that fits well. Documents are known here by
-number and length only, so that a state is small, a pool of a stream is bounded, and a row of the same stream and
-seed is always the same.
+number and length only. The pool of a stream is bounded, and the same stream and seed always give the same rows, so that
+the number of a row is all that a run needs to go on from it.
 
 >>> packer = Packer(10, pool=4, seed=0)
 >>> rows = [row for number, size in enumerate([7, 3, 5, 4, 6, 1, 2, 9]) for row in packer.add(number, size)]
@@ -13,13 +13,18 @@ seed is always the same.
 
 import random
 from collections.abc import Iterable, Iterator
-from typing import Any
 
 POOL = 1024
 
 
 class Packer:
-    """Documents in, rows out; `state_dict` and `load_state_dict` to go on later as if nothing had been."""
+    """Documents in, rows out.
+
+    Args:
+        length: Tokens of a row.
+        pool: Documents that wait, at most; when there are so many, a row is made.
+        seed: Of the draw that each row begins with.
+    """
 
     def __init__(self, length: int, *, pool: int = POOL, seed: int = 0) -> None:
         if length < 1 or pool < 1:
@@ -28,12 +33,12 @@ class Packer:
         self.draw = random.Random(seed)
         self.waiting: list[int] = []  # numbers, in no order
         self.at: dict[int, int] = {}  # where a number stands among these
-        self.of_size: dict[int, list[int]] = {}  # numbers by size
-        self.sizes = 0  # bit s: something of size s is waiting
         self.size_of: dict[int, int] = {}
+        self.of_size: dict[int, list[int]] = {}  # the other way round
+        self.sizes = 0  # bit s: something of size s is waiting
 
     def add(self, number: int, size: int) -> Iterator[list[int]]:
-        """One more document; and a row, if with it the pool is full."""
+        """Add a document; gives a row if the pool is full with it."""
         if not 1 <= size <= self.length:
             raise ValueError(
                 f"Packer: document {number} has {size} tokens, and a row {self.length}; split it first (fr.split)"
@@ -49,7 +54,7 @@ class Packer:
             yield self._row()
 
     def flush(self) -> Iterator[list[int]]:
-        """Rows of all that is waiting still."""
+        """Rows of all documents that still wait."""
         while self.waiting:
             yield self._row()
 
@@ -69,7 +74,7 @@ class Packer:
         return row
 
     def _take(self, number: int) -> int:
-        """Out of the pool; its size."""
+        """Take a document out of the pool; its size."""
         last = self.waiting.pop()
         at = self.at.pop(number)
         if last != number:
@@ -81,26 +86,3 @@ class Packer:
             del self.of_size[size]
             self.sizes &= ~(1 << size)
         return size
-
-    def state_dict(self) -> dict[str, Any]:
-        """Plain lists, for JSON."""
-        version, state, gauss = self.draw.getstate()
-        return {
-            "length": self.length,
-            "waiting": [[number, self.size_of[number]] for number in self.waiting],
-            "of_size": [number for numbers in self.of_size.values() for number in numbers],
-            "draw": [version, list(state), gauss],
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        if state["length"] != self.length:
-            raise ValueError(f"Packer: the state is of rows of {state['length']}, and these have {self.length}")
-        version, numbers, gauss = state["draw"]
-        self.draw.setstate((version, tuple(numbers), gauss))
-        self.waiting = [number for number, _ in state["waiting"]]
-        self.at = {number: at for at, number in enumerate(self.waiting)}
-        self.size_of = dict(state["waiting"])
-        self.of_size, self.sizes = {}, 0
-        for number in state["of_size"]:
-            self.of_size.setdefault(self.size_of[number], []).append(number)
-            self.sizes |= 1 << self.size_of[number]

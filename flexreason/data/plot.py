@@ -17,7 +17,7 @@ DARK, LIGHT, WARN = "#1f4e79", "#9db8d2", "#b03a2e"
 
 
 def plot(summary: Summary, path: Path) -> None:
-    """Three panels in one PNG, PDF or SVG, as the name ends."""
+    """Draw three panels into one file; its name ends in .png, .pdf or .svg."""
     figure = Figure(figsize=(15, 4.6), layout="constrained")
     left, middle, right = figure.subplots(1, 3)
     _tokens(figure, left, summary)
@@ -96,12 +96,12 @@ def _speed_up(axes: Any, summary: Summary) -> None:
 
 
 def _width(at: int) -> int:
-    """How many numbers fall into the bin that begins here."""
+    """How many numbers fall into the bin that begins at a number."""
     return 1 << max(0, at.bit_length() - 4)
 
 
 def _middle(at: int) -> float:
-    """Where a bin has its middle on an axis."""
+    """The middle of a bin on an axis."""
     return at + _width(at) / 2
 
 

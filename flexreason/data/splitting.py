@@ -1,14 +1,14 @@
 """A tree that is longer than a row, as several trees that are not: every target once, with its whole history.
 
-Nothing is cut off. Samples are dealt out to parts, and a part stores what its samples see; what samples in
-different parts share is stored, and computed, once in each. Which samples go together is chosen so that this is as
-little as can be: up to `EXACTLY` samples by trying every way, above that by the best way that keeps neighbours
-in storage together, which is where the shared tokens are.
+Nothing is cut off. Samples are dealt out to parts, and a part stores the tokens that its samples see. So tokens that
+samples in different parts share are stored, and computed, once in each part. Samples go together so that these are as
+few as can be: up to `EXACTLY` samples every way is tried; above that, neighbours in storage stay together, since they
+share most tokens, and the best cuts between them are taken.
 
 >>> import flexreason as fr
 >>> layout = fr.lay_out_turns([([1, 2], [10, 11], [20]), ([3], [12], [21]), ([4], [13, 14], [22])])
->>> found = split(layout, 8)
->>> [len(part) for part in found.parts], found.turns, found.recomputed
+>>> parts = split(layout, 8)
+>>> [len(part) for part in parts.parts], parts.turns, parts.recomputed
 ([8, 7], [[2], [0, 1]], 4)
 
 Shapes: S tokens, T targets, N samples.
@@ -31,7 +31,7 @@ TOO_LONG = ("refuse", "drop")
 
 @dataclass(frozen=True)
 class Split:
-    """Parts of a layout, and which of its samples each one has."""
+    """The parts of a layout, and which of its samples each part has."""
 
     parts: list[Layout]
     turns: list[list[int]]  # of the whole, in the order in which the part counts them
@@ -40,7 +40,10 @@ class Split:
 
 
 def split(layout: Layout, length: int, *, too_long: str = "refuse") -> Split:
-    """Parts of at most `length` tokens. A sample that is longer by itself is refused, or with "drop" left out."""
+    """Split a layout into parts of at most `length` tokens.
+
+    A sample that is longer by itself is refused, or with `too_long="drop"` left out.
+    """
     if too_long not in TOO_LONG:
         raise ValueError(f"split: too_long: expected one of {', '.join(map(repr, TOO_LONG))}, found {too_long!r}")
     if len(layout) <= length:
@@ -64,11 +67,12 @@ def split(layout: Layout, length: int, *, too_long: str = "refuse") -> Split:
 
 
 def in_storage(layout: Layout) -> tuple[dict[int, int], list[int], list[int]]:
-    """Samples in storage order: turn -> last token that predicts; tokens each needs; tokens neighbours share."""
-    found: dict[int, int] = {}
+    """The samples in storage order: {turn: its last token that predicts}; the tokens that each needs; and the tokens
+    that each shares with the next."""
+    by_turn: dict[int, int] = {}
     for source, turn in zip(layout.target_source.tolist(), layout.target_turn.tolist(), strict=True):
-        found[turn] = max(found.get(turn, 0), source)
-    last = dict(sorted(found.items(), key=lambda item: item[1]))
+        by_turn[turn] = max(by_turn.get(turn, 0), source)
+    last = dict(sorted(by_turn.items(), key=lambda item: item[1]))
     at = list(last.values())
     sizes = [int(layout.position_ids[i]) + 1 for i in at]
     shared = [int((layout.until[: a + 1] > b).sum()) for a, b in pairwise(at)]
@@ -103,6 +107,7 @@ def _deal(together: _Together, length: int) -> list[list[int]]:
 
 
 def _every_way(together: _Together, length: int) -> list[list[int]]:
+    """The best of all ways. Sets of samples are numbers here: bit k stands for sample k."""
     n = len(together)
     tokens = [0] * 2**n
     for group in range(1, 2**n):
@@ -111,20 +116,20 @@ def _every_way(together: _Together, length: int) -> list[list[int]]:
         tokens[group] = together.joined(tokens[rest], rest.bit_length() - 1 if rest else None, number)
     best: list[tuple[int, int]] = [(0, 0)] * 2**n  # (tokens, the group that the lowest sample is in)
     for some in range(1, 2**n):
-        lowest, found = some & -some, None
+        lowest, least = some & -some, None
         others = some & ~lowest
         choice = others
         while True:
             group = choice | lowest
             if tokens[group] <= length:
                 cost = tokens[group] + best[some & ~group][0]
-                if found is None or cost < found[0]:
-                    found = (cost, group)
+                if least is None or cost < least[0]:
+                    least = (cost, group)
             if not choice:
                 break
             choice = (choice - 1) & others
-        assert found is not None  # a sample alone fits
-        best[some] = found
+        assert least is not None  # a sample alone fits
+        best[some] = least
     groups, some = [], 2**n - 1
     while some:
         group = best[some][1]
@@ -137,17 +142,17 @@ def _neighbours(together: _Together, length: int) -> list[list[int]]:
     """The best cuts between neighbours, and then groups joined wherever two fit into one row."""
     best: list[tuple[int, int]] = [(0, 0)]  # for the first k samples: (tokens, where the last group begins)
     for stop in range(1, len(together) + 1):
-        tokens, found = 0, None
+        tokens, least = 0, None
         for start in range(stop - 1, -1, -1):
             after = None if start == stop - 1 else start + 1
             tokens = together.sizes[start] if after is None else tokens + together.sizes[start] - together.shared[start]
             if tokens > length:
                 break
             cost = best[start][0] + tokens
-            if found is None or cost < found[0]:
-                found = (cost, start)
-        assert found is not None
-        best.append(found)
+            if least is None or cost < least[0]:
+                least = (cost, start)
+        assert least is not None
+        best.append(least)
     groups, stop = [], len(together)
     while stop:
         start = best[stop][1]
@@ -157,6 +162,8 @@ def _neighbours(together: _Together, length: int) -> list[list[int]]:
 
 
 def _joined(together: _Together, groups: list[list[int]], length: int) -> list[list[int]]:
+    """Groups joined two by two, those first that save most tokens, until no two fit into one row."""
+
     def size(group: list[int]) -> int:
         tokens, before = 0, None
         for number in sorted(group):

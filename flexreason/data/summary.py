@@ -1,4 +1,4 @@
-"""A data set in figures: those of its conversations added up one by one, in memory that does not grow with them.
+"""The figures of all conversations of a data set, added up one by one, in memory that does not grow with them.
 
 >>> summary = Summary(16384)
 >>> summary.add(Figures("line 1", "messages", 2, 2, 30, 300, 20, 150, 8, 4, 18, [20], [0], 150, [], {"rendered": 2}))
@@ -12,16 +12,21 @@ from collections.abc import Iterator
 from typing import Any
 
 from flexreason.chat.encode import REMARKS
-from flexreason.data.figures import Figures
+from flexreason.data.figures import SIZES, Amount, Figures, Shape
 from flexreason.data.pack import Packer
-from flexreason.data.work import SIZES, Amount, Shape
 
 EXAMPLES = 5
 """Samples longer than a row that are named."""
 
 
 def bin_of(n: int) -> int:
-    """The bin that a number falls into, by its least: one a number below 16, eight from there to its double."""
+    """The bin that a number falls into, named by the least number in it.
+
+    Below 16 each number has a bin of its own; above, there are eight bins from any power of two to its double.
+
+    >>> [bin_of(n) for n in (15, 16, 17, 18, 100)]
+    [15, 16, 16, 18, 96]
+    """
     shift = max(0, n.bit_length() - 4)
     return n >> shift << shift
 
@@ -49,22 +54,22 @@ class Fill:
         self.recomputed += self.last[1]
 
     def flushed(self) -> "Fill":
-        """With rows of what is waiting still; this one is left as it is."""
-        made = copy.deepcopy(self)
-        for row in made.packer.flush():
-            made._take(row)
-        return made
+        """A copy in which what still waits has become rows."""
+        whole = copy.deepcopy(self)
+        for row in whole.packer.flush():
+            whole._take(row)
+        return whole
 
     @property
     def full(self) -> float | None:
-        """How full rows are, the last one aside and recomputed tokens not counted; None for one row."""
+        """How full rows are, without the last one and without recomputed tokens; None if there is one row only."""
         if self.n < 2:
             return None
         return (self.tokens - self.last[0] - self.recomputed + self.last[1]) / (self.length * (self.n - 1))
 
     @property
     def with_recomputed(self) -> float | None:
-        """The same, recomputed tokens counted."""
+        """The same with recomputed tokens."""
         return None if self.n < 2 else (self.tokens - self.last[0]) / (self.length * (self.n - 1))
 
     @property
@@ -73,7 +78,12 @@ class Fill:
 
 
 class Summary:
-    """Figures added up. `shape`: the model whose work is counted; without it some usual sizes."""
+    """Figures added up.
+
+    Args:
+        length: Tokens of a row.
+        shape: The model whose work is counted; without it some usual sizes.
+    """
 
     def __init__(self, length: int, shape: Shape | None = None) -> None:
         self.length, self.shapes = length, SIZES if shape is None else [shape]
@@ -140,7 +150,7 @@ class Summary:
         return self._fill.flushed()
 
     def work(self) -> Iterator[tuple[Shape, int, int]]:
-        """By model: operations of the N samples, and of one pass over the same."""
+        """For each model, the operations of the N samples, and of one pass over the same."""
         for shape in self.shapes:
             yield shape, shape.work(self.one_by_one), shape.work(self.one_pass)
 
@@ -185,7 +195,7 @@ class Summary:
         return "\n".join(self.lines())
 
     def lines(self) -> list[str]:
-        """Everything in words, a line a thing."""
+        """Everything in words, with a line for each thing."""
         work = ["", *self._about_work()] if self.one_pass.tokens else []
         return [*self._about(), *self._about_rows(), *work]
 
@@ -198,12 +208,12 @@ class Summary:
         yield _line("tokens in samples", f"{self.in_samples.tokens:,}")
         yield _line("tokens in trees", f"{self.in_trees.tokens:,}; samples have {self.ratio:.2f} times as many")
         yield _line("targets", f"{self.targets:,}: {_share(self.reasoning, self.targets)} reasoning, the rest response")
-        if given := self.how["given"]:
-            yield _line("", f"of {given:,} tokenized samples it is not known which is which: all count as response")
+        if tokenized := self.how["given"]:
+            yield _line("", f"of {tokenized:,} tokenized samples it is not known which is which: all count as response")
         yield _line("longest sample", f"{self.longest_sample[0]:,} tokens ({self.longest_sample[1]})")
         yield _line("longest tree", f"{self.longest_tree[0]:,} tokens ({self.longest_tree[1]})")
-        found = ", ".join(f"{n:,} {kind}" for kind, n in self.how.most_common())
-        yield _line("turns were found", f"{found or 'none'} (docs/templates.md)")
+        ways = ", ".join(f"{n:,} {kind}" for kind, n in self.how.most_common())
+        yield _line("turns were found", f"{ways or 'none'} (docs/templates.md)")
         if off := self.how["thinking off"]:
             yield _line("warning", f"thinking off in {_some(off, 'turn')}: {REMARKS['thinking off']}")
 

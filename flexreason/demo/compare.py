@@ -1,11 +1,12 @@
 """`flexreason demo --compare`: four ways to train, at equal steps on equal conversations, from the same weights.
 
-Each is asked the same: to answer as at inference, where reasoning is gone from the history. And the loss of each is
-that on the true samples of the held-out conversations.
+Each model is then asked the same: to answer as at inference, where reasoning is gone from the history. And the loss of
+each is taken on the true samples of the held-out conversations.
 """
 
 import json
 import time
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -13,67 +14,85 @@ import torch
 
 import flexreason as fr
 from flexreason.demo import answers, material
-from flexreason.demo.fit import fit, start
-from flexreason.demo.telling import Say, watched
-from flexreason.demo.ways import LAST_TURN, LEAKING, N_SAMPLES, SINGLE_PASS, Way
+from flexreason.demo.ways import LAST_TURN, LEAKING, N_SAMPLES, SINGLE_PASS, Step, Way, fit
 from flexreason.tree.draw import draw_table
+
+Say = Callable[[str], None]
 
 FIRST = 10
 """Steps over which two ways that are the same stay together; later, training makes rounding larger."""
+
+EVERY = 5.0
+"""Seconds between two lines of progress."""
 
 WAYS = (SINGLE_PASS, N_SAMPLES, LAST_TURN, LEAKING)
 
 
 def compare(out: Path, steps: int, held_out: int, seed: int, device: str, say: Say) -> dict[str, Any]:
-    """All ways one after the other, and a table of what they gave."""
+    """Train in all ways, one after the other, and draw a table of what they gave."""
     started = time.perf_counter()
     data = material.make(steps, held_out, seed)
     material.save(out, data)
     say(f"Four ways to train, {steps} steps each on the same conversations, from the same weights")
-    found = {way.name: _one(way, data, out, steps, seed, device, say) for way in WAYS}
-    rows = [
+    results = {way.name: _result(way, data, out, steps, seed, device, say) for way in WAYS}
+    lines = [
         [
             name,
-            f"{one['right'] / one['asked']:.1%}",
-            f"{one['held_out_loss']:.4f}",
-            f"{one['train_s']:.0f} s",
-            f"{one['targets'] / steps:.0f}",
+            f"{result['right'] / result['asked']:.1%}",
+            f"{result['held_out_loss']:.4f}",
+            f"{result['train_s']:.0f} s",
+            f"{result['targets'] / steps:.0f}",
         ]
-        for name, one in found.items()
+        for name, result in results.items()
     ]
-    say("\n" + draw_table([["", "held-out answers right", "held-out loss", "training", "targets a step"], *rows]))
-    apart = [
-        abs(a / b - 1) for a, b in zip(found[SINGLE_PASS.name]["losses"], found[N_SAMPLES.name]["losses"], strict=True)
-    ]
+    say("\n" + draw_table([["", "held-out answers right", "held-out loss", "training", "targets a step"], *lines]))
+    pairs = zip(results[SINGLE_PASS.name]["losses"], results[N_SAMPLES.name]["losses"], strict=True)
+    apart = [abs(single / samples - 1) for single, samples in pairs]
     say(
         f"\nSingle pass and N samples, step by step: losses apart by at most {max(apart[:FIRST]):.0e} over the first "
         f"{min(FIRST, steps)} steps, {max(apart):.0e} over all"
     )
     whole_s = time.perf_counter() - started
     say(f"\n{whole_s:.0f} s in all; {out / 'compare.json'} has these figures")
-    made = {"seed": seed, "steps": steps, "device": device, "ways": found, "apart": apart, "whole_s": whole_s}
-    (out / "compare.json").write_text(json.dumps(made, indent=1) + "\n")
-    return made
+    figures = {"seed": seed, "steps": steps, "device": device, "ways": results, "apart": apart, "whole_s": whole_s}
+    (out / "compare.json").write_text(json.dumps(figures, indent=1) + "\n")
+    return figures
 
 
-def _one(way: Way, data: material.Material, out: Path, steps: int, seed: int, device: str, say: Say) -> dict[str, Any]:
-    """A model trained in one way, and what it can do."""
+def _result(
+    way: Way, data: material.Material, out: Path, steps: int, seed: int, device: str, say: Say
+) -> dict[str, Any]:
+    """Train a model in one way; what it can do, and what it took."""
     say(f"\n{way.name}: {way.words}\n")
-    batches, model = data.batches(way, steps, seed), start(out, seed, device)
-    done = watched(fit(model, way, batches), steps, say)
+    batches, model = data.batches(steps, seed, **way.options), material.start(out, seed, device)
+    done = _watched(fit(model, way, batches), steps, say)
     right, asked = answers.right(answers.answer(model, data.tokenizer, data.held_out), data.held_out)
     say(f"  {right} of {asked} held-out answers right")
     return {
         "right": right,
         "asked": asked,
-        "held_out_loss": held_out_loss(model, data),
+        "held_out_loss": _held_out_loss(model, data),
         "train_s": sum(step.seconds for step in done),
         "targets": sum(len(layout.target_ids) for layouts in batches for layout in layouts),
         "losses": [step.loss for step in done],
     }
 
 
-def held_out_loss(model: Any, data: material.Material) -> float:
+def _watched(training: Iterable[Step], steps: int, say: Say) -> list[Step]:
+    """All steps of a training, with a line now and then, and one for the last."""
+    done: list[Step] = []
+    started = told = time.perf_counter()
+    for step in training:
+        done.append(step)
+        now = time.perf_counter()
+        if len(done) == 1 or now - told >= EVERY:
+            say(f"  step {len(done):>4} of {steps}   loss {step.loss:7.4f}   {now - started:4.0f} s")
+            told = now
+    say(f"  done {len(done):>4} of {steps}   loss {done[-1].loss:7.4f}   {time.perf_counter() - started:4.0f} s")
+    return done
+
+
+def _held_out_loss(model: Any, data: material.Material) -> float:
     """The mean over all targets of the held-out conversations' samples, with the history that inference sees."""
     layouts = [fr.encode(messages, data.tokenizer) for messages in data.held_out]
     row = {key: value.to(model.device) for key, value in fr.collate(layouts).items()}

@@ -1,4 +1,17 @@
-"""What is trained on: conversations, a tokenizer, a model's config; and which conversations share a step's row."""
+"""What is trained on: conversations, a tokenizer, a model's config; and which conversations share a step's row.
+
+The tokenizer is made on the spot: a token for each byte, and tokens for who speaks, who has ended and who thinks. Its
+template does what those of reasoning models do: earlier answers stand in a prompt without their reasoning.
+
+>>> tokenizer = make_tokenizer()
+>>> messages = [
+...     {"role": "user", "content": "3+4?"},
+...     {"role": "assistant", "reasoning_content": "3+4", "content": "7"},
+...     {"role": "user", "content": "times 2?"},
+... ]
+>>> print(tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
+<user>3+4?<end><bot>7<end><user>times 2?<end><bot>
+"""
 
 import json
 from collections.abc import Iterable
@@ -7,9 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import flexreason as fr
-from flexreason.demo import task, tokenizer
+from flexreason.demo import task
 from flexreason.demo.task import Messages
-from flexreason.demo.ways import Way
 
 TRAIN = 2000
 """Conversations to train on, or fewer where there are not steps enough to see them."""
@@ -20,6 +32,26 @@ ROW = 512
 PER_ROW = 4
 """Conversations that fill a row, and a few more."""
 
+TEMPLATE = """
+{%- for message in messages %}
+  {%- if message.role == "user" %}
+    {{- "<user>" + message.content + "<end>" }}
+  {%- elif message.role == "assistant" %}
+    {{- "<bot>" }}
+    {%- if message.reasoning_content and (loop.last or preserve_thinking) %}
+      {{- "<think>" + message.reasoning_content + "</think>" }}
+    {%- endif %}
+    {{- message.content + "<end>" }}
+  {%- else %}
+    {{- raise_exception("there are only user and assistant here") }}
+  {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ "<bot>" }}{% endif %}"""
+
+END, PAD = "<end>", "<pad>"
+
+SPEAKERS, THINK = ("<user>", "<bot>"), ("<think>", "</think>")
+
 
 @dataclass(frozen=True)
 class Material:
@@ -29,17 +61,33 @@ class Material:
     train: list[Messages]
     held_out: list[Messages]
 
-    def batches(self, way: Way, steps: int, seed: int) -> list[list[fr.Layout]]:
-        """The conversations of each step, as a way lays them out. They are the same for every way."""
-        some = self.train[: PER_ROW * steps]
-        trees = [fr.encode(messages, self.tokenizer) for messages in some]
+    def batches(self, steps: int, seed: int, **options: Any) -> list[list[fr.Layout]]:
+        """The layouts of each step, by options of `fr.encode`. Whatever these are, the conversations are the same."""
+        conversations = self.train[: PER_ROW * steps]
+        trees = [fr.encode(messages, self.tokenizer) for messages in conversations]
         rows = fr.Rows(trees, ROW, steps=steps, seed=seed)
-        layouts = [fr.encode(messages, self.tokenizer, **way.options) for messages in some] if way.options else trees
+        layouts = [fr.encode(messages, self.tokenizer, **options) for messages in conversations] if options else trees
         return [[layouts[number] for number in rows.documents(row)] for row in range(len(rows))]
 
 
 def make(steps: int, n_held_out: int, seed: int) -> Material:
-    return Material(tokenizer.make(), *task.make(min(TRAIN, PER_ROW * steps), n_held_out, seed))
+    return Material(make_tokenizer(), *task.make(min(TRAIN, PER_ROW * steps), n_held_out, seed))
+
+
+def make_tokenizer() -> Any:
+    """A tokenizer of transformers, with its template; `save_pretrained` saves both."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())  # one for each byte
+    bytewise = Tokenizer(models.BPE(vocab={letter: number for number, letter in enumerate(letters)}, merges=[]))
+    bytewise.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bytewise.decoder = decoders.ByteLevel()
+    for text in (PAD, END, *SPEAKERS, *THINK):  # thinking is text, and seen where special tokens are left out
+        bytewise.add_tokens([AddedToken(text, special=text not in THINK, normalized=False)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bytewise, eos_token=END, pad_token=PAD, padding_side="left", chat_template=TEMPLATE
+    )
 
 
 def save(folder: Path, material: Material) -> None:
@@ -56,7 +104,7 @@ def save_conversations(path: Path, conversations: Iterable[Messages]) -> None:
 
 
 def config(tokenizer: Any) -> Any:
-    """Of a Qwen3 with 0.8 million parameters. So narrow a model learns sooner from weights larger than the usual."""
+    """A Qwen3 with 0.8 million parameters. So narrow a model learns sooner from larger weights than usual."""
     from transformers import Qwen3Config
 
     return Qwen3Config(
@@ -75,3 +123,10 @@ def config(tokenizer: Any) -> Any:
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
+
+
+def start(folder: Path, seed: int, device: str) -> Any:
+    """The model of the saved config, with random weights: the same that `flexreason train` begins with."""
+    from flexreason.load import load_model
+
+    return load_model(str(folder / "start"), "float32", device, seed, False)[0]

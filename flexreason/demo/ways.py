@@ -2,12 +2,15 @@
 
 A way says which samples it makes of a conversation, by options of `fr.encode`, and how a step's layouts become a loss.
 The shortcuts are rows like the single pass. The N samples go through the model as anyone would send them: an ordinary
-padded batch.
+padded batch. All else is equal for all ways, in a training loop as small as can be (`fit`): AdamW, a warm-up and a
+cosine, as the demo tells `flexreason train` too.
 
 Shapes: B samples of a padded batch, S tokens of its longest.
 """
 
-from collections.abc import Callable, Sequence
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +21,11 @@ import flexreason as fr
 
 PER_BATCH = 32
 """Samples of one padded batch. They are sorted by length, so that little of it is padding."""
+
+LEARNING_RATE, BETA2, WEIGHT_DECAY, CLIP = 2e-3, 0.95, 0.01, 1.0
+
+WARM_UP = 20
+"""Steps in which the learning rate rises."""
 
 
 @dataclass(frozen=True)
@@ -44,8 +52,8 @@ def sample_by_sample(model: nn.Module, layouts: Sequence[fr.Layout]) -> float:
     samples = sorted((sample for layout in layouts for sample in fr.unmerge(layout)), key=_length)
     n_targets = sum(len(sample.target_ids) for sample in samples)
     total, device = 0.0, next(model.parameters()).device
-    for start in range(0, len(samples), PER_BATCH):
-        ids, labels = (x.to(device) for x in _padded(samples[start : start + PER_BATCH]))
+    for first in range(0, len(samples), PER_BATCH):
+        ids, labels = (x.to(device) for x in _padded(samples[first : first + PER_BATCH]))
         logits = model(input_ids=ids).logits  # causal: what is padded on the right is seen by no target
         nll = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="sum")
         loss = nll / n_targets
@@ -59,9 +67,9 @@ def _padded(samples: Sequence[fr.Sample]) -> tuple[Tensor, Tensor]:
     ids = torch.zeros(len(samples), max(map(_length, samples)), dtype=torch.int64)
     labels = torch.full_like(ids, -100)
     for number, sample in enumerate(samples):
-        length, start = _length(sample), len(sample.prompt_ids)
+        length, n_prompt = _length(sample), len(sample.prompt_ids)
         ids[number, :length] = torch.tensor([*sample.prompt_ids, *sample.target_ids])
-        labels[number, start:length] = ids[number, start:length]
+        labels[number, n_prompt:length] = ids[number, n_prompt:length]
     return ids, labels
 
 
@@ -78,3 +86,36 @@ LAST_TURN = Way("last turn only", "the last sample of each conversation", one_ro
 LEAKING = Way(
     "reasoning kept", "the conversation as it stands, reasoning and all", one_row, options={"preserve_thinking": True}
 )
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a training step gave: the loss that it started from, and how long it took."""
+
+    loss: float
+    seconds: float
+
+
+def fit(model: nn.Module, way: Way, batches: Sequence[Sequence[fr.Layout]]) -> Iterator[Step]:
+    """Train a model in one way. Each batch is a step, which is made when it is asked for."""
+    if way.rows:
+        fr.patch(model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, BETA2), weight_decay=WEIGHT_DECAY)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, len(batches)))
+    model.train()
+    for layouts in batches:
+        started = time.perf_counter()
+        loss = way.backward(model, layouts)
+        nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        yield Step(loss, time.perf_counter() - started)
+    fr.unpatch(model)
+
+
+def _rate(step: int, steps: int) -> float:
+    """The learning rate of a step, as a share of the highest: it rises, and then falls to 0 along a cosine."""
+    if step < WARM_UP:
+        return step / WARM_UP
+    return 0.5 + 0.5 * math.cos(math.pi * (step - WARM_UP) / max(1, steps - WARM_UP))

@@ -1,8 +1,8 @@
-"""Data that do not come out even over several ranks: filled up with nothing.
+"""Data whose number is no multiple of the ranks' batches: they are filled up with items that are nothing.
 
-All ranks take equally many batches of equally many items. accelerate makes up what is missing by giving out the first
-items again, which are then trained on twice. Here it finds nothing missing: behind the data come items that are none,
-and a batch of none is an empty row, which adds nothing.
+All ranks must take equally many batches of equally many items. Where items are missing, accelerate gives out the first
+ones again, which are then trained on twice. Here none are missing, since `Nothing` comes behind the data, and a batch
+of it is an empty row, which adds nothing to a loss or a gradient.
 """
 
 from collections.abc import Callable, Iterator
@@ -16,11 +16,11 @@ from flexreason.tree.row import Row, collate
 
 
 class Nothing:
-    """An item that is none."""
+    """The item that stands for no item."""
 
 
 class Filled(Dataset):
-    """Data of a length, and nothing behind them, up to a multiple."""
+    """A list of data, with `Nothing` behind it up to a multiple."""
 
     def __init__(self, data: Any, multiple: int) -> None:
         self.data, self.n = data, len(data)
@@ -35,7 +35,8 @@ class Filled(Dataset):
         return self.data[number] if number < self.n else Nothing()
 
     def sampler(self, of_data: Sampler | None) -> Any:
-        """What a sampler of the data is, for these. Nothing is shuffled among them, or comes last."""
+        """The sampler for these data. A sampler that accelerate shuffles anew has `Nothing` anywhere among the items;
+        otherwise it comes last."""
         if isinstance(of_data, RandomSampler):  # which accelerate knows, and makes the same on all ranks
             of_data.data_source = self
             return of_data
@@ -55,7 +56,7 @@ class _Then(Sampler):
 
 
 class FilledStream(IterableDataset):
-    """The same for data that come one after the other."""
+    """A stream of data, with `Nothing` behind it up to a multiple."""
 
     def __init__(self, data: Any, multiple: int) -> None:
         self.data, self.multiple = data, multiple
@@ -77,7 +78,10 @@ class FilledStream(IterableDataset):
 
 
 class Filling:
-    """A collator that is handed only what is there. Tokens are looked at here, before rows are on a GPU."""
+    """Hands a collator the items that are not `Nothing`, and refuses tokens that the model does not have.
+
+    Tokens are looked at here because rows are on the CPU still; on a GPU it would make every step wait.
+    """
 
     def __init__(self, collator: Callable[[list[Any]], Row], vocabulary: int | None) -> None:
         self.collator, self.vocabulary = collator, vocabulary

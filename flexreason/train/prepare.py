@@ -1,38 +1,35 @@
 """The data of a run, encoded once and kept on disk: what training reads, and what a later run finds again.
 
-Everything that could change the outcome goes into one key: what stands in the files, the tokenizer with its template,
-the options, the length of rows, the versions. The same key means the same documents, so nothing is encoded twice, and
-a run that goes on knows whether its data are still those that it began with.
+Everything that could change a document goes into one key (`record.key_of`), which names the folder. So nothing is
+encoded twice, and a run that goes on knows whether its data are still those that it began with.
 """
 
-import hashlib
 import json
 import os
 import random
 import time
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import transformers
 from tqdm import tqdm
 
-import flexreason
 from flexreason.data import splitting
 from flexreason.data.documents import Documents, write_documents
 from flexreason.data.figures import Figures, figures_of
 from flexreason.data.files import count_entries
 from flexreason.data.intake import EntryEncoder, Intake, Item, Refusals
+from flexreason.train.record import content_hash, key_of, write_whole
 from flexreason.tree.layout import Layout
 
 WAIT = 0.2
 """Seconds between looks for what another process prepares."""
 
 AT_MOST = 900.0
-"""Seconds until it must have begun."""
+"""Seconds until that process must have begun."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +38,7 @@ class Prepared:
 
     folder: Path
     key: str
-    sources: dict[str, str]  # each with the hash of what stands in it
+    sources: dict[str, str]  # each with the hash of its content
     conversations: int  # that were read
     documents: int
     formats: list[str]
@@ -54,7 +51,7 @@ class Prepared:
         return self.folder / "documents.arrow"
 
     def figures(self) -> Iterator[Figures]:
-        """Of every conversation that was taken, in order."""
+        """The figures of every conversation that was taken, in order."""
         with (self.folder / "figures.jsonl").open() as file:
             for line in file:
                 yield Figures.from_dict(json.loads(line))
@@ -72,59 +69,60 @@ def prepare(
     workers: int = 0,
     rank: int = 0,
 ) -> Prepared:
-    """Encode all sources into a folder of its own below `folder`, or find that this was done.
+    """Encode all sources into a folder of their own below `folder`, or find that this was done.
 
-    Rank 0 does it, the others wait for what appears: that may take hours, and no barrier of a process group does.
+    Rank 0 encodes. The others wait until the last file appears: that may take hours, and no barrier of a process group
+    waits for so long.
     """
     hashes = {source: content_hash(source) for source in sources}
-    key = key_of(hashes, encoder, length, split, too_long, skip_invalid)
+    how: dict[str, Any] = {"split": split, "length": length, "too_long": too_long, "skip_invalid": skip_invalid}
+    key = key_of(hashes, encoder, how)
     path, start = folder / key, time.monotonic()
     while not (path / "prepared.json").exists():
         if rank == 0:
-            _encode(path, hashes, key, encoder, length, split, too_long, skip_invalid, workers)
+            _encode(path, hashes, encoder, workers, **how)
         elif not path.exists() and time.monotonic() > start + AT_MOST:
             raise ValueError(f"output: no sign of the first process in {path}; all processes must share this folder")
         else:
             time.sleep(WAIT)
-    found = json.loads((path / "prepared.json").read_text())
-    return Prepared(**{**found, "folder": path, "refusals": Refusals(**found["refusals"])})
+    prepared = json.loads((path / "prepared.json").read_text())
+    return Prepared(**{**prepared, "folder": path, "refusals": Refusals(**prepared["refusals"])})
 
 
 def _encode(
     path: Path,
-    hashes: dict[str, str],
-    key: str,
+    hashes: Mapping[str, str],
     encoder: EntryEncoder,
+    workers: int,
+    *,
     length: int,
     split: str,
     too_long: str,
     skip_invalid: bool,
-    workers: int,
 ) -> None:
+    """Write the documents and the figures, and last `prepared.json`, which declares them whole."""
     path.mkdir(parents=True, exist_ok=True)
-    refusals, read, largest = Refusals(), 0, 0
-    formats: list[str | None] = []
+    intakes: list[Intake] = []
     long: list[list[Any]] = []  # where, turn, tokens, targets
+    largest = 0
 
-    def documents(file: Any) -> Iterator[tuple[int, Layout]]:
-        nonlocal read, largest
+    def documents(figures_file: Any) -> Iterator[tuple[int, Layout]]:
+        nonlocal largest
         number = 0
         for source in hashes:
             then = partial(_parts, length)
             intake = Intake(source, encoder, split=split, skip_invalid=skip_invalid, workers=workers, then=then)
+            intakes.append(intake)
             for figures, parts in tqdm(intake, f"encoding {source}", count_entries(source), disable=None, leave=False):
-                long.extend([figures.where, *of_sample] for of_sample in figures.too_long)
-                file.write(json.dumps(figures.as_dict()) + "\n")
+                long.extend([figures.where, *sample] for sample in figures.too_long)
+                figures_file.write(json.dumps(figures.as_dict()) + "\n")
                 for part in parts:
                     largest = max(largest, int(part.input_ids.max()), int(part.target_ids.max()))
                     yield number, part
                 number += 1
-            read += intake.n_read
-            refusals.merge(intake.refusals)
-            formats.append(intake.format)
 
     with (path / "figures.jsonl").open("w") as file:
-        n = write_documents(path / "documents.arrow", documents(file))
+        n_documents = write_documents(path / "documents.arrow", documents(file))
         file.flush()
         os.fsync(file.fileno())
     if long and too_long == "refuse":
@@ -135,69 +133,32 @@ def _encode(
             + ("\n  ..." if len(long) > 5 else "")
             + f"\nUse length: {-(-longest // 128) * 128}, or too_long: drop to leave these samples out"
         )
-    if not n:
+    if not n_documents:
         raise ValueError("data: nothing is left to train on; every sample is longer than a row")
     for source, before in hashes.items():
         if content_hash(source) != before:
             raise ValueError(f"{source}: has changed while it was read")
-    found = Prepared(path, key, hashes, read, n, sorted(set(map(str, formats))), largest, len(long), refusals)
-    unfinished = path / "prepared.json.unfinished"
-    unfinished.write_text(json.dumps({**asdict(found), "folder": None}, indent=1))
-    unfinished.replace(path / "prepared.json")
+    prepared = Prepared(
+        folder=path,
+        key=path.name,
+        sources=dict(hashes),
+        conversations=sum(intake.n_read for intake in intakes),
+        documents=n_documents,
+        formats=sorted({str(intake.format) for intake in intakes}),
+        largest_id=largest,
+        left_out=len(long),
+        refusals=Refusals.together(intake.refusals for intake in intakes),
+    )
+    write_whole(path / "prepared.json", json.dumps({**asdict(prepared), "folder": None}, indent=1))
 
 
 def _parts(length: int, item: Item) -> tuple[Figures, list[Layout]]:
-    found = splitting.split(item.layout, length, too_long="drop")
-    return figures_of(item, length, found), found.parts
+    """The figures of a conversation, and its layout in parts that fit a row."""
+    parts = splitting.split(item.layout, length, too_long="drop")
+    return figures_of(item, length, parts), parts.parts
 
 
-def key_of(
-    hashes: dict[str, str], encoder: EntryEncoder, length: int, split: str, too_long: str, skip_invalid: bool
-) -> str:
-    """What names the folder of encoded data."""
-    said = {
-        "sources": list(hashes.values()),
-        "tokenizer": tokenizer_hash(encoder.tokenizer),
-        "options": repr(sorted(encoder.options.items())),
-        "format": encoder.format,
-        "turns": encoder.turns,
-        "split": split,
-        "length": length,
-        "too_long": too_long,
-        "skip_invalid": skip_invalid,
-        "versions": [flexreason.__version__, transformers.__version__],
-    }
-    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def content_hash(source: str) -> str:
-    """Of a file, or of all files of a folder; a name on the Hub stands for itself."""
-    path = Path(source)
-    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
-    if not files:
-        return f"name {source}"
-    found = hashlib.sha256()
-    for file in files:
-        found.update(f"{file.relative_to(path)}\0".encode())
-        with file.open("rb") as opened:
-            found.update(hashlib.file_digest(opened, "sha256").digest())
-    return found.hexdigest()
-
-
-def tokenizer_hash(tokenizer: Any) -> str:
-    """Of all that decides which ids a text gets, and of the template."""
-    if tokenizer is None:
-        return "none"
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    said = [
-        backend.to_str() if backend is not None else json.dumps(sorted(tokenizer.get_vocab().items())),
-        str(tokenizer.chat_template),
-        json.dumps(tokenizer.special_tokens_map, sort_keys=True, default=str),
-    ]
-    return hashlib.sha256("\0".join(said).encode()).hexdigest()
-
-
-class Some(Sequence[Layout]):
+class Subset(Sequence[Layout]):
     """Some of the documents of a file."""
 
     def __init__(self, documents: Documents, numbers: array) -> None:
@@ -214,15 +175,18 @@ class Some(Sequence[Layout]):
         return self.all.conversation(self.numbers[number])
 
 
-def choose_for_evaluation(documents: Documents, share: float, seed: int) -> tuple[Some, Some]:
-    """Documents to train on, and to evaluate on: conversations go to one or the other whole, each by a draw of its
-    own, so that appending some changes nothing for the others."""
-    chosen: tuple[array, array] = (array("q"), array("q"))
+def choose_for_evaluation(documents: Documents, share: float, seed: int) -> tuple[Subset, Subset]:
+    """Documents to train on, and documents to evaluate on.
+
+    A conversation goes to one or the other as a whole, by a draw of its own. So appending conversations to the data
+    changes nothing for the others.
+    """
+    train, evaluation = array("q"), array("q")
     for number in range(len(documents)):
         draw = random.Random(f"{seed} {documents.conversation(number)}").random()
-        chosen[draw < share].append(number)
-    if not all(chosen):
+        (evaluation if draw < share else train).append(number)
+    if not train or not evaluation:
         raise ValueError(
             f"evaluation: a share of {share} of the conversations leaves nothing to train or to evaluate on"
         )
-    return Some(documents, chosen[0]), Some(documents, chosen[1])
+    return Subset(documents, train), Subset(documents, evaluation)

@@ -1,4 +1,4 @@
-"""What happens along a run: when to save and to evaluate, what is said, and a log of every step."""
+"""What happens along a run: when it saves and evaluates, what it says, and a log of every step."""
 
 import json
 from collections.abc import Callable
@@ -12,22 +12,25 @@ from flexreason.data.rows import Rows
 from flexreason.train.settings import Settings
 
 
-class Along(TrainerCallback):
-    """Steps are counted in all of a run's epochs, which the Trainer takes for one."""
+class Progress(TrainerCallback):
+    """Steps are counted over all epochs of a run. The Trainer takes these for one epoch, since `Rows` holds them all.
+
+    Args:
+        log: The file of the log, `log.jsonl`.
+        rows: What is trained on.
+        rows_per_step: Rows of an optimizer step, on all processes.
+        settings: When to save and to evaluate.
+        say: Is given a line for people at every log.
+        first: Whether this is the first process, which alone writes and says.
+    """
 
     def __init__(
-        self,
-        log: Path,
-        rows: Rows,
-        rows_per_step: int,
-        settings: Settings,
-        say: Callable[[str], None],
-        first: bool,
+        self, log: Path, rows: Rows, rows_per_step: int, settings: Settings, say: Callable[[str], None], first: bool
     ) -> None:
         self.log, self.rows, self.rows_per_step, self.settings, self.first = log, rows, rows_per_step, settings, first
         self.say = say
-        self.last = len(rows) // rows_per_step
-        self.ends = {start // rows_per_step for start in rows.starts[1:]}
+        self.last_step = len(rows) // rows_per_step
+        self.ends_of_epochs = {start // rows_per_step for start in rows.starts[1:]}
         self.bar: Any = None
 
     def forget_after(self, step: int) -> None:
@@ -46,63 +49,66 @@ class Along(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.first:
-            self.bar = tqdm(total=self.last, initial=state.global_step, unit=" steps", disable=None, leave=False)
+            self.bar = tqdm(total=self.last_step, initial=state.global_step, unit=" steps", disable=None, leave=False)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         step = state.global_step
         state.epoch = self.rows.progress(step * self.rows_per_step)
         if self.first:
             self.bar.update(1)
-            rows = range((step - 1) * self.rows_per_step, step * self.rows_per_step)
-            documents: Any = self.rows.items
-            self._note(
-                {
-                    "step": step,
-                    "epoch": self.rows.epoch_of(rows[0]),
-                    "rows": [[documents.conversation(n) for n in self.rows.documents(row)] for row in rows],
-                }
-            )
-        at_end = step in self.ends or step == self.last
-        every = self.settings.save_every
-        control.should_save = at_end if every is None else step % every == 0 or step == self.last
-        every = self.settings.evaluate_every
+            self._log_rows(step)
+        control.should_save = self._is_due(step, self.settings.save_every)
         if self.settings.evaluation is not None:
-            control.should_evaluate = at_end if every is None else step % every == 0 or step == self.last
+            control.should_evaluate = self._is_due(step, self.settings.evaluate_every)
+
+    def _is_due(self, step: int, every: int | None) -> bool:
+        """Whether something is done after a step: every so often or, if that is not said, at the end of every epoch;
+        and always after the last step."""
+        due = step in self.ends_of_epochs if every is None else step % every == 0
+        return due or step == self.last_step
+
+    def _log_rows(self, step: int) -> None:
+        """Log which conversations the rows of a step hold."""
+        rows = range((step - 1) * self.rows_per_step, step * self.rows_per_step)
+        documents: Any = self.rows.items
+        conversations = [[documents.conversation(n) for n in self.rows.documents(row)] for row in rows]
+        self._write({"step": step, "epoch": self.rows.epoch_of(rows[0]), "rows": conversations})
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if not self.first or not logs or not {"loss", "eval_loss"} & logs.keys():
             return
-        self._note({"step": state.global_step, **logs})
-        words = _words(logs)
+        self._write({"step": state.global_step, **logs})
         if self.bar is not None and "tree_tokens_per_second" in logs:
-            tree, samples = logs["tree_tokens_per_second"], logs["sample_tokens_per_second"]
-            self.bar.set_postfix_str(f"{tree:,.0f} tokens/s, {samples:,.0f} of samples", refresh=False)
+            self.bar.set_postfix_str(_speed(logs), refresh=False)
         if self.bar is not None and not self.bar.disable:
             self.bar.clear()
-        self.say(f"step {state.global_step:>6}/{self.last}  epoch {state.epoch or 0:.2f}  {words}")
+        self.say(f"step {state.global_step:>6}/{self.last_step}  epoch {state.epoch or 0:.2f}  {_words(logs)}")
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.bar is not None:
             self.bar.close()
 
-    def _note(self, entry: dict[str, Any]) -> None:
+    def _write(self, entry: dict[str, Any]) -> None:
         with self.log.open("a") as file:
             file.write(json.dumps(entry) + "\n")
 
 
 def _words(logs: dict[str, float]) -> str:
-    said = []
+    words = []
     for prefix, name in (("", "loss"), ("eval_", "evaluation")):
         if f"{prefix}loss" in logs:
-            parts = [
+            by_role = [
                 f"{role} {logs[key]:.4f}"
                 for role in ("reasoning", "response")
                 if (key := f"{prefix}loss_{role}") in logs
             ]
-            said.append(f"{name} {logs[f'{prefix}loss']:.4f}" + (f" ({', '.join(parts)})" if parts else ""))
+            words.append(f"{name} {logs[f'{prefix}loss']:.4f}" + (f" ({', '.join(by_role)})" if by_role else ""))
     if "learning_rate" in logs:
-        said.append(f"lr {logs['learning_rate']:.1e}")
+        words.append(f"lr {logs['learning_rate']:.1e}")
     if "tree_tokens_per_second" in logs:
-        tree, samples = logs["tree_tokens_per_second"], logs["sample_tokens_per_second"]
-        said.append(f"{tree:,.0f} tokens/s, {samples:,.0f} of samples")
-    return "  ".join(said)
+        words.append(_speed(logs))
+    return "  ".join(words)
+
+
+def _speed(logs: dict[str, float]) -> str:
+    return f"{logs['tree_tokens_per_second']:,.0f} tokens/s, {logs['sample_tokens_per_second']:,.0f} of samples"

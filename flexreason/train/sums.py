@@ -1,7 +1,7 @@
-"""What a row holds, counted: for dividing a step's loss, for logs, and for evaluation.
+"""Sums over rows: they divide a step's loss, and make its logs and its evaluation.
 
 The loss of an optimizer step is the mean over all its targets, however these fall on rows, accumulated passes and
-ranks. So whoever runs passes needs the weight of all of a step's targets before the first of them:
+ranks. So a loop must know the weight of all targets of a step before its first pass:
 
     total = total_weight(rows_of_this_step)                      # over all ranks: sum it there
     model(**row, num_items_in_batch=total).loss.backward()       # for each row; times the number of ranks under DDP
@@ -9,15 +9,13 @@ ranks. So whoever runs passes needs the weight of all of a step's targets before
 Shapes: S tokens, T targets.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
-from flexreason.tree.row import IGNORED, NOBODY
+from flexreason.tree.row import IGNORED, NOBODY, Row
 from flexreason.tree.sample import Role
-
-Row = Mapping[str, Tensor]
 
 
 def total_weight(rows: Iterable[Row]) -> Tensor:
@@ -38,7 +36,7 @@ def target_roles(row: Row) -> Tensor:
 
 
 def tokens_of(row: Row) -> tuple[Tensor, Tensor]:
-    """Tokens in the row's trees, and in the samples that they stand for."""
+    """How many tokens the row's trees have, and the samples that they stand for."""
     source, turn, document = row["target_source"][0], row["target_turn"][0], row["target_document"][0]
     last = torch.ones_like(turn, dtype=torch.bool)
     last[:-1] = (turn[1:] != turn[:-1]) | (document[1:] != document[:-1])
@@ -78,18 +76,18 @@ class Sums:
         self.tokens, self.targets = everything[:2], everything[2:].view_as(self.targets)
 
     def losses(self) -> dict[str, float]:
-        """Means of nll: of all by weight, and per target by role and by turn, of those that there are."""
+        """The mean nll of all targets by weight, and the plain mean of each role and turn that has any."""
         cells = self.targets.cpu()
         by_role, by_turn = cells.sum(1), cells.sum(0)
         weight, nll = cells.sum((0, 1))[:2].tolist()
-        found = {"loss": nll / weight} if weight > 0 else {}
+        means = {"loss": nll / weight} if weight > 0 else {}
         for name, (_, _, n, nll) in zip(("reasoning", "response"), by_role.tolist(), strict=True):
             if n:
-                found[f"loss_{name}"] = nll / n
+                means[f"loss_{name}"] = nll / n
         for turn, (_, _, n, nll) in enumerate(by_turn.tolist()):
             if n:
-                found[f"loss_turn_{turn}" + ("_on" if turn == self.TURNS else "")] = nll / n
-        return found
+                means[f"loss_turn_{turn}" + ("_on" if turn == self.TURNS else "")] = nll / n
+        return means
 
     @property
     def n_targets(self) -> int:

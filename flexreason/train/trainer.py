@@ -22,12 +22,11 @@ from torch import Tensor, nn
 from torch.utils.data import IterableDataset, SequentialSampler
 from transformers import Trainer
 
-from flexreason.data.rows import Rows
-from flexreason.data.stream import RowStream
+from flexreason.data.rows import Rows, RowStream
 from flexreason.model.hooks import find_patch, find_root
 from flexreason.model.loss import REQUEST, Request
 from flexreason.model.refuse_rows import vocabulary_of
-from flexreason.train import checkpoints
+from flexreason.train import record
 from flexreason.train.filling import Filled, FilledStream, Filling
 from flexreason.train.sums import Sums, total_weight
 from flexreason.tree.row import IGNORED
@@ -40,69 +39,71 @@ class Broken(RuntimeError):
     """A run that cannot go on: the loss is no number, or a checkpoint cannot be written."""
 
 
-class RowTraining:
+Base: Any = object
+"""Stands for the trainer class behind `RowTraining`, so that a type checker takes what it has on trust."""
+
+
+class RowTraining(Base):
     """To stand before a trainer class: `class MyTrainer(RowTraining, SFTTrainer)`."""
+
+    data_collator: Any
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        me: Any = self
-        # else accelerate has one rank read streams, and cuts up what it has read: rows of different shapes
-        me.args.accelerator_config.dispatch_batches = me.accelerator.dataloader_config.dispatch_batches = False
+        # by default accelerate has one rank read streams, and cuts up what it has read: rows of different shapes
+        self.args.accelerator_config.dispatch_batches = self.accelerator.dataloader_config.dispatch_batches = False
         self._refuse()
-        if isinstance(me.train_dataset, ROWS):
-            me.args.per_device_train_batch_size = me._train_batch_size = 1
-        self.keep, me.args.save_total_limit = me.args.save_total_limit, None  # only whole checkpoints count
-        me.args.logging_nan_inf_filter = False
-        me.args.remove_unused_columns = False
-        me.args.average_tokens_across_devices = True  # the weight of a step is summed over ranks
-        self._sums = Sums(me.args.device)
+        if isinstance(self.train_dataset, ROWS):
+            self.args.per_device_train_batch_size = self._train_batch_size = 1
+        self.keep, self.args.save_total_limit = self.args.save_total_limit, None  # only whole checkpoints count
+        self.args.logging_nan_inf_filter = False
+        self.args.remove_unused_columns = False
+        self.args.average_tokens_across_devices = True  # the weight of a step is summed over ranks
+        self._sums = Sums(self.args.device)
         self._since = time.perf_counter()
         self._evaluated: Sums | None = None
 
     def _refuse(self) -> None:
-        """What would train on something else, or not do what it was asked for."""
-        me: Any = self
-        if find_patch(me.model) is None:
+        """Raise where training would be on something else, or would not do what it was asked for."""
+        if find_patch(self.model) is None:
             raise ValueError("RowTrainer: the model is not patched; call fr.patch(model) first")
-        if me.args.n_gpu > 1:
+        if self.args.n_gpu > 1:
             raise ValueError(
-                f"RowTrainer: one process sees {me.args.n_gpu} GPUs, and a row cannot be cut up among them; start one "
-                "process each (torchrun --nproc-per-node), or let it see one (CUDA_VISIBLE_DEVICES)"
+                f"RowTrainer: one process sees {self.args.n_gpu} GPUs, and a row cannot be cut up among them; start "
+                "one process each (torchrun --nproc-per-node), or let it see one (CUDA_VISIBLE_DEVICES)"
             )
-        if me.label_smoother is not None or me.compute_loss_func is not None:
+        if self.label_smoother is not None or self.compute_loss_func is not None:
             raise ValueError(
                 "RowTrainer: label_smoothing_factor and compute_loss_func would shift a row's targets, which are in "
                 "their places; leave them out"
             )
-        if me.compute_metrics is not None:
+        if self.compute_metrics is not None:
             raise ValueError("RowTrainer: evaluation keeps no logits, so compute_metrics is never called; leave it out")
-        rows_per_step = me.args.gradient_accumulation_steps * me.args.world_size
-        if isinstance(me.train_dataset, ROWS) and me.train_dataset.multiple % rows_per_step:
+        rows_per_step = self.args.gradient_accumulation_steps * self.args.world_size
+        if isinstance(self.train_dataset, ROWS) and self.train_dataset.multiple % rows_per_step:
             raise ValueError(
-                f"{type(me.train_dataset).__name__}: multiple: expected a multiple of a step's {rows_per_step} rows "
-                f"(gradient_accumulation_steps x processes), found {me.train_dataset.multiple}"
+                f"{type(self.train_dataset).__name__}: multiple: expected a multiple of a step's {rows_per_step} rows "
+                f"(gradient_accumulation_steps x processes), found {self.train_dataset.multiple}"
             )
 
     # --- training
 
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
-        """As the Trainer's; with `resume_from_checkpoint=True` from the last checkpoint that is whole."""
-        me: Any = self
+        """Train as the Trainer does; `resume_from_checkpoint=True` goes on from the last whole checkpoint."""
         if resume_from_checkpoint is True:
-            whole = checkpoints.whole_ones(Path(me.args.output_dir))
+            whole = record.whole_checkpoints(Path(self.args.output_dir))
             if not whole:
-                raise ValueError(f"RowTrainer: no whole checkpoint in {me.args.output_dir}")
+                raise ValueError(f"RowTrainer: no whole checkpoint in {self.args.output_dir}")
             resume_from_checkpoint = str(whole[-1])
-        return super().train(resume_from_checkpoint, *args, **kwargs)  # type: ignore[misc]
+        return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        me: Any = self
-        data = me.train_dataset if train_dataset is None else train_dataset
-        return SequentialSampler(data) if isinstance(data, Rows) else super()._get_train_sampler(train_dataset)  # type: ignore[misc]
+        data = self.train_dataset if train_dataset is None else train_dataset
+        return SequentialSampler(data) if isinstance(data, Rows) else super()._get_train_sampler(train_dataset)
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> Any:
         """The rows of one optimizer step, and the weight of all targets in them, on all ranks."""
-        rows, _ = super().get_batch_samples(epoch_iterator, num_batches, device)  # type: ignore[misc]
+        rows, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         total = self._over_ranks(total_weight(rows).to(device))
         if total.device.type == "cpu" and total <= 0 and any((row["labels"] != IGNORED).any() for row in rows):
             raise ValueError(
@@ -113,91 +114,84 @@ class RowTraining:
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         request = Request()
-        loss = super().training_step(model, {**inputs, REQUEST: request}, *args, **kwargs)  # type: ignore[misc]
+        loss = super().training_step(model, {**inputs, REQUEST: request}, *args, **kwargs)
         self._sums.add(inputs, request.logprobs)
         return loss
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        me: Any = self
         if "loss" in logs:
             logs.update(self._of_training())
             # in fp16 a gradient too large for it makes the step be skipped, and the next one scaled down
-            skipped = me.accelerator.optimizer_step_was_skipped
+            skipped = self.accelerator.optimizer_step_was_skipped
             looked_at = ("loss",) if skipped else ("loss", "grad_norm")
             bad = [name for name in looked_at if name in logs and not _finite(logs[name])]
             if bad:
                 raise Broken(
-                    f"step {me.state.global_step}: {bad[0]} is {logs[bad[0]]}; nothing was saved since, and the last "
+                    f"step {self.state.global_step}: {bad[0]} is {logs[bad[0]]}; nothing was saved since, and the last "
                     "checkpoint is as it was. A lower learning rate may help, or a look at the data of these steps, "
                     "whose weights must sum to more than 0"
                 )
-        super().log(logs, *args, **kwargs)  # type: ignore[misc]
+        super().log(logs, *args, **kwargs)
 
     def _of_training(self) -> dict[str, float]:
-        """What rows since the last log have held, on all ranks."""
-        me: Any = self
+        """The losses and the speed of all rows since the last log, on all ranks."""
         self._sums.put(self._over_ranks(self._sums.all()))
-        found = {name: value for name, value in self._sums.losses().items() if not name.startswith("loss_turn")}
+        logs = {name: value for name, value in self._sums.losses().items() if not name.startswith("loss_turn")}
         seconds, (in_trees, in_samples) = time.perf_counter() - self._since, self._sums.tokens.tolist()
-        found["tree_tokens_per_second"] = in_trees / seconds
-        found["sample_tokens_per_second"] = in_samples / seconds
-        self._sums, self._since = Sums(me.args.device), time.perf_counter()
-        return found
+        logs["tree_tokens_per_second"] = in_trees / seconds
+        logs["sample_tokens_per_second"] = in_samples / seconds
+        self._sums, self._since = Sums(self.args.device), time.perf_counter()
+        return logs
 
     def _over_ranks(self, values: Tensor) -> Tensor:
-        me: Any = self
-        return me.accelerator.reduce(values, "sum") if me.args.world_size > 1 else values
+        return self.accelerator.reduce(values, "sum") if self.args.world_size > 1 else values
 
     def _get_dataloader(
         self, dataset: Any, description: str, batch_size: int, sampler_fn: Any = None, *args: Any, **kwargs: Any
     ) -> Any:
-        """As the Trainer's, of data that come out even over all ranks."""
-        me: Any = self
-        multiple = batch_size * (1 if me.args.accelerator_config.split_batches else me.args.world_size)
-        by_ranks = me.args.train_sampling_strategy == "batch_rebalance"  # whose sampler gives each rank its own
-        before, sampler_of = me.data_collator, sampler_fn
-        if me.args.world_size > 1 and not me.args.dataloader_drop_last and not by_ranks:
+        """The Trainer's loader, of data that come out even over all ranks."""
+        multiple = batch_size * (1 if self.args.accelerator_config.split_batches else self.args.world_size)
+        by_ranks = self.args.train_sampling_strategy == "batch_rebalance"  # whose sampler gives each rank its own
+        before, sampler_of = self.data_collator, sampler_fn
+        if self.args.world_size > 1 and not self.args.dataloader_drop_last and not by_ranks:
             if isinstance(dataset, IterableDataset):
                 dataset = FilledStream(dataset, multiple)
             elif len(dataset) % multiple:
                 dataset = filled = Filled(dataset, multiple)
                 sampler_of = lambda _: filled.sampler(sampler_fn and sampler_fn(filled.data))  # noqa: E731
-        me.data_collator = Filling(before, vocabulary_of(find_root(me.model)))
+        self.data_collator = Filling(before, vocabulary_of(find_root(self.model)))
         try:
-            return super()._get_dataloader(dataset, description, batch_size, sampler_of, *args, **kwargs)  # type: ignore[misc]
+            return super()._get_dataloader(dataset, description, batch_size, sampler_of, *args, **kwargs)
         finally:
-            me.data_collator = before
+            self.data_collator = before
 
     # --- evaluation
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
-        me: Any = self
-        data = me.eval_dataset if eval_dataset is None else eval_dataset
-        with self._one_at_a_time(me.eval_dataset[data] if isinstance(data, str) else data):
-            return super().get_eval_dataloader(eval_dataset)  # type: ignore[misc]
+        data = self.eval_dataset if eval_dataset is None else eval_dataset
+        with self._one_at_a_time(self.eval_dataset[data] if isinstance(data, str) else data):
+            return super().get_eval_dataloader(eval_dataset)
 
     def get_test_dataloader(self, test_dataset: Any) -> Any:
         with self._one_at_a_time(test_dataset):
-            return super().get_test_dataloader(test_dataset)  # type: ignore[misc]
+            return super().get_test_dataloader(test_dataset)
 
     @contextmanager
     def _one_at_a_time(self, data: Any) -> Iterator[None]:
-        """An item is a batch where it is a row."""
-        me: Any = self
-        before = me.args.per_device_eval_batch_size
+        """Evaluate one item at a time where an item is a row, which is a batch by itself."""
+        before = self.args.per_device_eval_batch_size
         if isinstance(data, ROWS):
-            me.args.per_device_eval_batch_size = 1
+            self.args.per_device_eval_batch_size = 1
         try:
             yield
         finally:
-            me.args.per_device_eval_batch_size = before
+            self.args.per_device_eval_batch_size = before
 
     def evaluation_loop(self, dataloader: Any, *args: Any, **kwargs: Any) -> Any:
-        me: Any = self
-        self._evaluated = Sums(me.args.device)
+        self._evaluated = Sums(self.args.device)
         prefix, start = kwargs.get("metric_key_prefix", "eval"), time.perf_counter()
         try:
-            output = super().evaluation_loop(dataloader, *args, **kwargs)  # type: ignore[misc]
+            output = super().evaluation_loop(dataloader, *args, **kwargs)
             self._evaluated.put(self._over_ranks(self._evaluated.all()))
             if "loss" not in (losses := self._evaluated.losses()) and self._evaluated.n_targets:
                 raise ValueError(
@@ -207,16 +201,15 @@ class RowTraining:
             output.metrics[f"{prefix}_targets"] = self._evaluated.n_targets
         finally:
             self._evaluated = None
-        self._since += time.perf_counter() - start  # which training does not have to answer for
+        self._since += time.perf_counter() - start  # evaluation does not count as time of training
         return output
 
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, *args: Any, **kwargs: Any
     ) -> Any:
-        me: Any = self
         assert self._evaluated is not None
-        inputs, request = me._prepare_inputs(inputs), Request()
-        with torch.no_grad(), me.compute_loss_context_manager():
+        inputs, request = self._prepare_inputs(inputs), Request()
+        with torch.no_grad(), self.compute_loss_context_manager():
             # what divides the loss is known when all rows are summed
             loss = model(**inputs, num_items_in_batch=1, **{REQUEST: request}).loss
         if request.logprobs is None:
@@ -230,28 +223,25 @@ class RowTraining:
     # --- checkpoints
 
     def _save_checkpoint(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
-        me: Any = self
-        trained = ((name, p) for name, p in me.model.named_parameters() if p.requires_grad and p.is_floating_point())
+        trained = ((name, p) for name, p in self.model.named_parameters() if p.requires_grad and p.is_floating_point())
         bad = next((name for name, p in trained if not bool(torch.isfinite(_local(p)).all())), None)
-        if bool(self._over_ranks(torch.tensor(float(bad is not None), device=me.args.device))):
-            raise Broken(f"step {me.state.global_step}: {bad or 'a weight'} holds no numbers; it is not saved")
+        if bool(self._over_ranks(torch.tensor(float(bad is not None), device=self.args.device))):
+            raise Broken(f"step {self.state.global_step}: {bad or 'a weight'} holds no numbers; it is not saved")
         start = time.perf_counter()
-        run = Path(me._get_output_dir(trial=args[0] if args else kwargs.get("trial")))
-        folder = run / f"checkpoint-{me.state.global_step}"
+        run = Path(self._get_output_dir(trial=args[0] if args else kwargs.get("trial")))
+        folder = run / f"checkpoint-{self.state.global_step}"
         try:
-            if me.args.should_save:
-                (folder / checkpoints.SEAL).unlink(missing_ok=True)
-            super()._save_checkpoint(model, *args, **kwargs)  # type: ignore[misc]
-            me.accelerator.wait_for_everyone()
-            if me.args.should_save:
-                checkpoints.seal(folder)
-                checkpoints.keep_latest(run, self.keep, me.state.best_model_checkpoint)
-        except (
-            Exception
-        ) as error:  # a full disk comes as OSError, and from safetensors and torch as errors of their own
-            last = next(reversed(checkpoints.whole_ones(run)), None)
+            if self.args.should_save:
+                (folder / record.SEAL).unlink(missing_ok=True)
+            super()._save_checkpoint(model, *args, **kwargs)
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                record.seal(folder)
+                record.keep_latest(run, self.keep, self.state.best_model_checkpoint)
+        except Exception as error:  # a full disk is an OSError, or an error of safetensors' or torch's own
+            last = next(reversed(record.whole_checkpoints(run)), None)
             raise Broken(
-                f"step {me.state.global_step}: the checkpoint cannot be written: {error}; "
+                f"step {self.state.global_step}: the checkpoint cannot be written: {error}; "
                 + (f"the last whole one is {last}" if last else "there is no other yet")
             ) from error
         self._since += time.perf_counter() - start
