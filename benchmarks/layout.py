@@ -11,6 +11,7 @@ import torch
 from torch.nn.attention.flex_attention import create_block_mask
 
 import flexreason as fr
+from flexreason.tree.mask import mask_mod
 from measure import median, peak_mib, print_json, print_table
 
 BLOCK = 128
@@ -75,7 +76,7 @@ def block_mask_speed() -> list[dict]:
             "window 4096 ms": median(lambda row=row: fr.block_mask(row, window=4096), 3) * 1e3,
         }
         if tokens**2 <= FITS_BYTES:
-            rule = fr.mask_mod(row)
+            rule = mask_mod(row)
 
             def theirs(rule=rule, tokens=tokens):
                 return create_block_mask(rule, 1, 1, tokens, tokens, device="cpu")

@@ -18,6 +18,7 @@ import time
 from array import array
 
 import flexreason as fr
+from flexreason.data.pack import Packer
 from measure import interleaved, peak_mib, print_json, print_table
 
 MEAN, SPREAD = 6.8, 0.93
@@ -66,7 +67,7 @@ def slow_first_fit_decreasing(sizes, length):
 def fullness(sizes, length, useful=None):
     """Rows of a stream of these sizes, and how full; `useful` are tokens that are counted as fill."""
     useful = useful or sizes
-    rows = list(fr.Packer(length).pack(enumerate(sizes)))
+    rows = list(Packer(length).pack(enumerate(sizes)))
     assert sorted(number for row in rows for number in row) == list(range(len(sizes)))
     assert all(sum(sizes[number] for number in row) <= length for row in rows)
     stored = [sum(sizes[number] for number in row) / length for row in rows]
@@ -88,7 +89,7 @@ def speed(n, length, repeats):
     sizes = array("q", drawn(n, length))
 
     def run():
-        for _ in fr.Packer(length).pack(enumerate(sizes)):
+        for _ in Packer(length).pack(enumerate(sizes)):
             pass
 
     seconds = statistics.median(interleaved({"": run}, repeats)[""])
@@ -99,7 +100,7 @@ def memory(n, length):
     """A stream whose lengths nobody keeps, and whose rows nobody keeps."""
 
     def run():
-        for _ in fr.Packer(length).pack(enumerate(drawn(n, length))):
+        for _ in Packer(length).pack(enumerate(drawn(n, length))):
             pass
 
     return {"row": length, "documents": n, "peak MiB": peak_mib(run)}
