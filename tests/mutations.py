@@ -93,7 +93,7 @@ def a_token_has_one_role(original, samples):
 @mutation(
     "a target is predicted by the token before it in its sample, not by the one stored before",
     "flexreason.tree.layout.lay_out_turns",
-    "test_layout.py::test_lay_out_turns_is_the_papers_layout",
+    "test_single_pass.py::test_a_conversation_in_one_pass_is_its_n_samples",
 )
 def the_token_stored_before_predicts(original, turns):
     layout = original(turns)
