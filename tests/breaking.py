@@ -3,13 +3,13 @@
 A mutation is a function in a module of mutations. It is called in the place of a named function or method, its target,
 and is handed the original first:
 
-    @mutation("a token sees its ancestors", "flexreason.tree.mask.interval_rule", "test_layout.py::test_...")
+    @mutation("a token sees its ancestors", "flexreason.tree.interval_rule", "test_layout.py::test_...")
     def a_subtree_ends_one_token_late(original, until):
         return original(until + 1)
 
-`try_out` runs these tests in a process of its own, in which this file is a plugin of pytest: the target is broken
-before tests are collected, wherever the package holds it. Whoever wants it broken in further processes calls
-`break_what_is_asked` in them.
+A target is named by its folder, so that it may move from file to file. `try_out` runs these tests in a process of its
+own, in which this file is a plugin of pytest: the target is broken before tests are collected, wherever the package
+holds it. Whoever wants it broken in further processes calls `break_what_is_asked` in them.
 """
 
 import functools
@@ -17,12 +17,14 @@ import importlib
 import inspect
 import json
 import os
+import pkgutil
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
 HERE = Path(__file__).parent
 
@@ -38,7 +40,7 @@ class Mutation:
     """What is broken, and who should notice."""
 
     promise: str
-    target: str  # the full name of a function, a method or a property
+    target: str  # a function, a method or a property: by the folder that it stands in, or by folder and file
     tests: tuple[str, ...]  # files of tests, or tests in them, from the folder of tests on
     broken: Callable
 
@@ -56,18 +58,32 @@ def mutations_of(module) -> dict[str, Mutation]:
 def find(target: str) -> tuple[object, str, object]:
     """The module or class that holds a target, its name there, and what stands there."""
     parts = target.split(".")
-    for n in reversed(range(1, len(parts))):
-        module = ".".join(parts[:n])
+    module, n = import_as_far(parts)
+    if n == len(parts):
+        raise LookupError(f"{target} is a module, and no function")
+    holders = [module]
+    if hasattr(module, "__path__"):  # a folder: the one of its files that defines the name
+        names = [f"{module.__name__}.{found.name}" for found in pkgutil.iter_modules(module.__path__)]
+        files = [importlib.import_module(name) for name in names if not name.endswith("__main__")]
+        holders = [file for file in files if getattr(vars(file).get(parts[n]), "__module__", "") == file.__name__]
+    if len(holders) != 1:
+        raise LookupError(f"{target}: expected one definition, found {len(holders)}")
+    holder = holders[0]
+    for name in parts[n:-1]:
+        holder = vars(holder)[name]
+    return holder, parts[-1], vars(holder)[parts[-1]]
+
+
+def import_as_far(parts: list[str]) -> tuple[ModuleType, int]:
+    """The module of the longest beginning of a name that is one, and how many parts that has."""
+    for n in reversed(range(1, len(parts) + 1)):
+        name = ".".join(parts[:n])
         try:
-            holder = importlib.import_module(module)
+            return importlib.import_module(name), n
         except ModuleNotFoundError as error:
-            if error.name != module and not module.startswith(f"{error.name}."):
+            if error.name != name and not name.startswith(f"{error.name}."):
                 raise  # the module is there, and one that it imports is not
-            continue
-        for name in parts[n:-1]:
-            holder = getattr(holder, name)
-        return holder, parts[-1], vars(holder)[parts[-1]]
-    raise ModuleNotFoundError(f"there is no module in {target}")
+    raise LookupError(f"there is no module in {'.'.join(parts)}")
 
 
 def put_in_place(mutant: Mutation, calls: list[str]) -> None:

@@ -27,14 +27,14 @@ IGNORED = -100
 SEES = "a token sees its ancestors and itself: visible(q, kv) <=> kv <= q < until[kv]"
 
 
-@mutation(SEES, "flexreason.tree.mask.interval_rule", "test_layout.py::test_a_token_sees_its_ancestors_and_itself")
+@mutation(SEES, "flexreason.tree.interval_rule", "test_layout.py::test_a_token_sees_its_ancestors_and_itself")
 def a_subtree_ends_one_token_late(original, until):
     return original(until + 1)
 
 
 @mutation(
     "the paper's rule is the paper's table",
-    "flexreason.tree.mask.turn_role_rule",
+    "flexreason.tree.turn_role_rule",
     "test_mask.py::test_the_turn_role_rule_is_the_papers_table",
 )
 def reasoning_is_history(original, turn, role, document):
@@ -44,7 +44,7 @@ def reasoning_is_history(original, turn, role, document):
 
 @mutation(
     "windows and chunks are measured in positions, not in indices",
-    "flexreason.tree.mask.near",
+    "flexreason.tree.near",
     "test_mask.py::test_windows_and_chunks_are_measured_in_positions",
 )
 def windows_are_measured_in_storage(original, position, window, chunk):
@@ -56,7 +56,7 @@ BLOCKS = "the block mask in closed form is the dense mask pooled by block"
 
 @mutation(
     BLOCKS,
-    "flexreason.tree.blocks.block_mask",
+    "flexreason.tree.block_mask",
     "test_blocks.py::test_the_block_mask_of_any_tree_is_its_dense_mask_pooled",
 )
 def blocks_are_those_of_a_smaller_tree(original, tree, **options):
@@ -65,14 +65,14 @@ def blocks_are_those_of_a_smaller_tree(original, tree, **options):
     return original(replace(tree, until=until) if isinstance(tree, Layout) else {**tree, "until": until}, **options)
 
 
-@mutation(BLOCKS, "flexreason.tree.blocks.block_mask", "test_blocks.py::test_windowed_and_chunked_lists_are_exact")
+@mutation(BLOCKS, "flexreason.tree.block_mask", "test_blocks.py::test_windowed_and_chunked_lists_are_exact")
 def blocks_know_no_window(original, tree, window=None, chunk=None, **options):
     return original(tree, **options)
 
 
 @mutation(
     "storage is preorder, the child that most samples share first",
-    "flexreason.tree.merge._Branch.order",
+    "flexreason.tree._Branch.order",
     "test_layout.py::test_lay_out_stores_the_prefix_tree_in_preorder_most_shared_child_first",
 )
 def the_child_that_fewest_share_comes_first(original, self):
@@ -82,7 +82,7 @@ def the_child_that_fewest_share_comes_first(original, self):
 
 @mutation(
     "roles are the union over the samples through a token",
-    "flexreason.tree.merge.lay_out",
+    "flexreason.tree.lay_out",
     "test_layout.py::test_roles_are_the_union_and_turns_the_one_said_else_the_first_samples",
 )
 def a_token_has_one_role(original, samples):
@@ -92,7 +92,7 @@ def a_token_has_one_role(original, samples):
 
 @mutation(
     "a target is predicted by the token before it in its sample, not by the one stored before",
-    "flexreason.tree.layout.lay_out_turns",
+    "flexreason.tree.lay_out_turns",
     "test_single_pass.py::test_a_conversation_in_one_pass_is_its_n_samples",
 )
 def the_token_stored_before_predicts(original, turns):
@@ -107,7 +107,7 @@ def the_token_stored_before_predicts(original, turns):
 
 @mutation(
     "a turn without reasoning has a loss like any other",
-    "flexreason.tree.layout.lay_out_turns",
+    "flexreason.tree.lay_out_turns",
     "test_layout.py::test_unmerge_gives_the_samples_of_a_conversation_back",
 )
 def a_turn_without_reasoning_has_one_target(original, turns):
@@ -121,7 +121,7 @@ def a_turn_without_reasoning_has_one_target(original, turns):
 
 @mutation(
     "unmerge gives the samples back in the order given",
-    "flexreason.tree.layout.unmerge",
+    "flexreason.tree.unmerge",
     "test_layout.py::test_unmerge_gives_any_samples_back_in_the_order_given",
 )
 def samples_come_back_in_another_order(original, layout):
@@ -132,21 +132,14 @@ ROW = "packing, padding and order of documents change no log-probability"
 HOLDS = "test_row.py::test_a_row_holds_its_documents_side_by_side_and_nothing_between_them"
 
 
-@mutation(ROW, "flexreason.tree.row.collate", HOLDS)
+@mutation(ROW, "flexreason.tree.collate", HOLDS)
 def documents_see_the_one_before(original, *args, **options):
     row = original(*args, **options)
     row["until"] = torch.where(row["document"] == 0, row["until"].shape[1], row["until"]).to(torch.int32)
     return row
 
 
-@mutation(ROW, "flexreason.tree.row.collate", HOLDS)
-def padding_sees_padding(original, *args, **options):
-    row = original(*args, **options)
-    row["until"] = torch.where(row["document"] < 0, row["until"].shape[1], row["until"]).to(torch.int32)
-    return row
-
-
-@mutation(ROW, "flexreason.tree.row.collate", HOLDS)
+@mutation(ROW, "flexreason.tree.collate", HOLDS)
 def targets_are_sought_where_the_document_alone_has_them(original, *args, **options):
     row = original(*args, **options)
     start = [int((row["document"][0] == number).nonzero()[0]) for number in range(int(row["document"].max()) + 1)]
@@ -156,7 +149,7 @@ def targets_are_sought_where_the_document_alone_has_them(original, *args, **opti
 
 @mutation(
     "a row given to a model that is not patched raises",
-    "flexreason.tree.row.collate",
+    "flexreason.tree.collate",
     "test_patching.py::test_a_row_given_to_a_model_that_is_not_patched_raises",
 )
 def a_row_looks_like_an_ordinary_batch(original, *args, **options):
@@ -180,7 +173,7 @@ def a_rectangle_is_left_out(original, *args):
     return original(*args)[:-1]
 
 
-@mutation(ATTENTION, "flexreason.attention.pieces.merge", WRITTEN_OUT)
+@mutation(ATTENTION, "flexreason.attention.merge", WRITTEN_OUT)
 def parts_are_added_and_not_weighed(original, out, lse, more_out, more_lse):
     before = out.clone()
     original(out, lse, more_out, more_lse)
@@ -204,15 +197,6 @@ def the_soft_cap_is_dropped(original, q, k, v, visible, scale, softcap=None, sin
     return original(q, k, v, visible, scale, None, sinks)
 
 
-@mutation(
-    ATTENTION,
-    "flexreason.attention.flash.rounds",
-    "test_flash.py::test_rounds_hold_every_rectangle_once_and_disjoint_queries",
-)
-def rounds_overlap(original, rectangles):
-    return [[rectangle for each in original(rectangles) for rectangle in each]]
-
-
 PASS = "test_patching.py::test_one_pass_has_the_loss_log_probabilities_and_gradients_of_the_samples"
 
 
@@ -226,19 +210,14 @@ def layers_have_no_window(original, tree, mask="interval", window=None, chunk=No
 EXACT = "loss, log-probabilities and gradients are those of the N samples"
 
 
-@mutation(EXACT, "flexreason.model.head.with_states", PASS)
+@mutation(EXACT, "flexreason.model.with_states", PASS)
 def the_head_gets_the_state_of_another_token(original, output, states):
     return original(output, states.roll(1, 1))
 
 
-@mutation(EXACT, "flexreason.model.head.Head.__call__", "test_head.py::test_chunked_loss_and_logprobs_are_the_samples")
+@mutation(EXACT, "flexreason.model.Head.__call__", "test_head.py::test_chunked_loss_and_logprobs_are_the_samples")
 def cap_and_scale_behind_the_head_are_dropped(original, self, hidden):
     return self.root.get_output_embeddings()(hidden)
-
-
-@mutation(EXACT, "flexreason.model.head.logprobs", "test_head.py::test_a_gradient_of_any_function_of_the_logprobs")
-def the_temperature_is_dropped(original, head, hidden, labels, temperature=1.0):
-    return original(head, hidden, labels)
 
 
 WEIGHTS = "loss = sum of w x nll / sum of w, or the divisor that was said"
@@ -246,7 +225,7 @@ WEIGHTS = "loss = sum of w x nll / sum of w, or the divisor that was said"
 
 @mutation(
     WEIGHTS,
-    "flexreason.model.loss.TreeLoss.__call__",
+    "flexreason.model.TreeLoss.__call__",
     "test_patching.py::test_the_loss_is_the_weighted_mean_over_targets",
 )
 def targets_weigh_alike(original, self, logits, labels, *args, **given):
@@ -255,7 +234,7 @@ def targets_weigh_alike(original, self, logits, labels, *args, **given):
     return original(self, logits, labels, *args, **given)
 
 
-@mutation(WEIGHTS, "flexreason.model.loss.TreeLoss.__call__", "test_weights.py::test_a_divisor_is_a_number_above_0")
+@mutation(WEIGHTS, "flexreason.model.TreeLoss.__call__", "test_weights.py::test_a_divisor_is_a_number_above_0")
 def a_divisor_has_no_sign(original, self, logits, labels, *args, **given):
     if isinstance(given.get("num_items_in_batch"), int | float):
         given["num_items_in_batch"] = abs(given["num_items_in_batch"]) or 1
@@ -264,7 +243,7 @@ def a_divisor_has_no_sign(original, self, logits, labels, *args, **given):
 
 @mutation(
     "an empty row adds exactly nothing",
-    "flexreason.model.loss.TreeLoss.__call__",
+    "flexreason.model.TreeLoss.__call__",
     "test_weights.py::test_a_row_without_targets_adds_exactly_nothing",
 )
 def a_row_without_targets_divides_by_them(original, self, logits, labels, *args, **given):
@@ -274,7 +253,7 @@ def a_row_without_targets_divides_by_them(original, self, logits, labels, *args,
 
 @mutation(
     "a loss that cannot weight is refused with weights other than one, and 0 is other than one",
-    "flexreason.model.loss.is_weighted",
+    "flexreason.model.is_weighted",
     "test_weights.py::test_0_is_another_weight_where_the_loss_cannot_weigh",
 )
 def a_weight_of_0_is_none(original, weight, real=True):
@@ -283,7 +262,7 @@ def a_weight_of_0_is_none(original, weight, real=True):
 
 @mutation(
     "weights are refused where a trainer divides by the number of targets",
-    "flexreason.model.refuse.trainers_count",
+    "flexreason.model.trainers_count",
     "test_weights.py::test_weights_are_refused_where_a_trainer_divides_by_the_number_of_targets",
 )
 def whatever_divides_counts_weights(original, n_items):
@@ -292,7 +271,7 @@ def whatever_divides_counts_weights(original, n_items):
 
 @mutation(
     "ordinary batches and generation stay the same to the last bit",
-    "flexreason.model.loss.TreeLoss.__call__",
+    "flexreason.model.TreeLoss.__call__",
     "test_patching.py::test_ordinary_batches_are_the_same_to_the_last_bit_before_during_and_after",
 )
 def ordinary_batches_are_touched(original, self, logits, labels, *args, **given):
@@ -302,7 +281,7 @@ def ordinary_batches_are_touched(original, self, logits, labels, *args, **given)
 
 @mutation(
     "unpatch restores the model",
-    "flexreason.model.hooks.unpatch",
+    "flexreason.model.unpatch",
     "test_patching.py::test_unpatch_restores_everything_and_patching_twice_is_no_harm",
 )
 def unpatch_leaves_what_it_found(original, model):
@@ -311,7 +290,7 @@ def unpatch_leaves_what_it_found(original, model):
 
 @mutation(
     "what is done to a model after patch is honoured or refused",
-    "flexreason.model.hooks.Patch.as_it_is_now",
+    "flexreason.model.Patch.as_it_is_now",
     "test_after_patch.py::test_a_loss_function_set_later_is_the_one_that_counts",
 )
 def nobody_looks_at_a_model_again(original, self, decoder):
@@ -320,7 +299,7 @@ def nobody_looks_at_a_model_again(original, self, decoder):
 
 @mutation(
     "adapters that cannot be exact are refused, however late they come",
-    "flexreason.model.refuse.reason_against_adapters",
+    "flexreason.model.reason_against_adapters",
     "test_after_patch.py::test_adapters_that_cannot_be_exact_are_refused_however_late_they_come",
 )
 def any_adapter_will_do(original, model):
@@ -332,21 +311,21 @@ REFUSED = "exact, or refused with the reason"
 
 @mutation(
     REFUSED,
-    "flexreason.model.refuse.reason_against",
+    "flexreason.model.reason_against",
     "test_patching.py::test_models_that_cannot_be_exact_are_refused_by_name",
 )
 def any_model_will_do(original, root):
     return None
 
 
-@mutation(REFUSED, "flexreason.model.refuse.refuse_row", "test_patching.py::test_what_is_not_one_whole_row_is_refused")
+@mutation(REFUSED, "flexreason.model.refuse_row", "test_patching.py::test_what_is_not_one_whole_row_is_refused")
 def anything_is_a_row(original, *args):
     return None
 
 
 @mutation(
     REFUSED,
-    "flexreason.model.refuse.refuse_rope",
+    "flexreason.model.refuse_rope",
     "test_patching.py::test_rope_that_reads_the_longest_position_is_refused_only_where_samples_straddle_its_threshold",
 )
 def samples_may_straddle_a_rope_threshold(original, *args):
@@ -355,7 +334,7 @@ def samples_may_straddle_a_rope_threshold(original, *args):
 
 @mutation(
     REFUSED,
-    "flexreason.model.refuse.refuse_tokens",
+    "flexreason.model.refuse_tokens",
     "test_patching.py::test_tokens_that_the_model_has_not_are_told_at_the_door",
 )
 def any_token_will_do(original, *args):
@@ -364,14 +343,14 @@ def any_token_will_do(original, *args):
 
 @mutation(
     REFUSED,
-    "flexreason.model.refuse.refuse_other_layouts",
+    "flexreason.model.refuse_other_layouts",
     "test_patching.py::test_other_layouts_are_refused_under_the_papers_rule",
 )
 def the_papers_rule_takes_any_layout(original, row):
     return None
 
 
-@mutation(REFUSED, "flexreason.model.refuse.refuse_call", "test_weights.py::test_what_shifts_a_rows_targets_is_refused")
+@mutation(REFUSED, "flexreason.model.refuse_call", "test_weights.py::test_what_shifts_a_rows_targets_is_refused")
 def labels_may_be_taken_out(original, given):
     return None
 
@@ -383,7 +362,7 @@ TESTED = "a class that is not on the list is tested, and refused where it is not
 
 @mutation(
     TESTED,
-    "flexreason.proof.selftest.check",
+    "flexreason.proof.check",
     "test_families.py::test_an_unknown_class_that_reads_its_neighbours_is_refused_with_the_numbers",
 )
 def every_class_passes_its_test(original, *args, **options):
@@ -395,12 +374,12 @@ BELIEVED = (
 )
 
 
-@mutation("the list is believed of the source that was tested", "flexreason.proof.source.source_of", BELIEVED)
+@mutation("the list is believed of the source that was tested", "flexreason.proof.source_of", BELIEVED)
 def any_source_is_the_one_that_was_tested(original, cls, *args):
     return listed()["models"].get(cls.__name__, {}).get("source") or original(cls, *args)
 
 
-@mutation("the list is believed of the structure that was tested", "flexreason.proof.evidence.structure_of", BELIEVED)
+@mutation("the list is believed of the structure that was tested", "flexreason.proof.structure_of", BELIEVED)
 def any_structure_is_the_one_that_was_tested(original, config, cls=None):
     known = {} if cls is None else listed()["models"].get(cls.__name__, {})
     return known.get("structure") or original(config, cls)
@@ -408,7 +387,7 @@ def any_structure_is_the_one_that_was_tested(original, config, cls=None):
 
 @mutation(
     "a model with replaced parts is refused until it is verified",
-    "flexreason.proof.parts.replaced_parts",
+    "flexreason.proof.replaced_parts",
     "test_families.py::test_a_model_with_replaced_parts_is_refused_until_it_is_trusted",
 )
 def no_part_was_ever_replaced(original, root):
@@ -420,7 +399,7 @@ KEPT = "a kept verdict is believed only where it is whole, and about exactly wha
 
 @mutation(
     KEPT,
-    "flexreason.proof.kept.surroundings",
+    "flexreason.proof.surroundings",
     "test_newer.py::test_what_was_found_beside_something_else_is_not_believed",
 )
 def verdicts_hold_for_any_surroundings(original):
@@ -429,7 +408,7 @@ def verdicts_hold_for_any_surroundings(original):
 
 @mutation(
     KEPT,
-    "flexreason.proof.kept._is_whole",
+    "flexreason.proof._is_whole",
     "test_newer.py::test_a_broken_or_poisoned_file_is_not_believed_and_is_mended",
 )
 def whatever_lies_there_is_a_verdict(original, written):
@@ -439,14 +418,14 @@ def whatever_lies_there_is_a_verdict(original, written):
 VERIFIED = "verify finds what is wrong, or calls it exact"
 
 
-@mutation(VERIFIED, "flexreason.proof.report.Error.faults", "test_verification.py::test_not_a_number_is_not_equal")
+@mutation(VERIFIED, "flexreason.proof.Error.faults", "test_verification.py::test_not_a_number_is_not_equal")
 def what_is_no_number_is_equal(original, self):
     return [name for name in original(self) if getattr(self, name) == getattr(self, name)]
 
 
 @mutation(
     VERIFIED,
-    "flexreason.proof.gradients.compare_gradients",
+    "flexreason.proof.compare_gradients",
     "test_verification.py::test_a_gradient_that_is_dropped",
 )
 def a_gradient_that_is_missing_is_passed_over(original, backward, expected):
@@ -457,7 +436,7 @@ def a_gradient_that_is_missing_is_passed_over(original, backward, expected):
 
 @mutation(
     VERIFIED,
-    "flexreason.proof.diagnose.layout_faults",
+    "flexreason.proof.layout_faults",
     "test_verification.py::test_one_wrong_target_index",
     "test_verification.py::test_reasoning_that_leaks_in_the_layout",
 )
@@ -471,23 +450,14 @@ SAMPLES = "prompts are what inference sends, and targets what the model must gen
 REFERENCE = "test_templates.py::test_samples_of_every_trl_template_are_the_reference"
 
 
-@mutation(SAMPLES, "flexreason.chat.render.Renderer.plain", REFERENCE)
+@mutation(SAMPLES, "flexreason.chat.Renderer.plain", REFERENCE)
 def prompts_lack_the_generation_prompt(original, self, messages, prompt):
     return original(self, messages, False)
 
 
 @mutation(
-    SAMPLES,
-    "flexreason.chat.render.Renderer.__init__",
-    "test_encode.py::test_what_an_entry_says_of_tools_and_options_reaches_the_template",
-)
-def options_do_not_reach_the_template(original, self, tokenizer, tools, options):
-    return original(self, tokenizer, tools, {})
-
-
-@mutation(
     "a conversation is rendered at one moment",
-    "flexreason.chat.render.frozen_clock",
+    "flexreason.chat.frozen_clock",
     "test_templates.py::test_the_date_is_frozen_once_a_conversation",
 )
 def the_clock_goes_on(original, at=None):
@@ -497,13 +467,13 @@ def the_clock_goes_on(original, at=None):
 HEADER = "the target begins behind the header that prompt and answer both have, which is never guessed"
 
 
-@mutation(HEADER, "flexreason.chat.seam.find_seam", "test_seam.py::test_another_role_in_the_prompt_is_refused")
+@mutation(HEADER, "flexreason.chat.find_seam", "test_seam.py::test_another_role_in_the_prompt_is_refused")
 def any_header_will_do(original, known, lead, *others):
     seam_at_the_end = original(lead, lead, *others)
     return original(known, lead, *others) or seam_at_the_end
 
 
-@mutation(HEADER, "flexreason.chat.seam.find_seam", "test_seam.py::test_a_generation_prompt_with_an_attribute")
+@mutation(HEADER, "flexreason.chat.find_seam", "test_seam.py::test_a_generation_prompt_with_an_attribute")
 def the_header_is_generated(original, known, lead, *others):
     seam = original(known, lead, *others)
     return seam if seam is None or lead.startswith(known) else replace(seam, end=0)
@@ -514,7 +484,7 @@ STOPS = "the target ends with the token that stops generation, and nothing behin
 
 @mutation(
     STOPS,
-    "flexreason.chat.template.Template.ending",
+    "flexreason.chat.Template.ending",
     "test_templates.py::test_targets_end_with_a_token_that_stops_generation",
 )
 def the_stop_token_is_left_out(original, self, tail, calls):
@@ -522,7 +492,7 @@ def the_stop_token_is_left_out(original, self, tail, calls):
     return end - len(stop.text), stop
 
 
-@mutation(STOPS, "flexreason.chat.template.Template.ending", "test_templates.py::test_text_after_the_stop_token")
+@mutation(STOPS, "flexreason.chat.Template.ending", "test_templates.py::test_text_after_the_stop_token")
 def what_stands_behind_the_stop_token_is_kept(original, self, tail, calls):
     return len(tail), original(self, tail, calls)[1]
 
@@ -532,7 +502,7 @@ DIRT = "answers that are none are refused by message and reason, unless they are
 
 @mutation(
     DIRT,
-    "flexreason.chat.dirt.refuse",
+    "flexreason.chat.refuse",
     "test_dirt.py::test_dirt_is_refused_by_message_and_reason_and_only_where_it_is_trained_on",
 )
 def dirt_is_trained_on_in_silence(original, *args):
@@ -541,7 +511,7 @@ def dirt_is_trained_on_in_silence(original, *args):
 
 @mutation(
     DIRT,
-    "flexreason.chat.dirt.opened_by",
+    "flexreason.chat.opened_by",
     "test_dirt.py::test_what_a_model_answers_to_a_prompt_that_opens_the_block_is_reasoning_and_answer",
 )
 def no_prompt_opens_a_block(original, *args):
@@ -550,7 +520,7 @@ def no_prompt_opens_a_block(original, *args):
 
 @mutation(
     "messages that say train: false are not trained on",
-    "flexreason.chat.messages.is_trained",
+    "flexreason.chat.is_trained",
     "test_encode.py::test_turns_can_be_chosen_and_messages_excluded",
 )
 def every_message_is_trained_on(original, number, message):
@@ -559,7 +529,7 @@ def every_message_is_trained_on(original, number, message):
 
 @mutation(
     'history="content" takes reasoning out of history',
-    "flexreason.chat.encode.Encoder.__init__",
+    "flexreason.chat.Encoder.__init__",
     "test_encode.py::test_history_as_content_has_no_reasoning_even_in_a_tool_loop",
 )
 def history_is_the_templates_whatever_is_asked_for(original, self, tokenizer, *, history="template", **options):
@@ -568,7 +538,7 @@ def history_is_the_templates_whatever_is_asked_for(original, self, tokenizer, *,
 
 @mutation(
     "turns and roles of encoded conversations are true",
-    "flexreason.chat.encode.Encoder.encoded",
+    "flexreason.chat.Encoder.encoded",
     "test_encode.py::test_roles_say_what_is_reasoning_response_and_context",
 )
 def prompts_have_no_roles(original, self, *args):
@@ -578,7 +548,7 @@ def prompts_have_no_roles(original, self, *args):
 
 @mutation(
     "targets are tokenized as they stand behind their prompt",
-    "flexreason.chat.tokens.Running.sample",
+    "flexreason.chat.Running.sample",
     "test_tokens.py::test_prompts_are_those_of_inference_and_targets_the_rest_in_context",
 )
 def a_target_is_tokenized_by_itself(original, self, prompt, target):
@@ -591,18 +561,18 @@ LOST = "no conversation is lost or cut silently"
 
 
 @mutation(
-    LOST, "flexreason.data.files.read_conversations", "test_conversations.py::test_every_kind_is_detected_told_and_read"
+    LOST, "flexreason.data.read_conversations", "test_conversations.py::test_every_kind_is_detected_told_and_read"
 )
 def the_last_conversation_is_not_read(original, *args, **options):
     yield from list(original(*args, **options))[:-1]
 
 
-@mutation(LOST, "flexreason.data.intake.Refusals.add", "test_intake.py::test_a_refusal_stops_it_when_all_is_known")
+@mutation(LOST, "flexreason.data.Refusals.add", "test_intake.py::test_a_refusal_stops_it_when_all_is_known")
 def refusals_are_not_counted(original, self, reason, words):
     return None
 
 
-@mutation(LOST, "flexreason.data.splitting.split", "test_splitting.py::test_every_sample_is_in_one_part_as_it_was")
+@mutation(LOST, "flexreason.data.split", "test_splitting.py::test_every_sample_is_in_one_part_as_it_was")
 def the_last_part_of_a_tree_is_lost(original, *args, **options):
     found = original(*args, **options)
     return replace(found, parts=found.parts[:-1] or found.parts, turns=found.turns[:-1] or found.turns)
@@ -610,28 +580,21 @@ def the_last_part_of_a_tree_is_lost(original, *args, **options):
 
 @mutation(
     LOST,
-    "flexreason.data.splitting.split",
+    "flexreason.data.split",
     "test_splitting.py::test_a_sample_longer_than_a_row_is_refused_by_number_or_dropped_as_asked",
 )
 def what_is_left_out_is_not_told(original, *args, **options):
     return replace(original(*args, **options), dropped=[])
 
 
-@mutation(LOST, "flexreason.data.pack.Packer.flush", "test_pack.py::test_every_document_once_and_rows_full")
+@mutation(LOST, "flexreason.data.Packer.flush", "test_pack.py::test_every_document_once_and_rows_full")
 def the_last_row_stays_in_the_pool(original, self):
     yield from list(original(self))[:-1]
 
 
 @mutation(
-    LOST, "flexreason.data.collator.Collator.__call__", "test_pack.py::test_a_loader_gives_rows_at_any_batch_size"
-)
-def one_layout_of_a_list_is_taken(original, self, batch):
-    return original(self, [item[:1] if isinstance(item, list) else item for item in batch])
-
-
-@mutation(
     "every conversation once an epoch, each epoch in an order of its own",
-    "flexreason.data.rows.Rows.documents",
+    "flexreason.data.Rows.documents",
     "test_train.py::test_rows_hold_every_document_once_an_epoch",
 )
 def epochs_are_alike(original, self, row):
@@ -640,7 +603,7 @@ def epochs_are_alike(original, self, row):
 
 @mutation(
     'weighting="turn" makes turns weigh alike',
-    "flexreason.data.documents.weighted",
+    "flexreason.data.weighted",
     "test_train.py::test_documents_come_back_from_disk_as_they_were",
 )
 def every_target_weighs_1(original, layout, weighting):
@@ -654,7 +617,7 @@ STEP = "a step is the mean over all its targets, whatever the accumulation and t
 
 @mutation(
     STEP,
-    "flexreason.train.sums.total_weight",
+    "flexreason.train.total_weight",
     "test_row_trainer.py::test_the_weight_of_a_step_is_summed_over_its_rows",
 )
 def targets_are_counted_and_not_weighed(original, rows):
@@ -663,7 +626,7 @@ def targets_are_counted_and_not_weighed(original, rows):
 
 @mutation(
     STEP,
-    "flexreason.train.trainer.RowTraining._over_ranks",
+    "flexreason.train.RowTraining._over_ranks",
     "test_row_trainer.py::test_two_processes_take_the_steps_of_the_loop[ddp-turn-2]",
 )
 def ranks_do_not_sum(original, self, values):
@@ -672,7 +635,7 @@ def ranks_do_not_sum(original, self, values):
 
 @mutation(
     "over several ranks nothing is trained on or evaluated twice",
-    "flexreason.train.filling.Filled.__init__",
+    "flexreason.train.Filled.__init__",
     "test_row_trainer.py::test_two_processes_train_on_every_document_once_whatever_holds_them",
 )
 def data_are_not_filled_up(original, self, data, multiple):
@@ -681,7 +644,7 @@ def data_are_not_filled_up(original, self, data, multiple):
 
 @mutation(
     "evaluation is the mean over targets, by role and by turn",
-    "flexreason.train.sums.Sums.losses",
+    "flexreason.train.Sums.losses",
     "test_row_trainer.py::test_evaluation_is_the_mean_over_targets_and_not_over_rows",
 )
 def evaluation_is_what_the_trainer_says(original, self):
@@ -689,17 +652,8 @@ def evaluation_is_what_the_trainer_says(original, self):
 
 
 @mutation(
-    "evaluation is the mean over targets, by role and by turn",
-    "flexreason.train.sums.target_roles",
-    "test_row_trainer.py::test_targets_know_their_roles_and_rows_their_tokens",
-)
-def a_target_has_the_role_of_what_predicts_it(original, row):
-    return (row["role"][0][row["target_source"][0]] & Role.REASONING).bool()
-
-
-@mutation(
     "a loss that is no number stops the run before anything is saved",
-    "flexreason.train.trainer._finite",
+    "flexreason.train._finite",
     "test_row_trainer.py::test_a_loss_that_is_no_number_stops_the_run_and_is_not_saved",
 )
 def any_loss_is_a_number(original, value):
@@ -708,7 +662,7 @@ def any_loss_is_a_number(original, value):
 
 @mutation(
     "a checkpoint is whole or is none",
-    "flexreason.train.checkpoints.is_whole",
+    "flexreason.train.is_whole",
     "test_resume.py::test_a_checkpoint_is_whole_or_is_none",
 )
 def a_folder_is_a_checkpoint(original, folder):
@@ -717,7 +671,7 @@ def a_folder_is_a_checkpoint(original, folder):
 
 @mutation(
     "a run goes on only as the run that it was",
-    "flexreason.train.record.go_on_from",
+    "flexreason.train.go_on_from",
     "test_train.py::test_a_run_goes_on_only_as_the_run_it_was",
 )
 def other_data_and_another_model_go_on(original, output, record, resume):
@@ -725,27 +679,6 @@ def other_data_and_another_model_go_on(original, output, record, resume):
     before = json.loads(path.read_text()) if path.exists() else {}
     same = {name: before[name] for name in ("model", "data") if name in before}
     return original(output, {**record, **same}, resume)
-
-
-@mutation(
-    "what is encoded is encoded anew where the template changed",
-    "flexreason.train.prepare.tokenizer_hash",
-    "test_train.py::test_what_is_prepared_depends_on_all_that_matters",
-)
-def any_tokenizer_is_the_same(original, tokenizer):
-    return "the same"
-
-
-# --- figures
-
-
-@mutation(
-    "what is timed computes the loss of the samples",
-    "flexreason.bench.report.Report.differs",
-    "test_bench.py::test_one_pass_that_differs_or_does_not_run_is_no_success",
-)
-def another_loss_is_timed_too(original, self, way):
-    return False
 
 
 def main(words: list[str]) -> int:

@@ -62,7 +62,6 @@ def small(tmp_path, monkeypatch):
         seen = mutation("", "small.sums.double", "test_small.py::test_twice")(lambda original, x: original(x) + 1)
         elsewhere = mutation("", "small.sums.double", "test_small.py::test_door")(lambda original, x: original(x) + 1)
         held = mutation("", "small.sums.Number.half", "test_small.py::test_number")(lambda original, self: 2)
-        static = mutation("", "small.sums.Number.one", "test_small.py::test_number")(lambda original: 2)
         unseen = mutation("", "small.sums.double", "test_small.py::test_weak")(lambda original, x: original(x) + 1)
         uncalled = mutation("", "small.sums.double", "test_small.py::test_number")(lambda original, x: 0)
         collection = mutation("", "small.sums.double", "test_import.py")(lambda original, x: original(x) + 1)
@@ -70,7 +69,6 @@ def small(tmp_path, monkeypatch):
         nowhere = mutation("", "small.sums.double", "test_small.py::test_gone")(lambda original, x: original(x) + 1)
         signature = mutation("", "small.sums.double", "test_small.py::test_twice")(lambda original, x, y: original(x))
         inside = mutation("", "small.sums.double", "test_small.py::test_twice")(lambda original, x: x.gone)
-        wrong_arguments = mutation("", "small.sums.double", "test_small.py::test_twice")(lambda original, x: original())
         """,
     )
     write(
@@ -101,7 +99,6 @@ TOLD = {
     "seen": "test_small.py::test_twice",
     "elsewhere": "test_small.py::test_door",  # whoever imported the function before has the broken one, too
     "held": "test_small.py::test_number",
-    "static": "test_small.py::test_number",
     "unseen": "NOT NOTICED by test_small.py::test_weak",
     "uncalled": "NOT NOTICED by test_small.py::test_number; what was broken was never called",
     "collection": "DOES NOT RUN: ",
@@ -109,7 +106,6 @@ TOLD = {
     "nowhere": "DOES NOT RUN: ",
     "signature": "RAISES ITSELF in test_small.py::test_twice",
     "inside": "RAISES ITSELF in test_small.py::test_twice",
-    "wrong_arguments": "RAISES ITSELF in test_small.py::test_twice",
 }
 
 
@@ -123,6 +119,6 @@ def test_what_comes_of_a_mutation_is_told_apart(name, small):
 
 
 def test_a_target_that_is_not_there_is_no_success():
-    for target in ("flexreason.tree.mask.gone", "flexreason.tree.mask.interval_rule.gone", "gone.mask"):
-        with pytest.raises((KeyError, AttributeError, TypeError, ModuleNotFoundError)):
+    for target in ("flexreason.tree.gone", "flexreason.tree.mask.gone", "flexreason.tree.mask", "gone.mask"):
+        with pytest.raises(LookupError):
             breaking.find(target)
