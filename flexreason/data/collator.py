@@ -22,6 +22,11 @@ class Collator:
     A batch of any size becomes one row: batch size says how many items share it, and `length` how long it is. An item
     may be a layout, a list of layouts (an item of `Rows`; none make an empty row), a layout's columns as a
     datasets.Dataset keeps them, or whatever `encode` turns into a layout (`EntryEncoder`: a conversation).
+
+    >>> import flexreason as fr
+    >>> layout = fr.lay_out_turns([([1, 2], [10, 11], [20])])
+    >>> Collator(256)([layout, [layout, layout]])["input_ids"].shape
+    torch.Size([1, 256])
     """
 
     def __init__(self, length: int | None = None, *, encode: Any = None) -> None:
