@@ -49,6 +49,9 @@ class EntryEncoder:
     """What a data set's entry holds, in any of the formats of `data.conversations`, to its layout.
 
     Options are those of `fr.encode`. Can be pickled; it gives the same in every process.
+
+    >>> EntryEncoder(None)({"prompt_ids": [1, 2], "target_ids": [3]})
+    Layout(3 tokens, 1 targets, 1 samples of 3 tokens)
     """
 
     def __init__(self, tokenizer: Any, *, format: str | None = None, turns: Any = None, **options: Any) -> None:
