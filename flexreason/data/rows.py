@@ -28,6 +28,11 @@ class Rows(Dataset):
     `items`: layouts, or what the collator takes for them; `sizes`, their tokens, if they cannot be asked. Every epoch
     is filled up with empty rows to a `multiple`, the rows of an optimizer step on all ranks, so that no step spans two
     epochs and all ranks get equally many. With `steps`, there are as many epochs as these take.
+
+    >>> import flexreason as fr
+    >>> rows = Rows([fr.lay_out_turns([([1] * n, [2], [3])]) for n in (100, 30, 60, 90, 20)], 128, epochs=2)
+    >>> len(rows), rows[0]
+    (6, [Layout(102 tokens, 2 targets, 1 samples of 102 tokens), Layout(22 tokens, 2 targets, 1 samples of 22 tokens)])
     """
 
     def __init__(
