@@ -1,5 +1,7 @@
-"""`import flexreason as fr`: what stands there."""
+"""`import flexreason as fr`: what stands there, and that each of it shows how it is used."""
 
+import doctest
+import inspect
 import subprocess
 import sys
 
@@ -34,3 +36,13 @@ def test_every_name_can_be_had_in_a_fresh_process_in_whatever_order():
 def test_a_name_that_is_not_there_is_an_attribute_error():
     with pytest.raises(AttributeError, match="no attribute 'dance'"):
         fr.dance  # noqa: B018
+
+
+@pytest.mark.parametrize("name", fr.__all__)
+def test_every_name_says_what_it_is_and_shows_its_use(name):
+    """Its own docstring, not one that it inherits, with an example that pytest runs in the module where it stands."""
+    public = getattr(fr, name)
+    assert vars(public).get("__doc__") if inspect.isclass(public) else public.__doc__
+    examples = doctest.DocTestParser().get_examples(public.__doc__)
+    assert examples, f"fr.{name} has no example"
+    assert any(name in example.source for example in examples), f"the example of fr.{name} does not use it"
