@@ -27,7 +27,7 @@ least:  ## the tests under the least versions declared, in an environment of its
 	.venv-least/bin/pip install --quiet --disable-pip-version-check -r requirements-least.txt
 	PYTHONPATH=. .venv-least/bin/python -m pytest -q -n 2
 
-mutations: $(READY)  ## break the code in known places, and see which test notices
+mutations: $(READY)  ## break each promise in a place or two, and see which test notices
 	$(BIN)/python tests/mutations.py
 
 lint: $(READY)

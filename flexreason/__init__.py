@@ -1,12 +1,19 @@
-"""flexreason: train on every turn of a multi-turn reasoning conversation in one pass, exactly."""
+"""flexreason: train on every turn of a multi-turn reasoning conversation in one pass, exactly.
 
-import importlib
+    layout = fr.encode(messages, tokenizer)   # the N samples of a conversation, merged into a tree
+    row = fr.collate([layout])                # tensors for a model
+    model = fr.patch(model)                   # an ordinary transformers model, which takes rows from here on
+    model(**row).loss.backward()              # the loss and the gradients of the N samples
+
+Everything else that is public is listed below by what it is for.
+"""
+
 from typing import TYPE_CHECKING, Any
 
 from flexreason.data.collator import Collator
 from flexreason.data.pack import Packer
 from flexreason.data.rows import Rows, RowStream
-from flexreason.data.splitting import Split, split
+from flexreason.data.splitting import split
 from flexreason.tree.blocks import block_mask
 from flexreason.tree.draw import draw_layout, draw_mask
 from flexreason.tree.layout import Layout, lay_out_turns, unmerge
@@ -27,49 +34,60 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0.dev0"
 
-__all__ = [
-    "Collator",
-    "EntryEncoder",
-    "Layout",
-    "Packer",
-    "Role",
-    "RowStream",
-    "RowTrainer",
-    "Rows",
+__all__ = [  # noqa: RUF022 (sorted by what a name is for)
+    # the idea
     "Sample",
-    "Split",
-    "block_mask",
-    "collate",
-    "dense_mask",
-    "draw_layout",
-    "draw_mask",
-    "encode",
+    "Layout",
+    "Role",
     "lay_out",
     "lay_out_turns",
-    "mask_mod",
-    "patch",
-    "split",
-    "token_logprobs",
-    "total_weight",
     "unmerge",
+    "dense_mask",
+    "block_mask",
+    "mask_mod",
+    "draw_layout",
+    "draw_mask",
+    # messages and data
+    "encode",
+    "EntryEncoder",
+    "split",
+    "collate",
+    "Collator",
+    "Packer",
+    "Rows",
+    "RowStream",
+    # a model
+    "patch",
     "unpatch",
+    "token_logprobs",
+    # training
+    "RowTrainer",
+    "total_weight",
+    # proof
     "verify",
 ]
 
-NEEDS_TRANSFORMERS = {
-    "EntryEncoder": "flexreason.data.intake",
-    "RowTrainer": "flexreason.train.trainer",
+_NEEDS_TRANSFORMERS = {
     "encode": "flexreason.chat.encode",
+    "EntryEncoder": "flexreason.data.intake",
     "patch": "flexreason.patching",
-    "token_logprobs": "flexreason.model.logprobs",
-    "total_weight": "flexreason.train.sums",
     "unpatch": "flexreason.model.hooks",
+    "token_logprobs": "flexreason.model.logprobs",
+    "RowTrainer": "flexreason.train.trainer",
+    "total_weight": "flexreason.train.sums",
     "verify": "flexreason.proof.verify",
 }
-"""Imported when first asked for, since transformers takes seconds to import."""
+"""These names are imported when they are first asked for, since transformers takes seconds to import."""
 
 
 def __getattr__(name: str) -> Any:
-    if name in NEEDS_TRANSFORMERS:
-        return getattr(importlib.import_module(NEEDS_TRANSFORMERS[name]), name)
+    if name in _NEEDS_TRANSFORMERS:
+        from importlib import import_module
+
+        return getattr(import_module(_NEEDS_TRANSFORMERS[name]), name)
     raise AttributeError(f"module 'flexreason' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    """The public names alone: not the folders, and not what this file imports for itself."""
+    return [*__all__, *(name for name in globals() if name.startswith("__"))]

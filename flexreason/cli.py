@@ -1,14 +1,19 @@
-"""The command line: `flexreason COMMAND`. Each command is a module with `add_arguments` and `run`."""
+"""The command line: `flexreason NAME` is the module `flexreason.commands.NAME`.
+
+All commands have one form: a docstring, which is the command's help; `add_arguments(parser)`; and `run(options)`, which
+returns 0 only where the command did its job, and raises a ValueError about what the user can mend.
+"""
 
 import argparse
 import importlib
 import os
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 import flexreason
 
-COMMANDS = {  # a module of flexreason.commands, and what it is for
+COMMANDS = {  # what each is for
     "bench": "time one pass against the N samples on your own machine, model and data",
     "demo": "train a small model from scratch in single passes, and let it answer",
     "models": "tell which models take rows exactly, or one model by name, path or class",
@@ -26,24 +31,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="flexreason", description="Train on every turn of a multi-turn reasoning conversation in one pass."
     )
     parser.add_argument("--version", action="version", version=f"flexreason {flexreason.__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    given = list(sys.argv[1:] if arguments is None else arguments)
-    chosen = next((word for word in given if word in COMMANDS), None)
-    for name, help_text in COMMANDS.items():
+    parsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    chosen = next((word for word in words if word in COMMANDS), None)
+    for name, purpose in COMMANDS.items():
+        of_command = parsers.add_parser(name, help=purpose)
         if name == chosen:  # the others are not even imported: transformers takes seconds
-            made = importlib.import_module(f"flexreason.commands.{name}")
-            made.add_arguments(commands.add_parser(name, help=help_text, description=made.__doc__))
-        else:
-            commands.add_parser(name, help=help_text)
-    options = parser.parse_args(given)
+            of_command.description = command(name).__doc__
+            command(name).add_arguments(of_command)
+    options = parser.parse_args(words)
     try:
-        return importlib.import_module(f"flexreason.commands.{options.command}").run(options)
+        return command(options.command).run(options)
     except BrokenPipeError:  # whoever read the output, such as head, has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except ValueError as error:
         print(f"flexreason {options.command}: {error}", file=sys.stderr)
         return 2
+
+
+def command(name: str) -> Any:
+    """The module of a command."""
+    return importlib.import_module(f"flexreason.commands.{name}")
 
 
 if __name__ == "__main__":

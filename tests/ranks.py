@@ -12,6 +12,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 import flexreason as fr
+from breaking import break_what_is_asked
 from flexreason.data.documents import weighted
 from flexreason.proof.float64 import true_float64
 from models import tiny
@@ -72,4 +73,5 @@ def main(how, folder, weighting, accumulate, epochs=3):
 
 
 if __name__ == "__main__":
+    break_what_is_asked()
     main(**json.loads(sys.argv[1]))

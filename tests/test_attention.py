@@ -10,6 +10,7 @@ import flexreason as fr
 from attention import inputs, rows, written_out
 from flexreason.attention import dense, flex, pieces, segments
 from flexreason.attention.registry import choose_backend
+from flexreason.tree.mask import mask_mod
 from strategies import random_turns, samples
 from watch import Largest
 
@@ -169,7 +170,7 @@ def test_flex_on_lists_made_from_the_turn_role_rule_alone_finds_the_same():
     row = compiled_rows()
     length = row["until"].shape[1]
     q, k, v = inputs(length, size=16, dtype=torch.float32)
-    by_words = create_block_mask(fr.mask_mod(row, mask="turn_role"), 1, 1, length, length, device="cpu")
+    by_words = create_block_mask(mask_mod(row, mask="turn_role"), 1, 1, length, length, device="cpu")
     with torch.no_grad():
         found = flex.attend(q, k, v, by_words, 0.25)
         torch.testing.assert_close(found, flex.attend(q, k, v, fr.block_mask(row), 0.25), rtol=0, atol=0)

@@ -8,6 +8,7 @@ from torch.nn.attention.flex_attention import create_mask
 
 import flexreason as fr
 from flexreason import Role, Sample
+from flexreason.tree.mask import mask_mod
 from strategies import lengths, random_turns, samples, turns
 
 P, T, C, R = (int(r) for r in (Role.PROMPT, Role.REASONING, Role.CONTEXT, Role.RESPONSE))
@@ -69,7 +70,7 @@ def test_windows_and_chunks_are_measured_in_positions(given_samples, limit, is_c
 @given(samples(), st.sampled_from([None, 7]))
 def test_the_mask_mod_is_one_that_flex_attention_takes(given_samples, window):
     layout = fr.lay_out(given_samples)
-    made = create_mask(fr.mask_mod(layout, window=window), 1, 1, len(layout), len(layout), device="cpu")
+    made = create_mask(mask_mod(layout, window=window), 1, 1, len(layout), len(layout), device="cpu")
     assert torch.equal(made[0, 0], fr.dense_mask(layout, window=window))
 
 

@@ -14,6 +14,7 @@ import torch
 import flexreason as fr
 from exact import EXACT
 from flexreason.chat.encode import Encoder
+from flexreason.data.pack import Packer
 from flexreason.proof import oracle
 from flexreason.proof.float64 import relative_l2, true_float64
 from fuzzing import conversation
@@ -83,7 +84,7 @@ def packed(documents, length, seed):
     """The documents in another order, in rows: lists of their numbers."""
     order = list(range(len(documents)))
     random.Random(seed).shuffle(order)
-    packer = fr.Packer(length, pool=6, seed=seed)
+    packer = Packer(length, pool=6, seed=seed)
     return list(packer.pack((number, len(documents[number][2])) for number in order))
 
 

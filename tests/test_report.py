@@ -17,6 +17,7 @@ from flexreason.cli import main
 from flexreason.commands.report import report
 from flexreason.data.figures import SIZES, Amount, Figures, dense, figures_of, shape_of
 from flexreason.data.intake import EntryEncoder, Intake, Item
+from flexreason.data.pack import Packer
 from flexreason.data.summary import Fill, Summary, bin_of
 from templating import SHAPES, TOOLS, answer, trl_tokenizer, user
 
@@ -207,7 +208,7 @@ def test_rows_are_those_of_the_packer(tokenizer):
     found = figures(tokenizer, 512) * 70
     parts = [size for one in found for size in one.parts]
     again = [size for one in found for size in one.recomputed]
-    rows = list(fr.Packer(512).pack(enumerate(parts)))
+    rows = list(Packer(512).pack(enumerate(parts)))
     fill = added(found, 512).rows
     assert fill.n == len(rows) > 10
     net = [sum(parts[n] - again[n] for n in row) / 512 for row in rows]

@@ -1,10 +1,12 @@
-"""What holds the house together: what may import what, and that nothing imports the oracle.
+"""What holds the house together: what may import what, that nothing imports the oracle, and that the tour of the code
+leads through the rooms that there are.
 
 Imports are read from the source, so that those inside functions, under TYPE_CHECKING and by a module's name in a text
 count like any other.
 """
 
 import ast
+import re
 import subprocess
 import sys
 import tomllib
@@ -161,3 +163,43 @@ def test_the_least_versions_are_those_that_the_tests_can_be_run_under():
     lines = (root / "requirements-least.txt").read_text().splitlines()
     least = {name: Version(version) for name, _, version in (line.partition("==") for line in lines) if version}
     assert {name: least[name] for name in declared} == declared
+
+
+def tour():
+    """What the tour of the code names, in its order: paths from the package on."""
+    text = (PACKAGE.parent / "CONTRIBUTING.md").read_text()
+    [block] = re.findall(r"```\nflexreason/\n(.*?)```", text, re.DOTALL)
+    named, folder = [], ""
+    for line in block.splitlines():
+        indent, name = re.match(r"( +)(\S+)  +\S", line).groups()
+        folder = folder if indent == "    " else name if name.endswith("/") else ""
+        named.append(name if name == folder else folder + name)
+    return named
+
+
+def test_the_tour_names_every_folder_and_nothing_that_is_not_there():
+    named = tour()
+    folders = {f"{path.parent.name}/" for path in PACKAGE.glob("*/__init__.py")}
+    assert {name for name in named if name.endswith("/")} == folders
+    assert {path.name for path in PACKAGE.glob("*.py")} - set(named) == {"__init__.py", "__main__.py"}
+    assert [name for name in named if not (PACKAGE / name).exists()] == []
+    assert len(set(named)) == len(named)
+
+
+def test_the_tour_goes_the_way_of_imports():
+    named = tour()
+    rooms = [name.rstrip("/").removesuffix(".py") for name in named if name.count("/") == name.endswith("/")]
+    for at, room in enumerate(rooms):
+        assert LAYERS.get(room, set()) - {"tools"} <= set(rooms[:at]), room
+    modules = [name.removesuffix(".py").replace("/", ".") for name in named if name.endswith(".py")]
+    for at, module in enumerate(modules):
+        own = {other for other in imports_of(module)[0] if layer(other) == layer(module)}
+        assert not own & set(modules[at + 1 :]), module
+
+
+def test_what_is_to_be_done_in_files_is_said_of_files_that_are_there():
+    """NAME stands for what a reader adds."""
+    text = (PACKAGE.parent / "CONTRIBUTING.md").read_text()
+    files = set(re.findall(r"`((?:flexreason|tests|docs)/[\w/.]+)`", text))
+    assert len(files) > 20
+    assert [name for name in files if "NAME" not in name and not (PACKAGE.parent / name).exists()] == []

@@ -11,6 +11,7 @@ import torch
 from torch.utils.data import Dataset, IterableDataset
 
 import flexreason as fr
+from breaking import break_what_is_asked
 from flexreason.proof.float64 import true_float64
 from models import tiny
 from training import LENGTH, some_layouts, trainer_arguments
@@ -99,5 +100,6 @@ def case(name, kind, folder, n, batch, accumulate, **more):
 
 
 if __name__ == "__main__":
+    break_what_is_asked()
     for told in json.loads(sys.argv[1]):
         case(**told)

@@ -56,6 +56,20 @@ def encode(
     their numbers among the assistant messages. `think` is what stands before and behind reasoning, for templates that
     do not render it. `accept` names reasons for which an answer is refused as dirty ("unclosed-reasoning",
     "unopened-reasoning", "empty-message"), and is then trained as it is written. All other options go to the template.
+
+    >>> from flexreason.load import stand_in
+    >>> from flexreason.tree.layout import unmerge
+    >>> tokenizer = stand_in("{% for m in messages %}<|{{ m.role }}|>{% if loop.last and m.reasoning_content %}<think>"
+    ...     "{{ m.reasoning_content }}</think>{% endif %}{{ m.content }}<|end|>{% endfor %}"
+    ...     "{% if add_generation_prompt %}<|assistant|>{% endif %}")
+    >>> messages = [{"role": "user", "content": "2+3?"},
+    ...     {"role": "assistant", "reasoning_content": "easy", "content": "5"},
+    ...     {"role": "user", "content": "Twice?"},
+    ...     {"role": "assistant", "reasoning_content": "5+5", "content": "10"}]
+    >>> for sample in unmerge(encode(messages, tokenizer)):
+    ...     print(tokenizer.decode(sample.prompt_ids), "->", tokenizer.decode(sample.target_ids))
+    <|user|>2+3?<|end|><|assistant|> -> <think>easy</think>5<|end|>
+    <|user|>2+3?<|end|><|assistant|>5<|end|><|user|>Twice?<|end|><|assistant|> -> <think>5+5</think>10<|end|>
     """
     options = {"history": history, "think": think, "accept": accept, **template_options}
     return encoder_of(tokenizer, **options).layout(messages, tools, turns)

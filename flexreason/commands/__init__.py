@@ -1,1 +1,1 @@
-"""The command line, a module a command: `add_arguments` and `run`."""
+"""The commands, a module each and all of one form: a docstring, `add_arguments(parser)` and `run(options) -> int`."""

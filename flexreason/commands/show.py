@@ -108,14 +108,23 @@ def _tiny_model(vocabulary: int, seed: int) -> Any:
 
 
 def _yours(options: argparse.Namespace, width: int) -> int:
-    where, layout, decode = _read(options)
-    samples = fr.unmerge(layout)
-    n_tokens = sum(len(sample.prompt_ids) + len(sample.target_ids) for sample in samples)
-    print(f"{where}:\n{_count(len(samples), 'training sequence')} of {n_tokens} tokens in all\n")
-    for number, sample in enumerate(samples):
-        sides = f"{len(sample.prompt_ids)} -> {len(sample.target_ids)} tokens"
-        print(f"  turn {number}, {sides}:  {_sides(sample, decode, width - len(sides) - 14)}")
-    print(f"\nStored once each, these are {len(layout)} tokens ({n_tokens / len(layout):.2f} times fewer):\n")
+    from flexreason.load import load_tokenizer
+
+    tokenizer = None if options.tokenizer is None else load_tokenizer(options.tokenizer)[0]
+    where, layout = _read(options, tokenizer)
+
+    def decode(ids: list[int]) -> str:
+        if tokenizer is None:
+            return " ".join(map(str, ids))
+        return json.dumps(tokenizer.decode(ids), ensure_ascii=False)[1:-1].replace('\\"', '"')
+
+    sequences = "1 training sequence" if layout.n_samples == 1 else f"{layout.n_samples} training sequences"
+    print(f"{where}:\n{sequences} of {layout.sample_tokens} tokens in all\n")
+    for turn, sample in enumerate(fr.unmerge(layout)):
+        sizes = f"{len(sample.prompt_ids)} -> {len(sample.target_ids)} tokens"
+        print(f"  turn {turn}, {sizes}:  {_sides(sample, decode, width - len(sizes) - 14)}")
+    fewer = layout.sample_tokens / len(layout)
+    print(f"\nStored once each, these are {len(layout)} tokens ({fewer:.2f} times fewer):\n")
     in_full = len(layout) <= IN_FULL
     if in_full:
         print(fr.draw_layout(layout, lambda token: decode([token]), width=width))
@@ -131,38 +140,30 @@ def _yours(options: argparse.Namespace, width: int) -> int:
     return 0
 
 
-def _read(options: argparse.Namespace) -> tuple[str, fr.Layout, Callable[[list[int]], str]]:
-    """Where the conversation stands, its layout, and ids as text."""
+def _read(options: argparse.Namespace, tokenizer: Any) -> tuple[str, fr.Layout]:
+    """Where the conversation that was asked for stands, and its layout."""
     from flexreason.data.files import read_conversations
-    from flexreason.load import load_tokenizer
 
     if options.conversation < 0:
         raise ValueError(f"--conversation: expected a number from 0 on, found {options.conversation}")
-    tokenizer = None if options.tokenizer is None else load_tokenizer(options.tokenizer)[0]
-    found = next(islice(read_conversations(options.data), options.conversation, None), None)
-    if found is None:
+    conversation = next(islice(read_conversations(options.data), options.conversation, None), None)
+    if conversation is None:
         raise ValueError(f"{options.data}: there is no conversation {options.conversation}; they are counted from 0")
-
-    def decode(ids: list[int]) -> str:
-        if tokenizer is None:
-            return " ".join(map(str, ids))
-        return json.dumps(tokenizer.decode(ids), ensure_ascii=False)[1:-1].replace('\\"', '"')
-
-    if found.samples is not None:
-        return found.where, fr.lay_out(found.samples), decode
+    if conversation.samples is not None:
+        return conversation.where, fr.lay_out(conversation.samples)
     if tokenizer is None:
         raise ValueError(f"{options.data}: messages need a tokenizer with a chat template; give --tokenizer")
-    asked = {"accept": options.accept or (), **found.options}
-    return found.where, fr.encode(found.messages, tokenizer, found.tools, **asked), decode
+    of_template = {"accept": options.accept or (), **conversation.options}
+    return conversation.where, fr.encode(conversation.messages, tokenizer, conversation.tools, **of_template)
 
 
 def _sides(sample: Sample, decode: Callable[[list[int]], str], width: int) -> str:
     """A sample as prompt -> target, each shortened in the middle where they do not fit."""
     prompt, target = decode(list(sample.prompt_ids)), decode(list(sample.target_ids))
-    if len(prompt) + len(target) + 6 <= width:
-        return f"{prompt}  ->  {target}"
     room = max(16, (width - 6) // 2)
-    return f"{shortened(prompt, max(room, width - 6 - len(target)))}  ->  {shortened(target, room)}"
+    if len(prompt) + len(target) + 6 > width:
+        prompt, target = shortened(prompt, max(room, width - 6 - len(target))), shortened(target, room)
+    return f"{prompt}  ->  {target}"
 
 
 def shortened(text: str, width: int) -> str:
@@ -185,18 +186,10 @@ def folded(layout: fr.Layout, decode: Callable[[list[int]], str], width: int = 1
     targets = torch.bincount(layout.target_source, minlength=len(layout))
     lines = [["index", "tokens", "turn", "role", "position", "until", "targets", "text"]]
     for start, end in pairwise(starts):
-        lines.append(
-            [
-                str(start),
-                str(end - start),
-                str(int(layout.turn[start])),
-                role_name(int(layout.role[start])),
-                str(int(position[start])),
-                str(int(until[start])),
-                str(int(targets[start:end].sum())),
-                shortened(decode(layout.input_ids[start:end].tolist()), text_width),
-            ]
-        )
+        turn, role, n_targets = int(layout.turn[start]), role_name(int(layout.role[start])), targets[start:end].sum()
+        text = shortened(decode(layout.input_ids[start:end].tolist()), text_width)
+        cells = (start, end - start, turn, role, int(position[start]), int(until[start]), int(n_targets), text)
+        lines.append([str(cell) for cell in cells])
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)][:-1]
     return "\n".join("  ".join([*map(str.rjust, line, widths), line[-1]]) for line in lines)
 
@@ -224,7 +217,3 @@ def fold_mask(layout: fr.Layout, side: int) -> str:
         return "▒" if j == i or largest[j] > start else "·"
 
     return "\n".join("".join(cell(i, j) for j in range(len(blocks))) for i in range(len(blocks)))
-
-
-def _count(n: int, what: str) -> str:
-    return f"{n} {what}" if n == 1 else f"{n} {what}s"

@@ -25,6 +25,11 @@ class Collator:
     Args:
         length: Tokens of the row; as many as are needed, in whole blocks, if not given.
         encode: Makes a layout of any other item, such as `EntryEncoder` of a conversation.
+
+    >>> import flexreason as fr
+    >>> layout = fr.lay_out_turns([([1, 2], [10, 11], [20])])
+    >>> Collator(256)([layout, [layout, layout]])["input_ids"].shape
+    torch.Size([1, 256])
     """
 
     def __init__(self, length: int | None = None, *, encode: Any = None) -> None:

@@ -43,6 +43,11 @@ class Rows(Dataset):
         multiple: Rows of an optimizer step, on all ranks.
         sizes: Tokens of each document, if `items` cannot be asked cheaply.
         pool: Documents among which the packer chooses.
+
+    >>> import flexreason as fr
+    >>> rows = Rows([fr.lay_out_turns([([1] * n, [2], [3])]) for n in (100, 30, 60, 90, 20)], 128, epochs=2)
+    >>> len(rows), rows[0]
+    (6, [Layout(102 tokens, 2 targets, 1 samples of 102 tokens), Layout(22 tokens, 2 targets, 1 samples of 22 tokens)])
     """
 
     def __init__(

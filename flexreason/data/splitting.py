@@ -43,6 +43,11 @@ def split(layout: Layout, length: int, *, too_long: str = "refuse") -> Split:
     """Split a layout into parts of at most `length` tokens.
 
     A sample that is longer by itself is refused, or with `too_long="drop"` left out.
+
+    >>> import flexreason as fr
+    >>> layout = fr.lay_out_turns([([1, 2], [10, 11], [20]), ([3], [12], [21]), ([4], [13, 14], [22])])
+    >>> split(layout, 8).turns
+    [[2], [0, 1]]
     """
     if too_long not in TOO_LONG:
         raise ValueError(f"split: too_long: expected one of {', '.join(map(repr, TOO_LONG))}, found {too_long!r}")

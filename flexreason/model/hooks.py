@@ -101,7 +101,15 @@ def apply_patch(
 
 
 def unpatch(model: Model) -> Model:
-    """Undo `patch`, to the last hook; the same object back. A model that is not patched stays as it is."""
+    """Undo `patch`, to the last hook; the same object back. A model that is not patched stays as it is.
+
+    >>> import flexreason as fr
+    >>> from transformers import Qwen3Config, Qwen3ForCausalLM
+    >>> model = Qwen3ForCausalLM(Qwen3Config(vocab_size=40, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+    ...     num_attention_heads=4, num_key_value_heads=2, head_dim=8))
+    >>> unpatch(fr.patch(model)) is model
+    True
+    """
     if (patch := find_patch(model)) is not None:
         patch.undo()
     return model

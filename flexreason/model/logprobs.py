@@ -2,16 +2,6 @@
 
 It calls a patched model, as a trainer does, and nothing of what is done to a model needs it: so it stands beside
 hooks.py.
-
->>> import flexreason as fr
->>> from transformers import Qwen3Config, Qwen3ForCausalLM
->>> model = fr.patch(Qwen3ForCausalLM(Qwen3Config(vocab_size=40, hidden_size=32, intermediate_size=48,
-...     num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8)))
->>> row = fr.collate([fr.lay_out_turns([([1, 2], [10, 11], [20]), ([3], [12], [21])])])
->>> logprobs = fr.token_logprobs(model, row)
->>> first_turn = logprobs[row["target_turn"][0] == 0]  # of reasoning 10 11, and response 20
->>> len(first_turn)
-3
 """
 
 import math
@@ -30,6 +20,16 @@ def token_logprobs(model: nn.Module, row: Mapping[str, Tensor], *, temperature: 
     With a gradient unless under `torch.no_grad()`. Never more logits at a time than one chunk's. The model's soft
     cap and logit scale are in them; `temperature` divides the logits after these. Targets that fill the row up (label
     -100) have 0.
+
+    >>> import flexreason as fr
+    >>> from transformers import Qwen3Config, Qwen3ForCausalLM
+    >>> model = fr.patch(Qwen3ForCausalLM(Qwen3Config(vocab_size=40, hidden_size=32, intermediate_size=48,
+    ...     num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8)))
+    >>> row = fr.collate([fr.lay_out_turns([([1, 2], [10, 11], [20]), ([3], [12], [21])])])
+    >>> logprobs = token_logprobs(model, row)
+    >>> first_turn = logprobs[row["target_turn"][0] == 0]  # of reasoning 10 11, and response 20
+    >>> len(first_turn)
+    3
     """
     patch = find_patch(model)
     if patch is None:

@@ -59,6 +59,14 @@ def verify(
     compute, samples and trees together; by default what a laptop does in under a minute. `float64`: whether to
     compare in fp64 too; by default if there is memory for a copy. Once it has passed, `fr.patch` takes models of this
     class, even one that it could not test by itself.
+
+    >>> import flexreason as fr
+    >>> from transformers import Qwen3Config, Qwen3ForCausalLM
+    >>> model = Qwen3ForCausalLM(Qwen3Config(vocab_size=40, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+    ...     num_attention_heads=4, num_key_value_heads=2, head_dim=8))
+    >>> layout = fr.lay_out_turns([([1, 2], [10, 11], [20]), ([3], [12], [21])])
+    >>> verify(model, [layout]).verdict
+    'exact'
     """
     return _Verification(model, layouts, samples, tokens, float64).run()
 

@@ -19,7 +19,13 @@ from flexreason.tree.sample import Role
 
 
 def total_weight(rows: Iterable[Row]) -> Tensor:
-    """The weight of all targets of some rows, a number on the rows' device."""
+    """The weight of all targets of some rows, a number on the rows' device.
+
+    >>> import flexreason as fr
+    >>> row = fr.collate([fr.lay_out_turns([([1, 2], [10, 11], [20]), ([3], [12], [21])])])
+    >>> total_weight([row, row])
+    tensor(10.)
+    """
     return sum(((row["target_weight"] * (row["labels"] != IGNORED)).sum() for row in rows), torch.zeros(()))
 
 

@@ -257,4 +257,24 @@ def _local(parameter: Tensor) -> Tensor:
 
 
 class RowTrainer(RowTraining, Trainer):
-    """The Trainer, for rows."""
+    """The Trainer, for rows.
+
+    >>> import tempfile
+    >>> import flexreason as fr
+    >>> from transformers import TrainingArguments
+    >>> from transformers import Qwen3Config, Qwen3ForCausalLM
+    >>> model = Qwen3ForCausalLM(Qwen3Config(vocab_size=40, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+    ...     num_attention_heads=4, num_key_value_heads=2, head_dim=8))
+    >>> layouts = [fr.lay_out_turns([([1, 2], [10, 11], [20]), ([3], [12], [21])])]
+    >>> folder = tempfile.TemporaryDirectory()
+    >>> trainer = RowTrainer(
+    ...     model=fr.patch(model),
+    ...     args=TrainingArguments(folder.name, max_steps=2, save_strategy="no", use_cpu=True, disable_tqdm=True),
+    ...     train_dataset=fr.Rows(layouts, 128, steps=2),
+    ...     data_collator=fr.Collator(128),
+    ... )
+    >>> trainer.train().global_step  # doctest: +ELLIPSIS
+    {'train_runtime': ...}
+    2
+    >>> folder.cleanup()
+    """

@@ -44,6 +44,12 @@ def block_mask(
     `block_size`: one for queries and keys, or (queries, keys). `mask`, `window` and `chunk` as in
     `dense_mask`; under "turn_role" the lists are the same, and the paper's rule decides inside partial blocks.
     Entries of a list beyond its count are 0.
+
+    >>> import flexreason as fr
+    >>> layout = fr.lay_out_turns([([1] * 4, [2] * 4, [3] * 4), ([4] * 4, [5] * 4, [6] * 4)])
+    >>> blocks = block_mask(layout, block_size=4)  # of queries, how many key blocks are seen in part and in full
+    >>> blocks.kv_num_blocks.tolist(), blocks.full_kv_num_blocks.tolist()
+    ([[[1, 1, 1, 1, 1, 1, 1]]], [[[0, 1, 2, 3, 4, 1, 2]]])
     """
     check_limits(mask, window, chunk)
     q_size, kv_size = (block_size, block_size) if isinstance(block_size, int) else block_size

@@ -21,6 +21,16 @@ def draw_layout(layout: Layout, decode: Callable[[int], str] = str, *, width: in
 
     The target under a token is what the token predicts, joined by "/" where it predicts several. Lines longer
     than `width` go on in further blocks.
+
+    >>> from flexreason import lay_out_turns
+    >>> print(draw_layout(lay_out_turns([([1], [2], [3])]), lambda token: ".htr"[token]))
+    index         0     1    2
+    token         h     t    r
+    turn          0     0    0
+    role     prompt think resp
+    position      0     1    2
+    until         3     3    3
+    target        t     r    .
     """
     targets: list[str] = [""] * len(layout)
     for source, target in zip(layout.target_source.tolist(), layout.target_ids.tolist(), strict=True):

@@ -52,6 +52,14 @@ class Layout:
     Targets are explicit pairs, since shifted labels are wrong in a tree: the token stored before a generated
     response is not the one that predicts it, and one token may predict several. Targets stand in the order of
     their turns, and within a turn in path order.
+
+    >>> layout = lay_out_turns([([1, 2], [10, 11], [20]), ([3], [12], [21])])
+    >>> layout
+    Layout(9 tokens, 5 targets, 2 samples of 11 tokens)
+    >>> list(zip(layout.target_source.tolist(), layout.target_ids.tolist()))
+    [(1, 10), (6, 11), (7, 20), (3, 12), (4, 21)]
+    >>> isinstance(layout, Layout), len(layout)
+    (True, 9)
     """
 
     input_ids: Tensor  # [S] int64

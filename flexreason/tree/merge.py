@@ -56,7 +56,11 @@ class _Branch:
 
 
 def lay_out(samples: Sequence[Sample]) -> Layout:
-    """Merge samples into one tree: nested, sharing targets, equal, or sharing nothing, as they come."""
+    """Merge samples into one tree: nested, sharing targets, equal, or sharing nothing, as they come.
+
+    >>> lay_out([Sample([1, 2], [3]), Sample([1, 2, 4], [5, 6])])
+    Layout(6 tokens, 3 targets, 2 samples of 8 tokens)
+    """
     if not isinstance(samples, Sequence) or not samples:
         raise ValueError("lay_out: expected at least one sample, found none")
     checked = [_check(i, sample) for i, sample in enumerate(samples)]

@@ -49,6 +49,11 @@ def collate(layouts: Sequence[Layout], length: int | None = None, *, block_size:
 
     `attention_mask` is empty in its last dimensions on purpose: a model that is not patched raises on it
     instead of computing something else, and `NoMask` says why.
+
+    >>> from flexreason import Sample, lay_out
+    >>> row = collate([lay_out([Sample([1, 2], [3])]), lay_out([Sample([4], [5])])])
+    >>> row["input_ids"].shape, row["input_ids"][0, :6].tolist(), row["document"][0, :6].tolist()
+    (torch.Size([1, 128]), [1, 2, 3, 4, 5, 0], [0, 0, 0, 1, 1, -1])
     """
     _check_layouts(layouts)
     starts = [0, *accumulate(len(layout) for layout in layouts)]

@@ -25,7 +25,11 @@ LARGEST_ID = 2**31 - 1
 
 
 class Role(IntFlag):
-    """What a token is in its conversation. Flags, since a response can be generated and context at once."""
+    """What a token is in its conversation. Flags, since a response can be generated and context at once.
+
+    >>> Role.CONTEXT | Role.RESPONSE
+    <Role.CONTEXT|RESPONSE: 12>
+    """
 
     PROMPT = 1  # h: system, human, tool, headers
     REASONING = 2  # t

@@ -18,6 +18,7 @@ from attention import written_out
 from flexreason.attention import flex
 from flexreason.attention.registry import BACKENDS
 from flexreason.proof.float64 import relative_l2
+from flexreason.tree.mask import mask_mod
 from gpu.rule import Cell, alone, hold_errors, on, warnings_allowed
 from strategies import random_turns
 
@@ -53,7 +54,7 @@ def test_output_and_gradients_of_queries_of_a_long_row(backend, limits, device, 
     row = on(row, device)
     cell = Cell(heads=8, groups=2, size=128, limits={"window": 70} if rehearsal and limits else limits)
     index = torch.arange(length, dtype=torch.int32, device=device)
-    visible = fr.mask_mod(row, **cell.limits)(index[0], index[0], at.int()[:, None], index[None])
+    visible = mask_mod(row, **cell.limits)(index[0], index[0], at.int()[:, None], index[None])
     generator = torch.Generator().manual_seed(1)
     upstream = torch.randn(1, len(at), cell.heads, cell.size, generator=generator).to(device, cell.dtype)
     if device == "cuda":
