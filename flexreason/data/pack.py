@@ -24,6 +24,10 @@ class Packer:
         length: Tokens of a row.
         pool: Documents that wait, at most; when there are so many, a row is made.
         seed: Of the draw that each row begins with.
+
+    >>> packer = Packer(100)
+    >>> list(packer.pack([("a", 60), ("b", 50), ("c", 40)]))
+    [['b', 'c'], ['a']]
     """
 
     def __init__(self, length: int, *, pool: int = POOL, seed: int = 0) -> None:

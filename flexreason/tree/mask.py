@@ -104,6 +104,12 @@ def mask_mod(tree: Tree, *, mask: str = "interval", window: int | None = None, c
 
     `mask`: "interval" (any tree) or "turn_role" (the paper's, for layouts of `lay_out_turns`). `window` and
     `chunk` narrow it as sliding-window and chunked attention do, in positions.
+
+    >>> import flexreason as fr
+    >>> layout = fr.lay_out_turns([([1, 2], [10, 11], [20]), ([3], [12], [21])])
+    >>> sees = mask_mod(layout)
+    >>> [int(sees(0, 0, torch.tensor(7), torch.tensor(kv))) for kv in range(len(layout))]  # reasoning 11 of turn 0
+    [1, 1, 0, 0, 0, 0, 1, 1, 0]
     """
     check_limits(mask, window, chunk)
     if mask == "interval":
