@@ -10,7 +10,7 @@ from tokenizers import AddedToken
 
 import flexreason as fr
 from flexreason import Role
-from flexreason.chat import render
+from flexreason.chat import bounds, render
 from flexreason.chat.dirt import REASONS
 from flexreason.chat.encode import Encoder, encode, encode_samples
 from flexreason.chat.render import (
@@ -318,7 +318,7 @@ def test_templates_run_in_a_sandbox():
 
 
 def test_a_template_that_never_ends_is_stopped(monkeypatch):
-    monkeypatch.setattr(render, "SECONDS", 0.3)
+    monkeypatch.setattr(bounds, "SECONDS", 0.3)
     loop = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
     start = time.monotonic()
     with pytest.raises(TemplateRunsAway, match=r"longer than 0.3 s"):
@@ -339,7 +339,7 @@ def test_a_template_that_explodes_is_stopped(monkeypatch):
 
 
 def test_a_template_that_takes_too_much_memory_is_stopped(monkeypatch):
-    monkeypatch.setattr(render, "MEMORY", 50_000_000)
+    monkeypatch.setattr(bounds, "MEMORY", 50_000_000)
     doubles = "{% set ns = namespace(x='ab') %}{% for a in range(27) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}"
     slowly = "{% for a in range(9999) %}{% for b in range(999) %}{% endfor %}{% endfor %}"
     with pytest.raises(TemplateRunsAway, match="MiB of memory"):
