@@ -12,7 +12,7 @@ import flexreason as fr
 from flexreason import Role
 from flexreason.chat import bounds, render
 from flexreason.chat.dirt import REASONS
-from flexreason.chat.encode import Encoder, encode, encode_samples
+from flexreason.chat.encode import Encoder, encode
 from flexreason.chat.render import (
     BadMessage,
     ConversationError,
@@ -34,8 +34,10 @@ from templating import (
     as_text,
     byte_level,
     call,
+    encode_samples,
     in_parts,
     result,
+    samples_of,
     source,
     trl_tokenizer,
     user,
@@ -188,8 +190,8 @@ def test_markers_of_reasoning_can_be_chosen_where_the_template_has_none():
 
 def test_an_encoder_can_be_pickled_and_does_the_same():
     encoder = Encoder(QWEN, history="content")
-    encoder.samples(CHAT)
-    assert pickle.loads(pickle.dumps(encoder)).samples(CHAT) == encoder.samples(CHAT)
+    samples_of(encoder, CHAT)
+    assert samples_of(pickle.loads(pickle.dumps(encoder)), CHAT) == samples_of(encoder, CHAT)
 
 
 def test_a_changed_template_is_noticed():
