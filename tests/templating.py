@@ -14,6 +14,9 @@ from pathlib import Path
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from flexreason import Sample
+from flexreason.chat.encode import Encoder
+
 TRL = Path(importlib.util.find_spec("trl").origin).parent / "chat_templates"
 
 TRL_TEMPLATES = sorted(path.stem for path in TRL.glob("*.jinja"))
@@ -123,6 +126,24 @@ def trl_tokenizer(name):
     eos = "<|endoftext|>" if "glm" in name else TAG.findall(stops(name)[0])[-1]
     plain = [tag for tag in tags if NO_SPECIAL.search(tag) and tag not in special]
     return with_template(byte_level(), text, special=sorted(set(special)), plain=plain, eos=eos, bos="<bos>")
+
+
+def samples_of(encoder, messages, tools=None, turns=None):
+    """A conversation's samples, their ids, roles and turns as lists, so that they can be compared."""
+
+    def listed(values):
+        return None if values is None else list(values)
+
+    samples = encoder.encoded(messages, tools, turns).samples
+    return [
+        Sample(*map(listed, (s.prompt_ids, s.target_ids, s.prompt_roles, s.target_roles, s.prompt_turns)))
+        for s in samples
+    ]
+
+
+def encode_samples(messages, tokenizer, tools=None, *, turns=None, **options):
+    """The samples that `encode` lays out."""
+    return samples_of(Encoder(tokenizer, **options), messages, tools, turns)
 
 
 def user(text):

@@ -7,13 +7,24 @@ import pytest
 
 import flexreason as fr
 from flexreason.chat.dirt import REASONS
-from flexreason.chat.encode import Encoder, encode_samples
+from flexreason.chat.encode import Encoder
 from flexreason.chat.render import ConversationError, NotRendered
 from flexreason.cli import main
 from flexreason.data.files import BadInput
 from flexreason.train.settings import from_mapping
 from models import tiny
-from templating import TOOLS, TRL_TEMPLATES, answer, byte_level, call, trl_tokenizer, user, with_template
+from templating import (
+    TOOLS,
+    TRL_TEMPLATES,
+    answer,
+    byte_level,
+    call,
+    encode_samples,
+    samples_of,
+    trl_tokenizer,
+    user,
+    with_template,
+)
 
 QWEN, LLAMA, R1, NEMOTRON = map(trl_tokenizer, ("qwen3", "llama3", "deepseek_r1_distill", "nemotron_3_nano"))
 
@@ -57,16 +68,16 @@ def test_dirt_is_refused_by_message_and_reason_and_only_where_it_is_trained_on(n
     messages = [*CHAT, message]
     encoder = Encoder(tokenizer)
     with pytest.raises(ConversationError, match=r"^message 3: ") as error:
-        encoder.samples(messages)
+        samples_of(encoder, messages)
     assert (error.value.reason, error.value.message) == (reason, 3)
     assert f"accept {reason}" in str(error.value)
     assert pickle.loads(pickle.dumps(error.value)).reason == reason
     others = [other for other in REASONS if other != reason]
     with pytest.raises(ConversationError, match=f"accept {reason}"):
         encode_samples(messages, tokenizer, accept=others)
-    (only,) = encoder.samples(messages, turns=[0])
-    assert only == encoder.samples(CHAT)[0]
-    assert encoder.samples([*CHAT, {**message, "train": False}]) == [only]
+    (only,) = samples_of(encoder, messages, turns=[0])
+    assert only == samples_of(encoder, CHAT)[0]
+    assert samples_of(encoder, [*CHAT, {**message, "train": False}]) == [only]
 
 
 CLEAN = {

@@ -10,9 +10,9 @@ from tokenizers import AddedToken
 
 import flexreason as fr
 from flexreason import Role
-from flexreason.chat import render
+from flexreason.chat import bounds, render
 from flexreason.chat.dirt import REASONS
-from flexreason.chat.encode import Encoder, encode, encode_samples
+from flexreason.chat.encode import Encoder, encode
 from flexreason.chat.render import (
     BadMessage,
     ConversationError,
@@ -34,8 +34,10 @@ from templating import (
     as_text,
     byte_level,
     call,
+    encode_samples,
     in_parts,
     result,
+    samples_of,
     source,
     trl_tokenizer,
     user,
@@ -188,8 +190,8 @@ def test_markers_of_reasoning_can_be_chosen_where_the_template_has_none():
 
 def test_an_encoder_can_be_pickled_and_does_the_same():
     encoder = Encoder(QWEN, history="content")
-    encoder.samples(CHAT)
-    assert pickle.loads(pickle.dumps(encoder)).samples(CHAT) == encoder.samples(CHAT)
+    samples_of(encoder, CHAT)
+    assert samples_of(pickle.loads(pickle.dumps(encoder)), CHAT) == samples_of(encoder, CHAT)
 
 
 def test_a_changed_template_is_noticed():
@@ -318,7 +320,7 @@ def test_templates_run_in_a_sandbox():
 
 
 def test_a_template_that_never_ends_is_stopped(monkeypatch):
-    monkeypatch.setattr(render, "SECONDS", 0.3)
+    monkeypatch.setattr(bounds, "SECONDS", 0.3)
     loop = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
     start = time.monotonic()
     with pytest.raises(TemplateRunsAway, match=r"longer than 0.3 s"):
@@ -339,7 +341,7 @@ def test_a_template_that_explodes_is_stopped(monkeypatch):
 
 
 def test_a_template_that_takes_too_much_memory_is_stopped(monkeypatch):
-    monkeypatch.setattr(render, "MEMORY", 50_000_000)
+    monkeypatch.setattr(bounds, "MEMORY", 50_000_000)
     doubles = "{% set ns = namespace(x='ab') %}{% for a in range(27) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}"
     slowly = "{% for a in range(9999) %}{% for b in range(999) %}{% endfor %}{% endfor %}"
     with pytest.raises(TemplateRunsAway, match="MiB of memory"):

@@ -19,7 +19,7 @@ from flexreason.proof import oracle
 from flexreason.proof.float64 import relative_l2, true_float64
 from fuzzing import conversation
 from models import tiny
-from templating import answer, call, result, trl_tokenizer, user
+from templating import answer, call, result, samples_of, trl_tokenizer, user
 
 LENGTH = 640
 
@@ -65,7 +65,7 @@ def reference(template):
     tokenizer = trl_tokenizer(template)
     encoder = Encoder(tokenizer)
     model = tiny("Qwen3", vocab_size=len(tokenizer)).double()
-    kept = [(messages, encoder.samples(messages)) for messages in conversations()]
+    kept = [(messages, samples_of(encoder, messages)) for messages in conversations()]
     with true_float64():
         alone = oracle.n_samples(model, [sample for _, samples in kept for sample in samples])
     return model, kept, alone
@@ -165,7 +165,7 @@ def test_what_is_dropped_is_named_and_changes_nothing_else():
     """The last turn of a conversation is longer than a row: it is reported, and all others are there, as they were."""
     tokenizer, draw = trl_tokenizer("qwen3"), random.Random(3)
     messages = [*long_chat(draw, 5), user("more"), answer("so", words(draw, 350))]
-    samples = Encoder(tokenizer).samples(messages)
+    samples = samples_of(Encoder(tokenizer), messages)
     layout = fr.encode(messages, tokenizer)
     with pytest.raises(ValueError, match=r"1 of 6 samples are longer than a row of 640 by themselves \(turns 5;"):
         fr.split(layout, LENGTH)

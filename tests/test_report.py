@@ -12,14 +12,13 @@ import torch
 from transformers import DeepseekV3Config, Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig
 
 import flexreason as fr
-from flexreason.chat.encode import encode_samples
 from flexreason.cli import main
 from flexreason.commands.report import report
 from flexreason.data.figures import SIZES, Amount, Figures, dense, figures_of, shape_of
 from flexreason.data.intake import EntryEncoder, Intake, Item
 from flexreason.data.pack import Packer
 from flexreason.data.summary import Fill, Summary, bin_of
-from templating import SHAPES, TOOLS, answer, trl_tokenizer, user
+from templating import SHAPES, TOOLS, answer, encode_samples, trl_tokenizer, user
 
 TOY = dense("toy", width=16, inner=32, layers=2, heads=2, groups=1, size=8, vocabulary=50)
 

@@ -18,6 +18,7 @@ from templating import (
     in_both_fields,
     reference,
     result,
+    samples_of,
     shape,
     trl_tokenizer,
     user,
@@ -390,5 +391,5 @@ def test_a_content_that_is_rendered_twice_is_refused():
 def test_targets_end_with_a_token_that_stops_generation():
     for name in TRL_TEMPLATES:
         tokenizer = trl_tokenizer(name)
-        for sample in encoder(name).samples(shape(name, "chat")):
+        for sample in samples_of(encoder(name), shape(name, "chat")):
             assert re.fullmatch(r"<.*>", tokenizer.decode(sample.target_ids[-1:])), name

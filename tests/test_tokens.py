@@ -15,7 +15,7 @@ from flexreason.chat.encode import Encoder
 from flexreason.chat.render import ConversationError
 from flexreason.chat.tokens import Running, Tokens
 from fuzzing import conversation
-from templating import answer, byte_level, metaspace, source, user, with_template, word_piece
+from templating import answer, byte_level, metaspace, samples_of, source, user, with_template, word_piece
 
 TAGS = ["<|im_start|>", "<|im_end|>"]
 THINK = ["<think>", "</think>"]
@@ -109,7 +109,7 @@ PLAIN = (
 def test_prompts_are_those_of_inference_and_targets_the_rest_in_context(kind, template):
     tokenizer = KINDS[kind]()
     tokenizer.chat_template = template
-    encoder, draw = Encoder(tokenizer, accept=tuple(REASONS)), Random(0)  # some of what is drawn is empty
+    encoder, draw = Encoder(tokenizer, accept=REASONS), Random(0)  # any text may be anything
     n_rest = 0
     for messages in [CHAT, *(conversation(draw) for _ in range(25))]:
         found = encoder.encoded(messages)
@@ -184,7 +184,7 @@ def test_a_target_by_itself_gets_no_spurious_space():
     """Where prompt and target meet within a token, SentencePiece-style tokenizers would put a space in front."""
     template = "{% for m in messages %}{{ m.content }}{% if m.role == 'assistant' %}</s>{% endif %}{% endfor %}"
     tokenizer = with_template(metaspace(), template, special=["</s>"])
-    (sample,) = Encoder(tokenizer).samples([user("the us"), answer("er answers")])
+    (sample,) = samples_of(Encoder(tokenizer), [user("the us"), answer("er answers")])
     alone = tokenizer("er answers</s>", add_special_tokens=False)["input_ids"]
     assert tokenizer.decode(sample.prompt_ids + alone) == "the us er answers</s>"  # the shortcut
     assert tokenizer.decode(sample.prompt_ids + sample.target_ids) == "the user answers</s>"
@@ -194,7 +194,7 @@ def test_a_target_by_itself_gets_no_spurious_space():
 def test_line_breaks_that_meet_stay_two_tokens():
     template = "{% for m in messages %}{{ m.content }}{% if m.role == 'assistant' %}</s>{% endif %}{% endfor %}"
     tokenizer = with_template(byte_level(), template, special=["</s>"])
-    (sample,) = Encoder(tokenizer).samples([user("so\n"), answer("\n\nWhy?")])
+    (sample,) = samples_of(Encoder(tokenizer), [user("so\n"), answer("\n\nWhy?")])
     whole = tokenizer("so\n\n\nWhy?</s>", add_special_tokens=False)["input_ids"]
     prompt = tokenizer("so\n", add_special_tokens=False)["input_ids"]
     assert sample.prompt_ids == prompt != whole[: len(prompt)]

@@ -14,8 +14,7 @@ import argparse
 import re
 from collections.abc import Iterable, Sequence
 
-from flexreason.chat import messages as parts
-from flexreason.chat.messages import Message
+from flexreason.chat.messages import REASONING_FIELDS, Message, did_you_mean
 from flexreason.chat.render import ConversationError
 from flexreason.chat.template import KNOWN_MARKERS, Markers
 
@@ -48,12 +47,12 @@ def accepted(reasons: str | Iterable[str]) -> frozenset[str]:
     """The reasons as a set, or an error that names the one that is none."""
     if not isinstance(reasons, str | Iterable):
         raise ConversationError(f"accept: expected reasons ({', '.join(REASONS)}), found {reasons!r}")
-    found = (reasons,) if isinstance(reasons, str) else tuple(reasons)
-    for reason in found:
+    wanted = (reasons,) if isinstance(reasons, str) else tuple(reasons)
+    for reason in wanted:
         if reason not in REASONS:
-            hint = parts.did_you_mean(reason, REASONS)
+            hint = did_you_mean(reason, REASONS)
             raise ConversationError(f"accept: expected one of {', '.join(REASONS)}, found {reason!r}{hint}")
-    return frozenset(found)
+    return frozenset(wanted)
 
 
 def add_argument(parser: argparse._ActionsContainer) -> None:
@@ -92,8 +91,8 @@ def unopened(text: str, pairs: Sequence[Pair]) -> Pair | None:
             continue
         depth = max(0, head.count(opening) - head.count(closing))
         longest_first = sorted((opening, closing), key=len, reverse=True)
-        for found in re.findall("|".join(map(re.escape, longest_first)), rest):
-            depth += 1 if found == opening else -1
+        for marker in re.findall("|".join(map(re.escape, longest_first)), rest):
+            depth += 1 if marker == opening else -1
             if depth < 0:
                 return opening, closing
     return None
@@ -120,26 +119,21 @@ def opened_by(prompt: str, end: str, pair: Pair) -> bool:
 
 def with_reasoning_before(message: Message, closing: str) -> Message:
     """The message of a model whose prompt had opened the block, with what stands before `closing` as its reasoning."""
-    reasoning, _, response = parts.text_of(message["content"]).partition(closing)
-    bare = parts.with_text(parts.without_reasoning(message), response.lstrip("\n"))
-    return {**bare, parts.REASONING_FIELDS[0]: reasoning.strip("\n")}
+    reasoning, _, response = message.text.partition(closing)
+    answer = message.without_reasoning().with_texts(content=response.lstrip("\n"))
+    return answer.changed(**{REASONING_FIELDS[0]: reasoning.strip("\n")})
 
 
 def refuse(message: Message, number: int, pairs: Sequence[Pair], accept: frozenset[str]) -> None:
     """Raise if an answer is dirty in a way that is not accepted."""
-    text = parts.text_of(message.get("content"))
     error: type[ConversationError]
-    if pair := unclosed(text, pairs):
+    if pair := unclosed(message.text, pairs):
         error, words = UnclosedReasoning, f"its content begins with {pair[0]} and never closes it"
-    elif pair := unopened(text, pairs):
+    elif pair := unopened(message.text, pairs):
         error, words = UnopenedReasoning, f"its content has {pair[1]}, and no {pair[0]} before it, nor has the prompt"
-    elif _is_empty(message):
+    elif not (message.functions or (message.reasoning + message.response).strip()):
         error, words = EmptyMessage, "it has no reasoning, no content and no calls"
     else:
         return
     if error.reason not in accept:
         raise error(f"{words}; mend it, say train: false, or accept {error.reason} (--accept, accept=)", number)
-
-
-def _is_empty(message: Message) -> bool:
-    return not (parts.calls_of(message) or (parts.reasoning_of(message) + parts.response_of(message)).strip())

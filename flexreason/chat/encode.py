@@ -8,27 +8,25 @@ what a template does.
 
 import logging
 from array import array
-from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from flexreason.chat import dirt
-from flexreason.chat import messages as parts
-from flexreason.chat.filled import places_of
-from flexreason.chat.messages import Message
+from flexreason.chat.history import History, Stretch, find_stretches, repeated
+from flexreason.chat.messages import TRAINING_KEYS, Message, check, is_trained
 from flexreason.chat.render import (
     BadMessage,
     ConversationError,
-    Messages,
     NothingToTrain,
     Renderer,
     frozen_clock,
     function_tools,
 )
-from flexreason.chat.template import MARK, PROBE_TOOL, Template
-from flexreason.chat.tokens import Piece, Running, Tokens
-from flexreason.chat.turns import Turn, Turns
+from flexreason.chat.survey import Turns
+from flexreason.chat.template import PROBE_TOOL, Template
+from flexreason.chat.tokens import Running, Tokens, joined
+from flexreason.chat.turns import Turn
 from flexreason.tree.layout import Layout
 from flexreason.tree.merge import lay_out
 from flexreason.tree.sample import Role, Sample
@@ -73,13 +71,6 @@ def encode(
     """
     options = {"history": history, "think": think, "accept": accept, **template_options}
     return encoder_of(tokenizer, **options).layout(messages, tools, turns)
-
-
-def encode_samples(
-    messages: Any, tokenizer: Any, tools: Any = None, *, turns: Any = None, **options: Any
-) -> list[Sample]:
-    """The samples that `encode` lays out, with roles; arguments as there."""
-    return encoder_of(tokenizer, **options).samples(messages, tools, turns)
 
 
 @dataclass
@@ -146,105 +137,63 @@ class Encoder:
     def layout(self, messages: Any, tools: Any = None, turns: Any = None) -> Layout:
         return lay_out(self.encoded(messages, tools, turns).samples)
 
-    def samples(self, messages: Any, tools: Any = None, turns: Any = None) -> list[Sample]:
-        return [
-            Sample(
-                list(sample.prompt_ids),
-                list(sample.target_ids),
-                None if sample.prompt_roles is None else list(sample.prompt_roles),
-                None if sample.target_roles is None else list(sample.target_roles),
-                None if sample.prompt_turns is None else list(sample.prompt_turns),
-            )
-            for sample in self.encoded(messages, tools, turns).samples
-        ]
-
     def encoded(self, messages: Any, tools: Any = None, turns: Any = None) -> Encoded:
         """The samples of a conversation, and how they were found."""
-        checked = parts.check(messages)
+        checked = check(messages)
         trained = choose(checked, turns)
         with frozen_clock():
             render = Renderer(self.tokenizer, function_tools(tools), self.options)
             template, finder = self._template(render)
-            made = self._made(render, template, checked, set(trained))
-            past = [parts.without_reasoning(message) for message in made] if self.history == "content" else made
-            found = [self._turn(render, finder, past, made, number) for number in trained]
-            spans = self._history(render, past, trained[-1], found[-1].prompt)
-        samples = self._tokenize(found, trained, spans)
+            own = self._in_form(render, template, checked, set(trained))
+            past = [message.without_reasoning() for message in own] if self.history == "content" else own
+            before = [message.as_dict for message in past]
+            found = [self._turn(render, finder, before[:number], own[number], number) for number in trained]
+            stretches = find_stretches(render, past[: trained[-1]], found[-1].prompt)
+        samples = self._tokenize(found, trained, stretches)
         how = [turn.how for turn in found]
         self._tell(set(how))
         return Encoded(samples, how, trained, found, render.seconds, render.n_calls)
 
-    def _made(self, render: Renderer, template: Template, checked: Messages, trained: set[int]) -> Messages:
+    def _in_form(
+        self, render: Renderer, template: Template, messages: list[Message], trained: set[int]
+    ) -> list[Message]:
         """The messages as the template takes them. Raises where one that is trained on is dirty."""
-        made: Messages = []
+        in_form: list[Message] = []
         pairs, end = dirt.pairs_with(template.markers), template.prompt_end
-        for number, message in enumerate(checked):
-            message = parts.without_training_keys(message)
-            if message["role"] == "assistant":
-                half = dirt.unopened(parts.text_of(message.get("content")), pairs)
-                bare = not parts.reasoning_of(message).strip()
-                if half and bare and made and dirt.opened_by(render.attempt(made, True) or "", end, half):
-                    message = dirt.with_reasoning_before(message, half[1])
+        for number, message in enumerate(messages):
+            message = message.without(*TRAINING_KEYS)
+            if message.role == "assistant":
+                half = dirt.unopened(message.text, pairs)
+                if half and in_form and not message.reasoning.strip():
+                    prompt = render.attempt([earlier.as_dict for earlier in in_form], True) or ""
+                    if dirt.opened_by(prompt, end, half):
+                        message = dirt.with_reasoning_before(message, half[1])
                 if number in trained:
                     dirt.refuse(message, number, pairs, self.accept)
-            made.append(template.in_form(message))
-        return made
+            in_form.append(template.in_form(message))
+        return in_form
 
-    def _turn(self, render: Renderer, finder: Turns, past: Messages, made: Messages, number: int) -> Turn:
-        before = past[:number]
+    def _turn(
+        self, render: Renderer, finder: Turns, before: list[dict[str, Any]], message: Message, number: int
+    ) -> Turn:
         if not before:
             raise BadMessage(
                 "the conversation begins with an assistant message, and inference has nothing to answer there; mark it "
                 "with train: false",
                 number,
             )
-        return finder.find(render, before, made[number], number, render(before, True))
+        return finder.find(render, before, message, number, render(before, True))
 
     def _tell(self, how: set[str]) -> None:
         for kind in sorted(how & set(REMARKS) - self._told):
             self._told.add(kind)
             log.log(logging.WARNING if kind == "thinking off" else logging.INFO, REMARKS[kind])
 
-    # --- roles
-
-    def _history(self, render: Renderer, past: Messages, last: int, prompt: str) -> list[tuple[int, int, int, Role]]:
-        """Where answers and reasoning of earlier turns stand in the longest prompt: (start, end, message, role).
-
-        Seen from a rendering with marks for all of them; empty where the prompt is not that rendering filled in.
-        """
-        base = next(mark for n in range(10**6) if (mark := MARK.format(f"h{n}")) not in prompt)
-        marked, slots = [], {}
-        for number, message in enumerate(past[:last]):
-            if message["role"] == "assistant":
-                reasoning, response = parts.reasoning_of(message), parts.response_of(message)
-                if response:
-                    mark = f"{base}{number}c"
-                    slots[mark] = (number, response, Role.CONTEXT)
-                    inline = reasoning and not parts.has_field(message)
-                    message = parts.with_text(parts.without_reasoning(message) if inline else message, mark)
-                    message = {**message, parts.REASONING_FIELDS[0]: reasoning} if inline else message
-                if reasoning:
-                    mark = f"{base}{number}r"
-                    slots[mark] = (number, reasoning, Role.REASONING)
-                    names = [name for name in parts.REASONING_FIELDS if name in message]
-                    message = {**message, **dict.fromkeys(names or parts.REASONING_FIELDS[:1], mark)}
-            marked.append(message)
-        if not slots:
-            return []
-        try:
-            text = render.plain(marked, True)
-        except ConversationError:
-            raise
-        except Exception:
-            return []
-        found, _ = places_of(text, {mark: value for mark, (_, value, _) in slots.items()}, prompt)
-        return [(start, end, slots[mark][0], slots[mark][2]) for start, end, mark in found]
-
-    def _tokenize(self, found: list[Turn], trained: list[int], spans: list[tuple[int, int, int, Role]]) -> list[Sample]:
+    def _tokenize(self, found: list[Turn], trained: list[int], stretches: list[Stretch]) -> list[Sample]:
         turn_of = {number: n for n, number in enumerate(trained)}
         running, samples = Running(self.tokens), []
         running.foresee(turn.prompt + turn.target for turn in found)
-        history = _History(spans, found[-1].prompt, running, turn_of)
+        history = History(stretches, found[-1].prompt, running, turn_of)
         for number, turn in zip(trained, found, strict=True):
             try:
                 before, target = running.sample(turn.prompt, turn.target)
@@ -258,10 +207,10 @@ class Encoder:
             roles, turns = history.of(turn.prompt, n_prompt)
             samples.append(
                 Sample(
-                    _ids(before),
+                    joined(before),
                     array("q", target),
                     roles,
-                    _repeated(Role.REASONING, n_reasoning) + _repeated(Role.RESPONSE, len(target) - n_reasoning),
+                    repeated(Role.REASONING, n_reasoning) + repeated(Role.RESPONSE, len(target) - n_reasoning),
                     turns,
                 )
             )
@@ -280,7 +229,7 @@ REMARKS = {
 
 def choose(messages: Sequence[Message], turns: Any) -> list[int]:
     """The numbers of the messages to train on."""
-    assistants = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
+    assistants = [number for number, message in enumerate(messages) if message.role == "assistant"]
     if not assistants:
         raise NothingToTrain("the conversation has no assistant message")
     if turns is None:
@@ -295,75 +244,10 @@ def choose(messages: Sequence[Message], turns: Any) -> list[int]:
         wanted = {assistants[n] for n in numbers}
     else:
         raise ConversationError(f'turns: expected "last" or numbers of assistant messages, found {turns!r}')
-    found = [number for number in assistants if parts.is_trained(number, messages[number]) and number in wanted]
-    if not found:
+    trained = [number for number in assistants if is_trained(number, messages[number]) and number in wanted]
+    if not trained:
         raise NothingToTrain("every assistant message is excluded from training")
-    return found
-
-
-def _repeated(value: int, n: int) -> array:
-    return array("q", [value]) * n
-
-
-def _ids(pieces: list[Piece]) -> array:
-    made = array("q")
-    made.frombytes(b"".join([piece.ids.tobytes() for piece in pieces]))
-    return made
-
-
-class _History:
-    """Roles and turns of the longest prompt's tokens, and of others as far as they go along with it."""
-
-    def __init__(
-        self, spans: list[tuple[int, int, int, Role]], prompt: str, running: Running, turn_of: dict[int, int]
-    ) -> None:
-        self.prompt, self.ends, self.counts = prompt, [0], [0]
-        pieces = running.pieces(prompt) if spans else []
-        self.roles = _repeated(Role.PROMPT, sum(len(piece.ids) for piece in pieces))
-        self.turns = _repeated(-1, len(self.roles))
-        starts, counts, at, total = [], [], 0, 0
-        for piece in pieces:
-            starts.append(at)
-            counts.append(total)
-            at += len(piece.text)
-            total += len(piece.ids)
-
-        def index(place: int) -> int:
-            n = bisect_right(starts, place) - 1
-            inside = place - starts[n]
-            return counts[n] + (len(_within(pieces[n], inside, running.tokens)) if inside else 0)
-
-        for start, end, number, role in spans:
-            low, high = index(start), min(index(end), total)
-            self.roles[low:high] = _repeated(role, high - low)
-            if number in turn_of:
-                self.turns[low:high] = _repeated(turn_of[number], high - low)
-            self.ends.append(end)
-            self.counts.append(high)
-
-    def of(self, prompt: str, n: int) -> tuple[array | None, array | None]:
-        """Roles and turns of a prompt with n tokens; None where nothing is known of it."""
-        common = len(prompt) if self.prompt.startswith(prompt) else _agreed(prompt, self.prompt)
-        known = min(self.counts[bisect_right(self.ends, common) - 1], n)
-        if not known:
-            return None, None
-        rest = n - known
-        return self.roles[:known] + _repeated(Role.PROMPT, rest), self.turns[:known] + _repeated(-1, rest)
-
-
-def _within(piece: Piece, n: int, tokens: Tokens) -> Sequence[int]:
-    return piece.ids if n >= len(piece.text) else tokens.whole(piece.text[:n])
-
-
-def _agreed(one: str, other: str) -> int:
-    low, high = 0, min(len(one), len(other))
-    while low < high:
-        middle = (low + high + 1) // 2
-        if one.startswith(other[:middle]):
-            low = middle
-        else:
-            high = middle - 1
-    return low
+    return trained
 
 
 _encoders: dict[Any, Encoder] = {}

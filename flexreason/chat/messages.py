@@ -1,4 +1,4 @@
-"""Messages as users have them: checked, and their parts (reasoning, content, tool calls) found and replaced.
+"""Messages as users have them: checked, and taken apart once into reasoning, content and tool calls.
 
 Reasoning stands in a field (`reasoning_content`, `reasoning`, `thinking`) or inline, as `<think>...</think>` at the
 very beginning of the content. What stands elsewhere in a text is text.
@@ -6,12 +6,11 @@ very beginning of the content. What stands elsewhere in a text is text.
 
 import difflib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
-from flexreason.chat.render import BadMessage, Messages
-
-Message = dict[str, Any]
+from flexreason.chat.render import BadMessage
 
 REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
 
@@ -22,16 +21,132 @@ OPEN, CLOSE = "<think>", "</think>"
 TRAINING_KEYS = ("train", "weight")
 
 
-def check(messages: Any) -> Messages:
-    """The messages as plain dicts without None fields, or a BadMessage that names the first culprit."""
+@dataclass(frozen=True)
+class Message:
+    """A message taken apart. `as_dict` is the message itself, which templates render; a message that is changed is
+    another one, taken apart anew.
+
+    >>> message = take_apart({"role": "assistant", "content": "<think>2+3</think>5"})
+    >>> message.reasoning, message.response, message.fields, message.inline
+    ('2+3', '5', (), True)
+    >>> message.without_reasoning().as_dict
+    {'role': 'assistant', 'content': '5'}
+    """
+
+    as_dict: dict[str, Any]
+    text: str  # the content, its parts one a line
+    reasoning: str  # wherever it stands; empty where there is none
+    response: str  # the content without inline reasoning
+    fields: tuple[str, ...]  # those that hold the reasoning
+    inline: bool  # whether the content begins with the reasoning, and no field has it
+    functions: list[dict[str, Any]]  # that are called: dicts with name and arguments
+
+    @property
+    def role(self) -> str:
+        return self.as_dict["role"]
+
+    def changed(self, **fields: Any) -> "Message":
+        return take_apart({**self.as_dict, **fields})
+
+    def without(self, *keys: str) -> "Message":
+        if not any(key in self.as_dict for key in keys):
+            return self
+        return take_apart({key: value for key, value in self.as_dict.items() if key not in keys})
+
+    def without_reasoning(self) -> "Message":
+        """The message as a client sends it back that never saw the reasoning."""
+        return self.changed(content=self.response) if self.inline else self.without(*self.fields)
+
+    def with_field(self, name: str) -> "Message":
+        """The message with its reasoning, if it has any, in field `name`, and nowhere else."""
+        if not (self.fields or self.reasoning):
+            return self
+        return self.without_reasoning().changed(**{name: self.reasoning})
+
+    def with_texts(self, reasoning: str | None = None, content: str | None = None) -> "Message":
+        """The message with other texts in these places; reasoning that stood inline then stands in a field."""
+        message = self
+        if reasoning is not None:
+            message = self.without_reasoning() if self.inline else self
+            message = message.changed(**dict.fromkeys(self.fields or REASONING_FIELDS[:1], reasoning))
+        if content is not None:
+            in_parts = isinstance(message.as_dict.get("content"), list)
+            message = message.changed(content=[{"type": "text", "text": content}] if in_parts else content)
+        return message
+
+    def with_functions(self, functions: list[dict[str, Any]]) -> "Message":
+        """The message with other functions in its tool calls."""
+        calls = [
+            {**call, "function": function} if "function" in call else function
+            for call, function in zip(self.as_dict["tool_calls"], functions, strict=True)
+        ]
+        return self.changed(tool_calls=calls)
+
+    def with_arguments(self, form: str) -> "Message":
+        """The message with all tool arguments in one form: "object" or "string"."""
+        if not self.functions:
+            return self
+        return self.with_functions(
+            [
+                {**function, "arguments": _in_form(function["arguments"], form)}
+                if "arguments" in function
+                else function
+                for function in self.functions
+            ]
+        )
+
+    def between(self, begin: str, end: str) -> "Message":
+        """The message with these texts around its content, behind an inline block if there is one."""
+        content = self.as_dict.get("content")
+        if not isinstance(content, list):
+            block = self.text[: len(self.text) - len(self.response)]
+            return self.changed(content=f"{block}{begin}{self.response}{end}")
+        texts = [{**content[0], "text": begin + content[0]["text"]}, *content[1:]]
+        texts[-1] = {**texts[-1], "text": texts[-1]["text"] + end}
+        return self.changed(content=texts)
+
+
+def take_apart(message: dict[str, Any]) -> Message:
+    """The parts of a message that has been checked. Only an assistant's has reasoning."""
+    content = message.get("content")
+    text = "\n".join(part["text"] for part in content) if isinstance(content, list) else content or ""
+    functions = [call.get("function", call) for call in message.get("tool_calls") or []]
+    if message["role"] != "assistant":
+        return Message(message, text, "", text, (), False, functions)
+    if fields := tuple(name for name in REASONING_FIELDS if name in message):
+        return Message(message, text, message[fields[0]], text, fields, False, functions)
+    if block := _inline_block(text):
+        return Message(message, text, *block, (), True, functions)
+    return Message(message, text, "", text, (), False, functions)
+
+
+def _inline_block(text: str) -> tuple[str, str] | None:
+    """Reasoning and rest of a text that begins with a think block; None where it does not."""
+    text = text.lstrip()
+    if not text.startswith(OPEN):
+        return None
+    reasoning, closing, rest = text[len(OPEN) :].partition(CLOSE)
+    return (reasoning.strip("\n"), rest.lstrip("\n")) if closing else None
+
+
+def _in_form(arguments: Any, form: str) -> Any:
+    if form == "object" and isinstance(arguments, str):
+        return json.loads(arguments or "{}")
+    if form == "string" and isinstance(arguments, dict):
+        return json.dumps(arguments, ensure_ascii=False)
+    return arguments
+
+
+def check(messages: Any) -> list[Message]:
+    """The messages without None fields, taken apart, or a BadMessage that names the first culprit."""
     if not isinstance(messages, list | tuple):
         raise BadMessage(f"expected a list of messages, found {type(messages).__name__}")
     if not messages:
         raise BadMessage("the conversation has no messages")
-    return [_check_message(number, message) for number, message in enumerate(messages)]
+    return [take_apart(_check_message(number, message)) for number, message in enumerate(messages)]
 
 
-def _check_message(number: int, message: Any) -> Message:
+def _check_message(number: int, message: Any) -> dict[str, Any]:
     if not isinstance(message, dict):
         raise BadMessage(f"expected a dict with role and content, found {type(message).__name__}", number)
     message = {key: value for key, value in message.items() if value is not None}
@@ -60,7 +175,7 @@ def _check_message(number: int, message: Any) -> Message:
     return message
 
 
-def _check_content(number: int, message: Message) -> None:
+def _check_content(number: int, message: dict[str, Any]) -> None:
     content = message.get("content", "")
     if isinstance(content, str):
         return
@@ -90,9 +205,9 @@ def _check_calls(number: int, calls: Any) -> None:
             raise BadMessage(f"tool_calls[{at}]: expected arguments as an object or its JSON, found {kind}", number)
 
 
-def did_you_mean(found: Any, known: Iterable[str]) -> str:
+def did_you_mean(name: Any, known: Iterable[str]) -> str:
     """A hint at the name that is nearest to a wrong one, if any is near."""
-    near = difflib.get_close_matches(found.lower(), known, n=1) if isinstance(found, str) else []
+    near = difflib.get_close_matches(name.lower(), known, n=1) if isinstance(name, str) else []
     return f"; did you mean {near[0]!r}?" if near else ""
 
 
@@ -103,115 +218,11 @@ def json_words(error: Exception) -> str:
 
 def is_trained(number: int, message: Message) -> bool:
     """Whether the message itself says that it is trained on: `train: false` or `weight: 0` say no."""
-    for key in TRAINING_KEYS:
-        if key in message:
-            if message[key] not in (0, 1):
-                raise BadMessage(f"{key}: expected true or false, found {message[key]!r}", number)
-            return bool(message[key])
-    return True
-
-
-def without_training_keys(message: Message) -> Message:
-    return {key: value for key, value in message.items() if key not in TRAINING_KEYS}
-
-
-def text_of(content: Any) -> str:
-    """The text of a content, its parts one a line."""
-    if isinstance(content, list):
-        return "\n".join(part["text"] for part in content)
-    return content or ""
-
-
-def split_inline(content: Any) -> tuple[str, str] | None:
-    """Reasoning and rest of a content that begins with a think block; None where it does not."""
-    text = text_of(content)
-    if not text.lstrip().startswith(OPEN):
-        return None
-    head, found, rest = text.lstrip()[len(OPEN) :].partition(CLOSE)
-    return (head.strip("\n"), rest.lstrip("\n")) if found else None
-
-
-def reasoning_of(message: Message) -> str:
-    """The reasoning, wherever it stands; empty where there is none."""
-    for name in REASONING_FIELDS:
-        if name in message:
-            return message[name]
-    inline = split_inline(message.get("content"))
-    return inline[0] if inline else ""
-
-
-def has_field(message: Message) -> bool:
-    return any(name in message for name in REASONING_FIELDS)
-
-
-def response_of(message: Message) -> str:
-    """The content without inline reasoning."""
-    inline = None if has_field(message) else split_inline(message.get("content"))
-    return inline[1] if inline else text_of(message.get("content"))
-
-
-def without_reasoning(message: Message) -> Message:
-    """The message as a client sends it back that never saw the reasoning."""
-    if message["role"] != "assistant":
-        return message
-    inline = None if has_field(message) else split_inline(message.get("content"))
-    bare = {key: value for key, value in message.items() if key not in REASONING_FIELDS}
-    return {**bare, "content": inline[1]} if inline else bare
-
-
-def with_field(message: Message, name: str) -> Message:
-    """The message with its reasoning in field `name`, and nowhere else."""
-    reasoning = reasoning_of(message)
-    if message["role"] != "assistant" or not (has_field(message) or reasoning):
-        return message
-    return {**without_reasoning(message), name: reasoning}
-
-
-def calls_of(message: Message) -> list[dict[str, Any]]:
-    """The functions called: dicts with name and arguments."""
-    return [call.get("function", call) for call in message.get("tool_calls") or []]
-
-
-def with_calls(message: Message, functions: list[dict[str, Any]]) -> Message:
-    """The message with other functions in its tool calls."""
-    calls = [
-        {**call, "function": function} if "function" in call else function
-        for call, function in zip(message["tool_calls"], functions, strict=True)
-    ]
-    return {**message, "tool_calls": calls}
-
-
-def with_arguments(message: Message, form: str) -> Message:
-    """The message with all tool arguments in one form: "object" or "string"."""
-    if not message.get("tool_calls"):
-        return message
-    functions = []
-    for function in calls_of(message):
-        arguments = function.get("arguments")
-        if form == "object" and isinstance(arguments, str):
-            arguments = json.loads(arguments or "{}")
-        elif form == "string" and isinstance(arguments, dict):
-            arguments = json.dumps(arguments, ensure_ascii=False)
-        functions.append(function if arguments is None else {**function, "arguments": arguments})
-    return with_calls(message, functions)
-
-
-def with_text(message: Message, text: str) -> Message:
-    """The message with this content, in the form that it has: text, or one text part."""
-    parts = isinstance(message.get("content"), list)
-    return {**message, "content": [{"type": "text", "text": text}] if parts else text}
-
-
-def between(message: Message, begin: str, end: str) -> Message:
-    """The message with these texts around its content, behind an inline block if there is one."""
-    content = message.get("content")
-    if not isinstance(content, list):
-        content = content or ""
-        text = response_of(message)
-        return {**message, "content": f"{content[: len(content) - len(text)]}{begin}{text}{end}"}
-    texts = [{**content[0], "text": begin + content[0]["text"]}, *content[1:]]
-    texts[-1] = {**texts[-1], "text": texts[-1]["text"] + end}
-    return {**message, "content": texts}
+    key = next((key for key in TRAINING_KEYS if key in message.as_dict), None)
+    said = message.as_dict[key] if key else True
+    if said not in (0, 1):
+        raise BadMessage(f"{key}: expected true or false, found {said!r}", number)
+    return bool(said)
 
 
 def marked_arguments(arguments: Any, mark: str) -> Any:
@@ -219,13 +230,3 @@ def marked_arguments(arguments: Any, mark: str) -> Any:
     if isinstance(arguments, str):
         return json.dumps(marked_arguments(json.loads(arguments or "{}"), mark))
     return dict.fromkeys(arguments, mark) if isinstance(arguments, dict) else arguments
-
-
-def texts(message: Message) -> Iterator[str]:
-    """Every text in a message that a user wrote."""
-    yield text_of(message.get("content"))
-    for name in REASONING_FIELDS:
-        yield message.get(name, "")
-    for function in calls_of(message):
-        yield function["name"]
-        yield json.dumps(function.get("arguments"), ensure_ascii=False)

@@ -7,11 +7,7 @@ size is refused. What goes wrong is raised as one of the `ConversationError`s be
 """
 
 import contextvars
-import ctypes
 import inspect
-import os
-import re
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,16 +15,12 @@ from datetime import datetime
 from functools import lru_cache
 from typing import Any
 
-Messages = list[dict[str, Any]]
+from flexreason.chat.bounds import OutOfBounds, bounded, huge_product
 
-SECONDS = 10.0
-"""One rendering may take this long."""
+Messages = list[dict[str, Any]]
 
 LONGEST = 64_000_000
 """Characters that one rendering may have."""
-
-MEMORY = 1 << 30
-"""Bytes by which the process may grow during one rendering."""
 
 OURS = {
     "add_generation_prompt",
@@ -84,16 +76,8 @@ class TemplateThrowsDice(ConversationError):
     reason = "template draws at random"
 
 
-class ArgumentForm(ConversationError):
-    reason = "tool arguments in a form that the template does not take"
-
-
 class NotRendered(ConversationError):
     reason = "message not rendered by the template"
-
-
-class ThinkingOff(ConversationError):
-    reason = "reasoning, where the prompt has switched it off"
 
 
 class NotAligned(ConversationError):
@@ -106,10 +90,6 @@ class NoStopToken(ConversationError):
 
 class TokenBoundary(ConversationError):
     reason = "target cannot be tokenized behind its prompt"
-
-
-class _Stopped(BaseException):
-    """Raised into a template that has run too long; no template can catch it."""
 
 
 _NOW: contextvars.ContextVar[datetime | None] = contextvars.ContextVar("flexreason_now", default=None)
@@ -141,7 +121,7 @@ class Renderer:
         self.tokenizer, self.tools, self.options = tokenizer, tools, options
         self.source = template_source(tokenizer, tools, options)
         self.n_calls, self.seconds = 0, 0.0
-        _freeze_clock_of(self.source)
+        _check_source(self.source)
 
     def __call__(self, messages: Messages, prompt: bool, blame: int | None = None) -> str:
         """The text; errors blame message `blame`, or the first with which the rendering fails."""
@@ -158,14 +138,12 @@ class Renderer:
     def plain(self, messages: Messages, prompt: bool) -> str:
         start = time.perf_counter()
         try:
-            with _watched():
+            with bounded():
                 text = self.tokenizer.apply_chat_template(
                     messages, tools=self.tools, add_generation_prompt=prompt, tokenize=False, **self.options
                 )
-        except _Stopped as stopped:
-            raise TemplateRunsAway(f"the chat template was stopped: {stopped}") from None
-        except (MemoryError, RecursionError, OverflowError) as error:
-            raise TemplateRunsAway(f"the chat template was stopped: {_words(error)}") from None
+        except OutOfBounds as error:
+            raise TemplateRunsAway(f"the chat template was stopped: {error}") from None
         finally:
             self.n_calls += 1
             self.seconds += time.perf_counter() - start
@@ -218,18 +196,16 @@ def _words(error: BaseException) -> str:
     return f"{text[:500]} [{type(error).__name__}]" if text else type(error).__name__
 
 
-def _freeze_clock_of(source: str) -> None:
-    """Let the compiled template that transformers keeps ask our clock, which is the real one unless frozen."""
-    from transformers.utils import chat_template_utils
-
-    if found := _huge(source):  # computed while compiling, where nothing can stop it
-        raise TemplateRunsAway(f"the chat template was stopped before it ran: it computes {found!r}")
+def _check_source(source: str) -> None:
+    """Raise where a template is no jinja, or one whose samples nobody can know; and let it ask our clock."""
+    if product := huge_product(source):
+        raise TemplateRunsAway(f"the chat template was stopped before it ran: it computes {product!r}")
     try:
-        with _watched():
-            compiled = chat_template_utils._compile_jinja_template(source)
+        with bounded():
+            compiled = _compiled(source)
     except ImportError:
         raise
-    except (_Stopped, MemoryError, RecursionError, OverflowError) as error:
+    except OutOfBounds as error:
         raise TemplateRunsAway(f"the chat template was stopped while it was compiled: {error}") from None
     except Exception as error:
         line = getattr(error, "lineno", None)
@@ -240,105 +216,28 @@ def _freeze_clock_of(source: str) -> None:
             f"the chat template draws at random ({drawn}): each rendering is another one, and there is no telling what "
             "inference will see; set tokenizer.chat_template to one without it"
         )
+    # not handed in as a variable: transformers makes plain data of variables, and functions are none
     compiled.globals["strftime_now"] = _strftime_now
+
+
+def _compiled(source: str) -> Any:
+    """The compiled template that transformers keeps and renders."""
+    from transformers.utils import chat_template_utils
+
+    return chat_template_utils._compile_jinja_template(source)
 
 
 @lru_cache(maxsize=64)
 def _dice(source: str) -> str | None:
     """What in a template's syntax tree draws at random: the filter, by name or handed to another one, or lipsum()."""
     from jinja2 import nodes
-    from transformers.utils import chat_template_utils
 
-    tree = chat_template_utils._compile_jinja_template(source).environment.parse(source)
-    for found in tree.find_all(nodes.Filter):
-        handed = [argument.value for argument in found.args if isinstance(argument, nodes.Const)]
-        if found.name == "random" or (found.name == "map" and handed[:1] == ["random"]):
+    tree = _compiled(source).environment.parse(source)
+    for filter in tree.find_all(nodes.Filter):
+        arguments = [argument.value for argument in filter.args if isinstance(argument, nodes.Const)]
+        if filter.name == "random" or (filter.name == "map" and arguments[:1] == ["random"]):
             return "the filter random"
-    return "lipsum()" if any(found.name == "lipsum" for found in tree.find_all(nodes.Name)) else None
-
-
-def _huge(source: str) -> str | None:
-    """A power, or a product with a number of seven digits, in a template's code; real templates have neither."""
-    for code in re.findall(r"\{[{%](.*?)[%}]\}", source, re.DOTALL):
-        bare = re.sub(r"'(?:\\.|[^'\\])*'|\"(?:\\.|[^\"\\])*\"", "''", code)
-        if found := re.search(r"\S*\s*\*\*\s*\S*|\S*\s*\*\s*\d{7,}|\d{7,}\s*\*\s*\S*", bare):
-            return found.group()
-    return None
-
-
-class _Watch:
-    """One thread that stops renderings that run too long or take too much memory."""
-
-    def __init__(self) -> None:
-        self.process = os.getpid()
-        self.lock = threading.Lock()
-        self.busy = threading.Event()
-        self.running: dict[int, list[Any]] = {}  # thread -> [deadline, memory at the start, stopped]
-        threading.Thread(target=self._loop, daemon=True, name="flexreason-templates").start()
-
-    def start(self) -> int:
-        thread = threading.get_ident()
-        with self.lock:
-            self.running[thread] = [time.monotonic() + SECONDS, None, False]
-        self.busy.set()
-        return thread
-
-    def stop(self, thread: int) -> None:
-        with self.lock:
-            if self.running.pop(thread)[2]:  # it may be on its way still
-                ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), None)
-
-    def _loop(self) -> None:
-        while True:
-            self.busy.wait()
-            time.sleep(0.05)
-            with self.lock:
-                if not self.running:
-                    self.busy.clear()
-                    continue
-                used = _memory()
-                for thread, entry in self.running.items():
-                    entry[1] = used if entry[1] is None else entry[1]
-                    late, large = time.monotonic() > entry[0], used - entry[1] > MEMORY
-                    if not entry[2] and (late or large):
-                        entry[2] = True
-                        kind = _TooLong if late else _TooLarge
-                        ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), ctypes.py_object(kind))
-
-
-class _TooLong(_Stopped):
-    def __str__(self) -> str:
-        return f"one rendering took longer than {SECONDS:g} s"
-
-
-class _TooLarge(_Stopped):
-    def __str__(self) -> str:
-        return f"one rendering took more than {MEMORY >> 20} MiB of memory"
-
-
-_watch: _Watch | None = None
-
-
-@contextmanager
-def _watched() -> Iterator[None]:
-    global _watch
-    if _watch is None or _watch.process != os.getpid():  # a fork takes no threads along
-        _watch = _Watch()
-    watch = _watch
-    thread = watch.start()
-    try:
-        yield
-    finally:
-        watch.stop(thread)
-
-
-def _memory() -> int:
-    """Bytes of memory that the process holds; 0 where the system does not tell."""
-    try:
-        with open("/proc/self/statm") as file:
-            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    except (OSError, ValueError):
-        return 0
+    return "lipsum()" if any(name.name == "lipsum" for name in tree.find_all(nodes.Name)) else None
 
 
 def function_tools(tools: Any) -> list[Any] | None:

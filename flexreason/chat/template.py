@@ -5,15 +5,14 @@ comes out is where the template puts that text; what stands around it is the tem
 """
 
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from flexreason.chat import messages as parts
-from flexreason.chat.messages import Message
+from flexreason.chat.messages import REASONING_FIELDS, Message, take_apart
 from flexreason.chat.render import Messages, Renderer
 from flexreason.chat.seam import find_seam
+from flexreason.chat.texts import common_prefix, common_suffix
 
 MARK = "zQ7xV{}Kmark"
 
@@ -38,21 +37,21 @@ PROBE_TOOL = {
 }
 
 
-def user(text: str) -> Message:
+def user(text: str) -> dict[str, Any]:
     return {"role": "user", "content": text}
 
 
-def assistant(text: str, **more: Any) -> Message:
+def assistant(text: str, **more: Any) -> dict[str, Any]:
     return {"role": "assistant", "content": text, **more}
 
 
-def calling(form: str, key: str = "key", value: str = ANSWER, **more: Any) -> Message:
+def calling(form: str, key: str = "key", value: str = ANSWER, **more: Any) -> dict[str, Any]:
     arguments = {key: value} if form == "object" else f'{{"{key}": "{value}"}}'
     call = {"id": "call00001", "type": "function", "function": {"name": "probe", "arguments": arguments}}
     return {"role": "assistant", "content": "", **more, "tool_calls": [call]}
 
 
-def tool(text: str) -> Message:
+def tool(text: str) -> dict[str, Any]:
     return {"role": "tool", "name": "probe", "tool_call_id": "call00001", "content": text}
 
 
@@ -138,8 +137,10 @@ class Template:
         return "any" if len(takes) == 2 else takes[0] if takes else "none"
 
     def _takes_arguments(self, form: str) -> bool:
-        for content in ("", None):
-            text = self.probe([user(USER), parts.check([user(""), calling(form, content=content)])[1]])
+        call = calling(form)
+        without_content = {key: value for key, value in call.items() if key != "content"}
+        for message in (call, without_content):
+            text = self.probe([user(USER), message])
             if text is not None and ANSWER in text:
                 return not (form == "string" and re.search(r'\\+"key\\+"', text))
         return False
@@ -147,18 +148,14 @@ class Template:
     @cached_property
     def fields(self) -> tuple[str, ...]:
         """The reasoning fields that the template renders in the last message."""
-        found = []
-        for name in parts.REASONING_FIELDS:
-            text = self.probe([user(USER), assistant(ANSWER, **{name: THOUGHT})])
-            if text is not None and THOUGHT in text:
-                found.append(name)
-        return tuple(found)
+        texts = {name: self.probe([user(USER), assistant(ANSWER, **{name: THOUGHT})]) for name in REASONING_FIELDS}
+        return tuple(name for name, text in texts.items() if text is not None and THOUGHT in text)
 
     @cached_property
     def splits_inline(self) -> bool:
         """Whether inline reasoning comes out just as a reasoning field does, in every place."""
         inline = assistant(f"<think>\n{THOUGHT}\n</think>\n\n{ANSWER}")
-        field = assistant(ANSWER, **{(self.fields or parts.REASONING_FIELDS)[0]: THOUGHT})
+        field = assistant(ANSWER, **{(self.fields or REASONING_FIELDS)[0]: THOUGHT})
         for around in ([user(USER), None], [user(USER), None, user(AGAIN)], [user(USER), None, user(AGAIN), None]):
             texts = [self.probe([m or form for m in around]) for form in (inline, field)]
             if texts[0] != texts[1] or texts[0] is None:
@@ -170,7 +167,7 @@ class Template:
     @cached_property
     def prompt_end(self) -> str:
         """What follows the last user's text in a prompt: the end of that message and the generation prompt."""
-        text = self.probe(self._in_form([user(USER)]), True) or ""
+        text = self.probe(self.take([user(USER)]), True) or ""
         return text.rpartition(USER)[2]
 
     @cached_property
@@ -191,7 +188,7 @@ class Template:
     def _shown_markers(self) -> Markers | None:
         if not self.fields:
             return None
-        message = self._in_form([user(USER), assistant(ANSWER, **{self.fields[0]: THOUGHT})])
+        message = self.take([user(USER), assistant(ANSWER, **{self.fields[0]: THOUGHT})])
         with_ = self.probe(message)
         if with_ is None or not 0 <= with_.rfind(USER) < with_.find(THOUGHT) < with_.find(ANSWER):
             return None
@@ -209,7 +206,7 @@ class Template:
     @cached_property
     def appends_always(self) -> bool:
         """Whether the generation prompt comes even when it is not asked for."""
-        asked, unasked = (self.probe(self._in_form([user(USER)]), prompt) for prompt in (True, False))
+        asked, unasked = (self.probe(self.take([user(USER)]), prompt) for prompt in (True, False))
         return asked is not None and asked == unasked
 
     @cached_property
@@ -224,13 +221,13 @@ class Template:
         return self._find_stop([calling(form)], [tool(AGAIN)])
 
     def _find_stop(self, answer: Messages, more: Messages) -> Stop | None:
-        last = self.probe(self._in_form([user(USER), *answer]))
-        after = self.probe(self._in_form([user(USER), *answer, *more]))
+        last = self.probe(self.take([user(USER), *answer]))
+        after = self.probe(self.take([user(USER), *answer, *more]))
         tail = last.rpartition(ANSWER)[2] if last and ANSWER in last else ""
         between = after.rpartition(ANSWER)[2].partition(AGAIN)[0] if after and ANSWER in after else ""
         if self.appends_always:
             tail = self._without_prompt(tail)
-        always = self._whole(_common_prefix(tail, between), tail)
+        always = self._whole(common_prefix(tail, between), tail)
         if stop := self._end_of_turn(always):
             return stop
         for text in (always, tail):
@@ -263,86 +260,65 @@ class Template:
         stop generation, whether flagged special or not, and whatever stands before them."""
         if self.eos and self.eos in text:
             return Stop(self.eos, False)
-        ends = (found.group() for found in self.added.finditer(text) if found.group() in self._between_turns)
+        ends = (token.group() for token in self.added.finditer(text) if token.group() in self._between_turns)
         token = next((token for token in ends if token != self.bos), None)
         return Stop(token, False) if token else None
 
     @cached_property
     def _between_turns(self) -> str:
         """What stands between a user's text and an answer, in a prompt and in a history."""
-        text = self.probe(self._in_form([user(USER), assistant(ANSWER), user(AGAIN)])) or ""
+        text = self.probe(self.take([user(USER), assistant(ANSWER), user(AGAIN)])) or ""
         return self.prompt_end + text.partition(USER)[2].partition(ANSWER)[0]
 
     def _without_prompt(self, tail: str) -> str:
         """The end of a message without a generation prompt that nobody asked for."""
-        start = len(tail) - len(_common_suffix(tail, self.prompt_end))
-        cut = next((found.end() for found in self.added.finditer(tail) if found.start() < start < found.end()), start)
+        start = len(tail) - len(common_suffix(tail, self.prompt_end))
+        cut = next((token.end() for token in self.added.finditer(tail) if token.start() < start < token.end()), start)
         return tail[:cut]
 
     def _run(self, text: str) -> str:
         """The first special tokens in a text that stand side by side, without one that begins a text."""
-        found = self.special.search(text)
-        if not found or found.group() == self.bos != self.eos:
+        first = self.special.search(text)
+        if not first or first.group() == self.bos != self.eos:
             return ""
-        end = found.end()
+        end = first.end()
         while (more := self.special.match(text, end)) and more.group() != self.bos:
             end = more.end()
-        return text[found.start() : end]
+        return text[first.start() : end]
 
     def shared(self, one: str, other: str) -> str:
         """What two texts begin with both, no token of them cut."""
-        return self._whole(self._whole(_common_prefix(one, other), one), other)
+        return self._whole(self._whole(common_prefix(one, other), one), other)
 
     def _whole(self, prefix: str, text: str) -> str:
         """A prefix of a text, cut so that no added token of the text is cut."""
-        for found in self.added.finditer(text):
-            if found.start() < len(prefix) < found.end():
-                return text[: found.start()]
+        for token in self.added.finditer(text):
+            if token.start() < len(prefix) < token.end():
+                return text[: token.start()]
         return prefix
 
     # --- messages as this template takes them
 
-    def _in_form(self, messages: Messages) -> Messages:
-        return [self.in_form(message) for message in messages]
+    def take(self, messages: Messages) -> Messages:
+        """Messages of a probe in the forms that the template takes."""
+        return [self.in_form(take_apart(message)).as_dict for message in messages]
 
     def in_form(self, message: Message) -> Message:
         """The message in the forms that the template takes, changed only where it would come out wrong."""
-        content = message.get("content")
+        content = message.as_dict.get("content")
         if isinstance(content, list) and self.content_form == "string":
-            message = {**message, "content": parts.text_of(content)}
+            message = message.changed(content=message.text)
         elif isinstance(content, str) and self.content_form == "parts":
-            message = {**message, "content": [{"type": "text", "text": content}]}
-        if message.get("tool_calls") and self.argument_form in ("object", "string"):
-            message = parts.with_arguments(message, self.argument_form)
-        if message["role"] != "assistant":
-            return message
-        named = parts.has_field(message)
-        if named and self.fields and not any(name in message for name in self.fields):
-            return parts.with_field(message, self.fields[0])
-        if not named and parts.split_inline(content) and not self.splits_inline:
-            return parts.with_field(message, (self.fields or parts.REASONING_FIELDS)[0])
+            message = message.changed(content=[{"type": "text", "text": content}])
+        if message.functions and self.argument_form in ("object", "string"):
+            message = message.with_arguments(self.argument_form)
+        if message.fields and self.fields and not set(message.fields) & set(self.fields):
+            return message.with_field(self.fields[0])
+        if message.inline and not self.splits_inline:
+            return message.with_field((self.fields or REASONING_FIELDS)[0])
         return message
 
 
 def _any_of(texts: list[str]) -> re.Pattern[str]:
     ordered = sorted({text for text in texts if text.strip()}, key=len, reverse=True)
     return re.compile("|".join(map(re.escape, ordered)) or "(?!)")
-
-
-def _common_prefix(one: str, other: str) -> str:
-    return _agree(one, other, lambda text, n: text[:n])
-
-
-def _common_suffix(one: str, other: str) -> str:
-    return _agree(one, other, lambda text, n: text[len(text) - n :])
-
-
-def _agree(one: str, other: str, piece: Callable[[str, int], str]) -> str:
-    low, high = 0, min(len(one), len(other))
-    while low < high:
-        middle = (low + high + 1) // 2
-        if piece(one, middle) == piece(other, middle):
-            low = middle
-        else:
-            high = middle - 1
-    return piece(one, low)

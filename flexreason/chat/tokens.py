@@ -80,8 +80,9 @@ class Tokens:
             return []
         if not getattr(self.tokenizer, "is_fast", False):
             return [self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] for text in texts]
-        made = self.tokenizer(texts, add_special_tokens=False, verbose=False, padding=False, truncation=False)
-        return made["input_ids"]
+        return self.tokenizer(texts, add_special_tokens=False, verbose=False, padding=False, truncation=False)[
+            "input_ids"
+        ]
 
     def _splitter(self) -> tuple[re.Pattern[str] | None, int]:
         """A pattern that finds the added tokens before which a text can be cut, or None where probes show otherwise."""
@@ -118,7 +119,7 @@ class Tokens:
         """The text in pieces, each but the first beginning with an added token."""
         if self.splitter is None:
             return [text] if text else []
-        places = [found.start() for found in self.splitter.finditer(text) if found.group() in self.clean]
+        places = [token.start() for token in self.splitter.finditer(text) if token.group() in self.clean]
         edges = [0, *places, len(text)]
         return [text[start:end] for start, end in pairwise(edges) if end > start]
 
@@ -180,7 +181,7 @@ class Running:
         same = 0
         while same < len(before) and before[same] is both[same]:
             same += 1
-        rest, all_ = _joined(before[same:]), _joined(both[same:])
+        rest, all_ = joined(before[same:]), joined(both[same:])
         if all_[: len(rest)] == rest and len(all_) > len(rest):
             return before, all_[len(rest) :]
         return before, self._behind(before, target)
@@ -188,30 +189,30 @@ class Running:
     def _behind(self, before: list[Piece], target: str) -> Sequence[int]:
         """Tokens of the target that decode, behind the prompt's, to prompt and target."""
         near = before[-1:]
-        text, ids = "".join(piece.text for piece in near), _joined(near).tolist()
+        text, ids = "".join(piece.text for piece in near), joined(near).tolist()
         decode = self.tokens.tokenizer.decode
         wanted = {text + target, _decode(decode, self.tokens.whole(text + target))}
-        for found in self._candidates(target):
-            if found and _decode(decode, ids + found) in wanted:
-                return array("q", found)
+        for candidate in self._candidates(target):
+            if candidate and _decode(decode, ids + candidate) in wanted:
+                return array("q", candidate)
         raise TokenBoundary(
             f"no tokens of {target[:40]!r}... behind a prompt that ends with {text[-40:]!r} decode to the same text"
         )
 
     def _candidates(self, target: str) -> list[list[int]]:
         """Ways to encode a target by itself: behind something that can be taken off again."""
-        found = [self.tokens.whole(target)]
+        candidates = [self.tokens.whole(target)]
         special = getattr(self.tokens, "clean", None) or set(self.tokens.tokenizer.all_special_tokens)
         for anchor in [*sorted(special)[:3], "\n", ".", "x", "é"]:
             alone, both = self.tokens.whole(anchor), self.tokens.whole(anchor + target)
             if both[: len(alone)] == alone:
-                found.append(both[len(alone) :])
+                candidates.append(both[len(alone) :])
         for size in (1, 2):  # the beginning by itself, and what follows behind it
             head = self.tokens.whole(target[:size])
             both = self.tokens.whole(target[:size] + target[size:])
             if both[: len(head)] != head and len(target) > size:
-                found.append(head + self.tokens.whole(target[size:]))
-        return found
+                candidates.append(head + self.tokens.whole(target[size:]))
+        return candidates
 
     def count(self, text: str) -> int:
         """How many tokens a text that begins the last one has: for roles, where a token on the edge does not matter."""
@@ -225,10 +226,11 @@ class Running:
         return total
 
 
-def _joined(pieces: list[Piece]) -> array:
-    made = array("q")
-    made.frombytes(b"".join([piece.ids.tobytes() for piece in pieces]))
-    return made
+def joined(pieces: list[Piece]) -> array:
+    """The tokens of all pieces."""
+    ids = array("q")
+    ids.frombytes(b"".join([piece.ids.tobytes() for piece in pieces]))
+    return ids
 
 
 def _decode(decode: Any, ids: list[int]) -> str:

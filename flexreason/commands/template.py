@@ -10,8 +10,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from flexreason.chat import messages as parts
 from flexreason.chat.encode import Encoder
+from flexreason.chat.messages import REASONING_FIELDS
 from flexreason.chat.render import ConversationError, Messages, Renderer, frozen_clock
 from flexreason.chat.template import (
     AGAIN,
@@ -95,7 +95,7 @@ def describe(encoder: Encoder) -> list[Fact]:
     """Everything found out about the template of an encoder."""
     with frozen_clock():
         template = encoder.template()
-        if template.probe(template._in_form([user(USER)]), True) is None:
+        if template.probe(template.take([user(USER)]), True) is None:
             template.render([user(USER)], True)  # raises, in the template's words
         return [
             *_reasoning(template),
@@ -108,12 +108,12 @@ def describe(encoder: Encoder) -> list[Fact]:
 
 
 def _seen(template: Template, messages: Messages, prompt: bool = True) -> str | None:
-    return template.probe(template._in_form(messages), prompt)
+    return template.probe(template.take(messages), prompt)
 
 
 def _reasoning(template: Template) -> list[Fact]:
     markers, fields = template.markers, template.fields
-    thinking = {fields[0] if fields else parts.REASONING_FIELDS[0]: THOUGHT}
+    thinking = {fields[0] if fields else REASONING_FIELDS[0]: THOUGHT}
     facts = [Fact("fields", list(fields), _fields_words(template))]
 
     history = _seen(template, [user(USER), assistant(ANSWER, **thinking), user(AGAIN)])
@@ -227,7 +227,7 @@ def _forms(template: Template, encoder: Encoder) -> list[Fact]:
     }[template.argument_form]
     facts = [Fact("content", template.content_form, content), Fact("arguments", template.argument_form, arguments)]
     described = Renderer(encoder.tokenizer, [PROBE_TOOL], encoder.options)
-    some = template._in_form([user(USER), assistant(ANSWER), user(AGAIN)])
+    some = template.take([user(USER), assistant(ANSWER), user(AGAIN)])
     try:
         text = described.plain(some, True)
     except ConversationError:
@@ -248,7 +248,7 @@ def _forms(template: Template, encoder: Encoder) -> list[Fact]:
 def _roles(template: Template) -> list[Fact]:
     def takes(messages: Messages) -> str | None:
         try:
-            text = template.render.plain(template._in_form(messages), True)
+            text = template.render.plain(template.take(messages), True)
         except ConversationError:
             raise
         except Exception as error:
@@ -279,7 +279,7 @@ def _roles(template: Template) -> list[Fact]:
 
 
 def _clock(template: Template) -> list[Fact]:
-    messages = template._in_form([user(USER)])
+    messages = template.take([user(USER)])
     texts = set()
     for year in (2001, 2002):
         from flexreason.chat.render import _NOW

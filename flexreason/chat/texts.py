@@ -1,21 +1,33 @@
-"""A text with marks, held against the text that it stands for: the same, with a value in the place of every mark."""
+"""What texts have in common: how far they agree, and where the values stand in a text that is another one filled in."""
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+
+
+def common_prefix(one: str, other: str) -> str:
+    return _agree(one, other, lambda text, n: text[:n])
+
+
+def common_suffix(one: str, other: str) -> str:
+    return _agree(one, other, lambda text, n: text[len(text) - n :])
+
+
+def _agree(one: str, other: str, piece: Callable[[str, int], str]) -> str:
+    low, high = 0, min(len(one), len(other))
+    while low < high:
+        middle = (low + high + 1) // 2
+        if piece(one, middle) == piece(other, middle):
+            low = middle
+        else:
+            high = middle - 1
+    return piece(one, low)
 
 
 def forms(value: str) -> Iterator[str]:
     """A text as templates write it: as it is, without white space at an end, or as the inside of a JSON string."""
-    plain = (
-        value,
-        value.strip(),
-        value.strip("\n"),
-        value.lstrip("\n"),
-        value.rstrip("\n"),
-        value.lstrip(),
-        value.rstrip(),
-    )
+    without_lines = value.strip("\n"), value.lstrip("\n"), value.rstrip("\n")
+    plain = value, value.strip(), *without_lines, value.lstrip(), value.rstrip()
     yield from dict.fromkeys(plain)
     yield from dict.fromkeys(json.dumps(form, ensure_ascii=False)[1:-1] for form in plain)
 
@@ -28,18 +40,18 @@ def places_of(marked: str, values: Mapping[str, str], real: str) -> tuple[list[t
     ([(3, 7, 'MARK')], 11)
     """
     marks = list(re.finditer("|".join(map(re.escape, values)) or "(?!)", marked))
-    found: list[tuple[int, int, str]] = []
+    places: list[tuple[int, int, str]] = []
     at, done = 0, 0
     for n, mark in enumerate(marks):
         literal = marked[done : mark.start()]
         if not real.startswith(literal, at):
-            return found, -1
+            return places, -1
         at, done = at + len(literal), mark.end()
         follows = marked[done : marks[n + 1].start() if n + 1 < len(marks) else len(marked)]
         form = next((form for form in forms(values[mark.group()]) if real.startswith(form + follows, at)), None)
         if form is None:
-            return found, -1
-        found.append((at, at + len(form), mark.group()))
+            return places, -1
+        places.append((at, at + len(form), mark.group()))
         at += len(form)
     rest = marked[done:]
-    return found, at + len(rest) if real.startswith(rest, at) else -1
+    return places, at + len(rest) if real.startswith(rest, at) else -1
