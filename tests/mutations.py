@@ -16,7 +16,7 @@ import torch
 
 import breaking
 from breaking import mutation
-from flexreason.proof.evidence import listed
+from flexreason.proof import evidence
 from flexreason.tree.layout import Layout
 from flexreason.tree.sample import Role
 
@@ -376,12 +376,12 @@ BELIEVED = (
 
 @mutation("the list is believed of the source that was tested", "flexreason.proof.source_of", BELIEVED)
 def any_source_is_the_one_that_was_tested(original, cls, *args):
-    return listed()["models"].get(cls.__name__, {}).get("source") or original(cls, *args)
+    return evidence.listed()["models"].get(cls.__name__, {}).get("source") or original(cls, *args)
 
 
 @mutation("the list is believed of the structure that was tested", "flexreason.proof.structure_of", BELIEVED)
 def any_structure_is_the_one_that_was_tested(original, config, cls=None):
-    known = {} if cls is None else listed()["models"].get(cls.__name__, {})
+    known = {} if cls is None else evidence.listed()["models"].get(cls.__name__, {})
     return known.get("structure") or original(config, cls)
 
 
@@ -549,7 +549,8 @@ def prompts_have_no_roles(original, self, *args):
 @mutation(
     "targets are tokenized as they stand behind their prompt",
     "flexreason.chat.Running.sample",
-    "test_tokens.py::test_prompts_are_those_of_inference_and_targets_the_rest_in_context",
+    "test_tokens.py::test_a_target_by_itself_gets_no_spurious_space",
+    "test_tokens.py::test_line_breaks_that_meet_stay_two_tokens",
 )
 def a_target_is_tokenized_by_itself(original, self, prompt, target):
     return original(self, prompt, target)[0], self.tokens.whole(target)
