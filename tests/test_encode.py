@@ -173,6 +173,28 @@ def test_context_is_of_the_turn_that_said_it():
     assert QWEN.decode(layout.input_ids[context & (layout.turn == 2)]) == ""
 
 
+def context(layout, turn):
+    return QWEN.decode(layout.input_ids[(layout.role == Role.CONTEXT) & (layout.turn == turn)])
+
+
+def test_context_is_where_an_answer_stands_and_not_where_its_text_does():
+    """The first answer's text stands in the system message, in both questions, and in the headers of all messages."""
+    said = [{"role": "system", "content": "user"}, user("user"), answer("user"), user("user"), answer("granite")]
+    layout = encode(said, QWEN)
+    place = layout.role.tolist().index(Role.CONTEXT)
+    assert context(layout, 0) == "user"
+    before = QWEN.apply_chat_template(said[:3], tokenize=False)
+    assert QWEN.decode(layout.input_ids[:place]) == before.removesuffix("user<|im_end|>\n").replace(
+        "<think>\n\n</think>\n\n", ""
+    )
+
+
+def test_inline_reasoning_without_an_answer_does_not_hide_the_roles_of_others():
+    block = answer("<think>\nquartz\n</think>\n\n")
+    layout = encode([*CHAT[:2], user("saddle"), block, user("orchard"), answer("pebble")], QWEN)
+    assert context(layout, 0) == "granite"
+
+
 def test_parallel_calls():
     two = call(1, "granite", "quartz")
     two["tool_calls"] = two["tool_calls"] + call(2, "meadow")["tool_calls"]
@@ -327,6 +349,9 @@ def test_a_template_that_never_ends_is_stopped(monkeypatch):
         encode(CHAT, small(loop))
     assert time.monotonic() - start < 5
     assert encode(CHAT, QWEN)  # and the next one runs
+    time.sleep(0.2)  # whoever watches has left by now
+    with pytest.raises(TemplateRunsAway, match=r"longer than 0.3 s"):
+        encode(CHAT, small(loop))
 
 
 def test_a_template_that_explodes_is_stopped(monkeypatch):

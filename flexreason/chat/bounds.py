@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 
 SECONDS = 10.0
 """One rendering may take this long."""
@@ -104,6 +105,7 @@ def _memory_in_use() -> int:
         return 0
 
 
+@lru_cache(maxsize=64)
 def huge_product(source: str) -> str | None:
     """A power, or a product with a number of seven digits, in a template's code; real templates have neither. It is
     computed in one step, perhaps while the template is compiled, where nothing can stop it."""

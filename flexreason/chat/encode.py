@@ -147,12 +147,12 @@ class Encoder:
             own = self._in_form(render, template, checked, set(trained))
             past = [message.without_reasoning() for message in own] if self.history == "content" else own
             before = [message.as_dict for message in past]
-            found = [self._turn(render, finder, before[:number], own[number], number) for number in trained]
-            stretches = find_stretches(render, past[: trained[-1]], found[-1].prompt)
-        samples = self._tokenize(found, trained, stretches)
-        how = [turn.how for turn in found]
+            answered = [self._turn(render, finder, before[:number], own[number], number) for number in trained]
+            stretches = find_stretches(render, past[: trained[-1]], answered[-1].prompt)
+        samples = self._tokenize(answered, trained, stretches)
+        how = [turn.how for turn in answered]
         self._tell(set(how))
-        return Encoded(samples, how, trained, found, render.seconds, render.n_calls)
+        return Encoded(samples, how, trained, answered, render.seconds, render.n_calls)
 
     def _in_form(
         self, render: Renderer, template: Template, messages: list[Message], trained: set[int]
@@ -189,12 +189,12 @@ class Encoder:
             self._told.add(kind)
             log.log(logging.WARNING if kind == "thinking off" else logging.INFO, REMARKS[kind])
 
-    def _tokenize(self, found: list[Turn], trained: list[int], stretches: list[Stretch]) -> list[Sample]:
+    def _tokenize(self, answered: list[Turn], trained: list[int], stretches: list[Stretch]) -> list[Sample]:
         turn_of = {number: n for n, number in enumerate(trained)}
         running, samples = Running(self.tokens), []
-        running.foresee(turn.prompt + turn.target for turn in found)
-        history = History(stretches, found[-1].prompt, running, turn_of)
-        for number, turn in zip(trained, found, strict=True):
+        running.foresee(turn.prompt + turn.target for turn in answered)
+        history = History(stretches, answered[-1].prompt, running, turn_of)
+        for number, turn in zip(trained, answered, strict=True):
             try:
                 before, target = running.sample(turn.prompt, turn.target)
             except ConversationError as error:
@@ -259,11 +259,7 @@ KEPT = 8
 def encoder_of(tokenizer: Any, **options: Any) -> Encoder:
     """The encoder for a tokenizer as it is now, kept from call to call."""
     now = (str(getattr(tokenizer, "chat_template", None)), len(tokenizer), tokenizer.eos_token)
-    key = (
-        id(tokenizer),
-        now,
-        repr(sorted(options.items())),
-    )  # the encoder holds the tokenizer, so its id stays its own
+    key = (id(tokenizer), now, repr(sorted(options.items())))  # the encoder holds the tokenizer: its id stays its own
     encoder = _encoders.pop(key, None) or Encoder(tokenizer, **options)
     _encoders[key] = encoder
     if len(_encoders) > KEPT:

@@ -23,19 +23,10 @@ LONGEST = 64_000_000
 """Characters that one rendering may have."""
 
 OURS = {
-    "add_generation_prompt",
-    "continue_final_message",
-    "max_length",
-    "messages",
-    "padding",
-    "return_assistant_tokens_mask",
-    "return_dict",
-    "return_tensors",
-    "sanitize_control_tokens",
-    "tokenize",
-    "tokenizer_kwargs",
-    "truncation",
-}
+    "add_generation_prompt", "continue_final_message", "max_length", "messages", "padding",
+    "return_assistant_tokens_mask", "return_dict", "return_tensors", "sanitize_control_tokens", "tokenize",
+    "tokenizer_kwargs", "truncation",
+}  # fmt: skip
 """Arguments of apply_chat_template that would change what a sample is."""
 
 

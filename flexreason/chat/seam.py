@@ -86,7 +86,7 @@ def _around_insertion(known: str, header: str, opening: str, added: re.Pattern[s
 def _from_header(known: str, lead: str, opening: str, added: re.Pattern[str]) -> Seam | None:
     """Seen from the last added token that both have, or else the last line or word: one goes on from the other."""
     for pattern in (added, re.compile(r"[^\n]*\w[^\n]*"), re.compile(r"\w+")):
-        shared = [found for found in pattern.finditer(known) if found.group() in lead]
+        shared = [match for match in pattern.finditer(known) if match.group() in lead]
         if shared:
             break
     else:
@@ -107,13 +107,13 @@ def _from_header(known: str, lead: str, opening: str, added: re.Pattern[str]) ->
 
 
 def _first(text: str, added: re.Pattern[str]) -> re.Match[str] | None:
-    found = [match for match in (added.search(text), re.search(r"\w+", text)) if match]
-    return min(found, key=lambda match: match.start()) if found else None
+    matches = [match for match in (added.search(text), re.search(r"\w+", text)) if match]
+    return min(matches, key=lambda match: match.start()) if matches else None
 
 
 def _name_before(text: str, at: int, added: re.Pattern[str]) -> str:
     """What stands directly before a place, back to the last added token or white space."""
-    begins = max((found.end() for found in added.finditer(text, 0, at)), default=0)
+    begins = max((token.end() for token in added.finditer(text, 0, at)), default=0)
     return re.split(r"\s", text[begins:at])[-1]
 
 
@@ -124,8 +124,8 @@ def says_something(text: str, added: re.Pattern[str]) -> bool:
 
 def _between_tokens(text: str, at: int, added: re.Pattern[str]) -> bool:
     """Whether a place in a text is inside no added token and no word."""
-    if any(found.start() < at < found.end() for found in added.finditer(text)):
+    if any(token.start() < at < token.end() for token in added.finditer(text)):
         return False
     if 0 < at < len(text) and re.match(r"\w\w", text[at - 1 : at + 1]):
-        return any(at in found.span() for found in added.finditer(text))
+        return any(at in token.span() for token in added.finditer(text))
     return True

@@ -161,27 +161,27 @@ class _Survey:
 
     def _behind(self, marked: _Marked, known: str, shown: str, whole: str, ahead: str) -> Turn:
         """The turn, from what stands behind the prompt, or, with `known`, behind the text before the prompt's end."""
-        found = {slot: shown.find(mark) for slot, mark in marked.marks.items()}
-        missing = [slot for slot in marked.wanted if found[slot] < 0]
+        places = {slot: shown.find(mark) for slot, mark in marked.marks.items()}
+        missing = [slot for slot in marked.wanted if places[slot] < 0]
         if lost := [slot for slot in missing if slot != "r"]:
             raise self._not_rendered(lost)
         for slot in marked.wanted:
             if slot in "rc" and shown.count(marked.marks[slot]) > 1:
                 kind = "reasoning" if slot == "r" else "content"
                 raise NotAligned(f"the chat template renders the {kind} of this message more than once", self.number)
-        if max(found.values()) < 0:
+        if max(places.values()) < 0:
             raise NotRendered("the chat template renders nothing of this message", self.number)
-        first = min(at for at in found.values() if at >= 0)
-        body, kept, stop = self._cut(shown, whole, max(found.values()))
+        first = min(at for at in places.values() if at >= 0)
+        body, kept, stop = self._cut(shown, whole, max(places.values()))
         if not known:
             if self.reasoning and "r" in missing:
                 return self._splice(ahead, body, shown[:first])
             if not missing and not (set(marked.marks) - set(marked.wanted)):
-                self._learn(marked, found, shown, whole, kept, stop)
-            return Turn(self.prompt, body, self._response(marked, found, shown, body), "rendered")
+                self._learn(marked, places, shown, whole, kept, stop)
+            return Turn(self.prompt, body, self._response(marked, places, shown, body), "rendered")
         lead = shown[:first]
         markers = self.template.markers
-        off, opened, inside = markers.closed_by(known), markers.opened_by(known), found.get("r", -1) >= 0
+        off, opened, inside = markers.closed_by(known), markers.opened_by(known), places.get("r", -1) >= 0
         if not self.reasoning and (turn := self._close_block(known)):
             return turn
         if off and self.reasoning and inside:
@@ -367,27 +367,27 @@ class _Survey:
                 wanted.append(f"v{n}")
         return _Marked((marked.with_functions(named) if functions else marked).as_dict, marks, wanted)
 
-    def _learn(self, marked: _Marked, found: dict[str, int], shown: str, whole: str, kept: int, stop: Stop) -> None:
+    def _learn(self, marked: _Marked, places: dict[str, int], shown: str, whole: str, kept: int, stop: Stop) -> None:
         """Keep what stands around the slots as the pattern, where it shows all of them in order and how it ends."""
         slots = [slot for slot in marked.marks if slot in ("r", "c", "n0")]
         marks = {slot: marked.marks[slot] for slot in slots}
-        places = [found[slot] for slot in marks]
-        if places != sorted(places) or (self.message.functions and "n0" not in marks):
+        order = [places[slot] for slot in marks]
+        if order != sorted(order) or (self.message.functions and "n0" not in marks):
             return
-        last = max(at + len(marked.marks[slot]) for slot, at in found.items())
+        last = max(at + len(marked.marks[slot]) for slot, at in places.items())
         tail = shown[last:]
         if any(mark in tail for mark in marked.marks.values()) or not whole.endswith(tail) or kept > len(tail):
             return
         begin = kept if stop.appended else kept - len(stop.text)
-        until = found["n0"] + len(marks["n0"]) if self.message.functions else last + begin
+        until = places["n0"] + len(marks["n0"]) if self.message.functions else last + begin
         self.pattern = Pattern(shown[:until], marks, tail[begin:], kept - begin, stop)
 
-    def _response(self, marked: _Marked, found: dict[str, int], shown: str, body: str) -> int:
+    def _response(self, marked: _Marked, places: dict[str, int], shown: str, body: str) -> int:
         """Where the response begins in the target, for roles only."""
-        if found.get("r", -1) < 0:
+        if places.get("r", -1) < 0:
             return 0
-        behind = found["r"] + len(marked.marks["r"])
-        following = [at for slot, at in found.items() if slot != "r" and at >= behind]
+        behind = places["r"] + len(marked.marks["r"])
+        following = [at for slot, at in places.items() if slot != "r" and at >= behind]
         between = min(following) - behind if following else 0
         text = self.reasoning.strip()
         return min(len(body), max(0, body.find(text)) + len(text) + between)

@@ -19,37 +19,9 @@ from typing import Any
 from flexreason.chat.render import TokenBoundary
 
 AWKWARD = (
-    "",
-    " ",
-    "  ",
-    "\n",
-    "\n\n",
-    " \n",
-    "\t",
-    "a",
-    " a",
-    "a ",
-    "Word",
-    "1",
-    "12 ",
-    ".",
-    "'s",
-    "é",
-    "\u0301x",
-    "x\u0300",
-    "漢字",
-    "🙂",
-    "\u200d",
-    "<",
-    ">",
-    "</",
-    "|",
-    "_",
-    "▁",
-    "##a",
-    "\r\n",
-    "\u00a0",
-)
+    "", " ", "  ", "\n", "\n\n", " \n", "\t", "a", " a", "a ", "Word", "1", "12 ", ".", "'s", "é", "\u0301x",
+    "x\u0300", "漢字", "🙂", "\u200d", "<", ">", "</", "|", "_", "▁", "##a", "\r\n", "\u00a0",
+)  # fmt: skip
 """What may stand beside an added token: texts that tokenizers join, strip or normalise."""
 
 

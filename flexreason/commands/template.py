@@ -51,6 +51,51 @@ class Fact:
     words: str
 
 
+def _fact(key: str, value: str) -> Fact:
+    return Fact(key, value, WORDS[key][value])
+
+
+WORDS = {
+    "history": {
+        "unknown": "It raises on a conversation of two questions, so nothing is known of history.",
+        "kept": "Reasoning of earlier turns is kept in history: the samples are one chain, and merge into one path.",
+        "empty block": "Reasoning is dropped from history, and an empty block stands in its place.",
+        "dropped": "Reasoning is dropped from history: earlier answers stand there without it.",
+    },
+    "prompt": {
+        "opens": "The generation prompt opens the reasoning block itself: targets begin inside it. A turn without "
+        "reasoning closes it at once.",
+        "closes": "The generation prompt holds a closed reasoning block (thinking is off): no reasoning is in the "
+        "targets.",
+    },
+    "without": {"empty block": "A turn without reasoning has an empty block in its target."},
+    "content": {
+        "any": "Content may be text or a list of text parts.",
+        "string": "It takes content as text only; lists of text parts are joined, one a line.",
+        "parts": "It takes content as lists of parts only; text is wrapped into one.",
+    },
+    "arguments": {
+        "any": "Tool arguments may be objects or JSON text.",
+        "object": "It takes tool arguments as objects only; JSON text is parsed.",
+        "string": "It takes tool arguments as JSON text only; objects are written as JSON.",
+        "none": "It shows no tool calls.",
+    },
+    "tools": {
+        "ignored": "Tools that are given are not shown to the model.",
+        "last user message": "Tools stand at the last user message, so samples share little: exact, and no faster.",
+        "beginning": "Tools stand at the beginning, where all samples share them.",
+    },
+}
+"""What is said of a template whose behaviour has one of a few values."""
+
+MARKERS_FROM = {
+    "template": "the template knows these markers",
+    "vocabulary": "the vocabulary has these markers",
+    "option": "as the option think says",
+    "text": "no markers are known here, so as text",
+}
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", metavar="TOKENIZER_OR_JINJA", help="a tokenizer's folder, file or name; or .jinja")
     parser.add_argument("--option", action="append", default=[], metavar="NAME=VALUE", help="of the template")
@@ -71,8 +116,13 @@ def run(options: argparse.Namespace) -> int:
     except ConversationError as error:
         example = {"refused": str(error), "reason": error.reason}
     if options.json:
-        made = {"source": options.source, "notes": notes, "facts": {f.key: f.value for f in facts}, "example": example}
-        print(json.dumps(made | {"words": [f.words for f in facts]}, ensure_ascii=False))
+        report = {
+            "source": options.source,
+            "notes": notes,
+            "facts": {f.key: f.value for f in facts},
+            "example": example,
+        }
+        print(json.dumps(report | {"words": [f.words for f in facts]}, ensure_ascii=False))
     else:
         _print(options.source, notes, facts, example)
     return 1 if "refused" in example else 0
@@ -97,90 +147,65 @@ def describe(encoder: Encoder) -> list[Fact]:
         template = encoder.template()
         if template.probe(template.take([user(USER)]), True) is None:
             template.render([user(USER)], True)  # raises, in the template's words
-        return [
-            *_reasoning(template),
-            *_ends(template),
-            *_forms(template, encoder),
-            *_roles(template),
-            *_clock(template),
-            _options(template),
-        ]
+        facts = [*_reasoning(template), *_ends(template), *_forms(template, encoder), *_roles(template)]
+    return [*facts, *_clock(template), _options(template)]
 
 
-def _seen(template: Template, messages: Messages, prompt: bool = True) -> str | None:
-    return template.probe(template.take(messages), prompt)
+def _shown(template: Template, messages: Messages, prompt: bool = True) -> str:
+    """The rendering, empty where the template raises."""
+    return template.probe(template.take(messages), prompt) or ""
 
 
 def _reasoning(template: Template) -> list[Fact]:
-    markers, fields = template.markers, template.fields
-    thinking = {fields[0] if fields else REASONING_FIELDS[0]: THOUGHT}
-    facts = [Fact("fields", list(fields), _fields_words(template))]
-
-    history = _seen(template, [user(USER), assistant(ANSWER, **thinking), user(AGAIN)])
-    bare = _seen(template, [user(USER), assistant(ANSWER), user(AGAIN)])
-    if history is None:
-        kept, words = "unknown", "It raises on a conversation of two questions, so nothing is known of history."
-    elif THOUGHT in history:
-        kept, words = (
-            "kept",
-            "Reasoning of earlier turns is kept in history: the samples are one chain, and merge into one path.",
-        )
-    elif bare is not None and ANSWER in history and markers.around(history.partition(USER)[2].partition(ANSWER)[0]):
-        kept, words = "empty block", "Reasoning is dropped from history, and an empty block stands in its place."
-    else:
-        kept, words = "dropped", "Reasoning is dropped from history: earlier answers stand there without it."
-    facts.append(Fact("history", kept, words))
-
-    form = "string" if template.argument_form == "string" else "object"
-    loop = [user(USER), calling(form, **thinking), tool(AGAIN)]
-    running, closed = _seen(template, loop), _seen(template, [*loop, assistant(ANSWER + "x"), user("next")])
-    if running is None or ANSWER not in running:
-        facts.append(Fact("tool_loop", "no tools", "It shows no tool calls, so there are no tool loops."))
-    elif THOUGHT not in running:
-        facts.append(Fact("tool_loop", "dropped", "Within a tool loop, too, earlier reasoning is dropped."))
-    else:
-        later = "and dropped once it is over" if closed is None or THOUGHT not in closed else "and afterwards"
-        facts.append(
-            Fact("tool_loop", "kept", f"Within a running tool loop reasoning is kept, {later}: a loop is one branch.")
-        )
-
-    opens, closes = markers.opened_by(template.prompt_end), markers.closed_by(template.prompt_end)
-    if opens:
-        words = "The generation prompt opens the reasoning block itself: targets begin inside it."
-        facts.append(Fact("prompt", "opens", f"{words} A turn without reasoning closes it at once."))
-    elif closes:
-        words = (
-            "The generation prompt holds a closed reasoning block (thinking is off): no reasoning is in the targets."
-        )
-        facts.append(Fact("prompt", "closes", words))
-    else:
-        facts.append(
-            Fact(
-                "prompt",
-                "plain",
-                f"The generation prompt is {_tail(template.prompt_end)!r}; the model opens the block.",
-            )
-        )
-    without = _seen(template, [user(USER), assistant(ANSWER)], False)
-    block = without is not None and markers.around(without.rpartition(USER)[2].partition(ANSWER)[0]) and not closes
-    if block and not opens:
-        facts.append(Fact("without", "empty block", "A turn without reasoning has an empty block in its target."))
-    return facts
-
-
-def _fields_words(template: Template) -> str:
-    markers = template.markers
+    markers, prompt_end = template.markers, template.prompt_end
+    thinking = {(template.fields or REASONING_FIELDS)[0]: THOUGHT}
     around = f"{markers.open!r} and {markers.close!r}"
     if template.fields:
         split = "; inline <think> blocks are read alike" if template.splits_inline else ""
-        return f"It reads reasoning ({', '.join(template.fields)}) and writes it between {around}{split}."
-    origin = {
-        "template": "the template knows these markers",
-        "vocabulary": "the vocabulary has these markers",
-        "option": "as the option think says",
-        "text": "no markers are known here, so as text",
-    }[markers.origin]
-    return f"It never writes reasoning: history has none, and targets get it between {around} ({origin})."
+        reads = f"It reads reasoning ({', '.join(template.fields)}) and writes it between {around}{split}."
+    else:
+        targets = f"targets get it between {around} ({MARKERS_FROM[markers.origin]})"
+        reads = f"It never writes reasoning: history has none, and {targets}."
+    facts = [Fact("fields", list(template.fields), reads)]
+
+    history = _shown(template, [user(USER), assistant(ANSWER, **thinking), user(AGAIN)])
+    bare = _shown(template, [user(USER), assistant(ANSWER), user(AGAIN)])
+    if not history:
+        kept = "unknown"
+    elif THOUGHT in history:
+        kept = "kept"
+    elif bare and ANSWER in history and markers.around(history.partition(USER)[2].partition(ANSWER)[0]):
+        kept = "empty block"
+    else:
+        kept = "dropped"
+    facts += [_fact("history", kept), _tool_loop(template, thinking)]
+
+    opens, closes = markers.opened_by(prompt_end), markers.closed_by(prompt_end)
+    if opens or closes:
+        facts.append(_fact("prompt", "opens" if opens else "closes"))
+    else:
+        words = f"The generation prompt is {_tail(prompt_end)!r}; the model opens the block."
+        facts.append(Fact("prompt", "plain", words))
+        without = _shown(template, [user(USER), assistant(ANSWER)], False)
+        if markers.around(without.rpartition(USER)[2].partition(ANSWER)[0]):
+            facts.append(_fact("without", "empty block"))
+    return facts
+
+
+def _tool_loop(template: Template, thinking: dict[str, str]) -> Fact:
+    loop = [user(USER), _call(template, **thinking), tool(AGAIN)]
+    running, over = _shown(template, loop), _shown(template, [*loop, assistant(ANSWER + "x"), user("next")])
+    if ANSWER not in running:
+        return Fact("tool_loop", "no tools", "It shows no tool calls, so there are no tool loops.")
+    if THOUGHT not in running:
+        return Fact("tool_loop", "dropped", "Within a tool loop, too, earlier reasoning is dropped.")
+    later = "and afterwards" if THOUGHT in over else "and dropped once it is over"
+    words = f"Within a running tool loop reasoning is kept, {later}: a loop is one branch."
+    return Fact("tool_loop", "kept", words)
+
+
+def _call(template: Template, **more: Any) -> dict[str, Any]:
+    return calling("string" if template.argument_form == "string" else "object", **more)
 
 
 def _tail(text: str, n: int = 40) -> str:
@@ -191,122 +216,94 @@ def _ends(template: Template) -> list[Fact]:
     stop = template.stop
     if stop is None:
         return [Fact("stop", None, "Nothing stops generation: no special token behind an answer, and no eos_token.")]
-    how = (
-        "appended, since the template writes nothing behind the last answer"
-        if stop.appended
-        else "written by the template"
-    )
+    appended = "appended, since the template writes nothing behind the last answer"
+    how = appended if stop.appended else "written by the template"
     facts = [Fact("stop", stop.text, f"An answer ends with {stop.text!r} ({how}).")]
     call = template.call_stop if template.argument_form != "none" else None
     if call and call.text != stop.text:
         facts.append(Fact("call_stop", call.text, f"A tool call ends with {call.text!r}."))
-    last = (_seen(template, [user(USER), assistant(ANSWER)], False) or "").rpartition(ANSWER)[2]
-    after = last.partition(stop.text)[2] if not stop.appended else ""
-    if after:
-        facts.append(Fact("after_stop", after, f"Behind it stands {after!r}, which no target has."))
-    history = (_seen(template, [user(USER), assistant(ANSWER), user(AGAIN)]) or "").rpartition(ANSWER)[2]
-    if history and not stop.appended and not history.startswith(last[: last.find(stop.text) + len(stop.text)]):
-        begins = _tail(history[: len(stop.text) + 4])
-        facts.append(Fact("closes_differently", True, f"In history the same answer goes on with {begins!r} instead."))
+    if not stop.appended:
+        last = _shown(template, [user(USER), assistant(ANSWER)], False).rpartition(ANSWER)[2]
+        if after := last.partition(stop.text)[2]:
+            facts.append(Fact("after_stop", after, f"Behind it stands {after!r}, which no target has."))
+        history = _shown(template, [user(USER), assistant(ANSWER), user(AGAIN)]).rpartition(ANSWER)[2]
+        if history and not history.startswith(last[: last.find(stop.text) + len(stop.text)]):
+            begins = _tail(history[: len(stop.text) + 4])
+            words = f"In history the same answer goes on with {begins!r} instead."
+            facts.append(Fact("closes_differently", True, words))
     if template.appends_always:
         facts.append(Fact("appends_always", True, "The generation prompt comes even when it is not asked for."))
     return facts
 
 
 def _forms(template: Template, encoder: Encoder) -> list[Fact]:
-    content = {
-        "any": "Content may be text or a list of text parts.",
-        "string": "It takes content as text only; lists of text parts are joined, one a line.",
-        "parts": "It takes content as lists of parts only; text is wrapped into one.",
-    }[template.content_form]
-    arguments = {
-        "any": "Tool arguments may be objects or JSON text.",
-        "object": "It takes tool arguments as objects only; JSON text is parsed.",
-        "string": "It takes tool arguments as JSON text only; objects are written as JSON.",
-        "none": "It shows no tool calls.",
-    }[template.argument_form]
-    facts = [Fact("content", template.content_form, content), Fact("arguments", template.argument_form, arguments)]
+    facts = [_fact("content", template.content_form), _fact("arguments", template.argument_form)]
     described = Renderer(encoder.tokenizer, [PROBE_TOOL], encoder.options)
-    some = template.take([user(USER), assistant(ANSWER), user(AGAIN)])
     try:
-        text = described.plain(some, True)
+        text = described.plain(template.take([user(USER), assistant(ANSWER), user(AGAIN)]), True)
     except ConversationError:
         raise
     except Exception as error:
         return [*facts, Fact("tools", "raises", f"It raises when tools are given: {error}")]
     at = text.rfind("probe")
     if at < 0:
-        facts.append(Fact("tools", "ignored", "Tools that are given are not shown to the model."))
-    elif at > text.find(ANSWER) > 0:
-        words = "Tools stand at the last user message, so samples share little: exact, and no faster."
-        facts.append(Fact("tools", "last user message", words))
-    else:
-        facts.append(Fact("tools", "beginning", "Tools stand at the beginning, where all samples share them."))
-    return facts
+        return [*facts, _fact("tools", "ignored")]
+    return [*facts, _fact("tools", "last user message" if at > text.find(ANSWER) > 0 else "beginning")]
 
 
 def _roles(template: Template) -> list[Fact]:
-    def takes(messages: Messages) -> str | None:
+    def system(text: str, role: str = "system") -> dict[str, Any]:
+        return {"role": role, "content": text}
+
+    tries = {
+        "a system message": [system(AGAIN), user(USER)],
+        "a developer message": [system(AGAIN, "developer"), user(USER)],
+        "a second system message": [system("one"), user(USER), system(AGAIN), user("x")],
+        "two user messages in a row": [user(USER), user(AGAIN)],
+        "tool calls and results": [user(USER), _call(template), tool(AGAIN)],
+    }
+    taken, failed = [], []
+    for what, messages in tries.items():
         try:
             text = template.render.plain(template.take(messages), True)
         except ConversationError:
             raise
         except Exception as error:
-            return f"raises: {str(error)[:120]}"
-        return None if AGAIN in text and (messages[-1]["role"] != "tool" or ANSWER in text) else "silently left out"
-
-    form = "string" if template.argument_form == "string" else "object"
-    tries = {
-        "a system message": [{"role": "system", "content": AGAIN}, user(USER)],
-        "a developer message": [{"role": "developer", "content": AGAIN}, user(USER)],
-        "a second system message": [
-            {"role": "system", "content": "one"},
-            user(USER),
-            {"role": "system", "content": AGAIN},
-            user("x"),
-        ],
-        "two user messages in a row": [user(USER), user(AGAIN)],
-        "tool calls and results": [user(USER), calling(form), tool(AGAIN)],
-    }
-    failed = {what: words for what, messages in tries.items() if (words := takes(messages))}
-    taken = [what for what in tries if what not in failed]
-    facts = [Fact("takes", taken, f"It takes {', '.join(taken) or 'none of system, developer and tool messages'}.")]
-    lines = [f"{what}: {words}" for what, words in failed.items()]
+            failed.append(f"{what}: raises: {str(error)[:120]}")
+            continue
+        if AGAIN in text and (messages[-1]["role"] != "tool" or ANSWER in text):
+            taken.append(what)
+        else:
+            failed.append(f"{what}: silently left out")
+    cannot = "It cannot do: " + "; ".join(failed) + "." if failed else "It can do all that was tried."
     return [
-        *facts,
-        Fact("cannot", lines, "It cannot do: " + "; ".join(lines) + "." if lines else "It can do all that was tried."),
+        Fact("takes", taken, f"It takes {', '.join(taken) or 'none of system, developer and tool messages'}."),
+        Fact("cannot", failed, cannot),
     ]
 
 
 def _clock(template: Template) -> list[Fact]:
-    messages = template.take([user(USER)])
     texts = set()
     for year in (2001, 2002):
-        from flexreason.chat.render import _NOW
-
-        token = _NOW.set(datetime(year, 2, 3))
-        try:
-            texts.add(template.probe(messages, True))
-        finally:
-            _NOW.reset(token)
-    if len(texts) == 1:
-        return []
-    return [Fact("date", True, "The date stands in the prompt; it is frozen once a conversation.")]
+        with frozen_clock(datetime(year, 2, 3)):
+            texts.add(_shown(template, [user(USER)]))
+    words = "The date stands in the prompt; it is frozen once a conversation."
+    return [Fact("date", True, words)] if len(texts) > 1 else []
 
 
 def _options(template: Template) -> Fact:
     from transformers.utils import chat_template_utils
 
-    found = sorted(chat_template_utils._get_template_variables(template.render.source) - STANDARD)
     source = template.render.source
 
-    def given(name: str) -> bool:
+    def from_outside(name: str) -> bool:
         """Not one of the template's own variables, unless it asks whether that is defined."""
         asked = rf"(?<![.\w]){name}\s+is\s+(not\s+)?defined|(?<![.\w]){name}\s*\|\s*default"
         own = rf"\bset\s+{name}\b|\bmacro\b[^%]*\b{name}\b|\bfor\s+[\w, ]*\b{name}\b"
         return bool(re.search(asked, source)) or not re.search(own, source)
 
-    names = [name for name in found if given(name) and name not in FUNCTIONS]
+    variables = sorted(chat_template_utils._get_template_variables(source) - STANDARD - FUNCTIONS)
+    names = [name for name in variables if from_outside(name)]
     return Fact("options", names, f"It knows the options {', '.join(names)}." if names else "It has no options.")
 
 
@@ -315,21 +312,21 @@ def _options(template: Template) -> Fact:
 
 def show(encoder: Encoder, messages: Messages, tools: Any = None) -> dict[str, Any]:
     """The samples of a conversation as texts, how much each shares with the one before, and how the tree is."""
-    found = encoder.encoded(messages, tools)
-    layout: Layout = lay_out(found.samples)
-    ids = [[*sample.prompt_ids, *sample.target_ids] for sample in found.samples]
+    encoded = encoder.encoded(messages, tools)
+    layout: Layout = lay_out(encoded.samples)
+    ids = [[*sample.prompt_ids, *sample.target_ids] for sample in encoded.samples]
     decode = encoder.tokenizer.decode
     samples = []
-    for n, sample in enumerate(found.samples):
+    for n, sample in enumerate(encoded.samples):
         others = ids[:n] + ids[n + 1 :]
         shared = min(max((_alike(ids[n], other) for other in others), default=0), len(sample.prompt_ids))
         samples.append(
             {
-                "message": found.messages[n],
-                "how": found.how[n],
+                "message": encoded.messages[n],
+                "how": encoded.how[n],
                 "shared": decode(ids[n][:shared], skip_special_tokens=False),
                 "prompt": decode(ids[n][shared : len(sample.prompt_ids)], skip_special_tokens=False),
-                "target": found.texts[n].target,
+                "target": encoded.texts[n].target,
                 "tokens": len(ids[n]),
                 "shared_tokens": shared,
             }
