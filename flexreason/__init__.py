@@ -19,9 +19,8 @@ from flexreason.tree.sample import Role, Sample
 if TYPE_CHECKING:
     from flexreason.chat.encode import encode
     from flexreason.data.intake import EntryEncoder
-    from flexreason.model.hooks import unpatch
     from flexreason.model.logprobs import token_logprobs
-    from flexreason.patching import patch
+    from flexreason.patching import patch, unpatch
     from flexreason.proof.verify import verify
     from flexreason.train.sums import total_weight
     from flexreason.train.trainer import RowTrainer
@@ -64,7 +63,7 @@ NEEDS_TRANSFORMERS = {
     "patch": "flexreason.patching",
     "token_logprobs": "flexreason.model.logprobs",
     "total_weight": "flexreason.train.sums",
-    "unpatch": "flexreason.model.hooks",
+    "unpatch": "flexreason.patching",
     "verify": "flexreason.proof.verify",
 }
 """Imported when first asked for, since transformers takes seconds to import."""

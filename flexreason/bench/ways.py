@@ -13,7 +13,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from flexreason.attention.registry import find_decoder
 from flexreason.model.head import Head, weighted_nll
 from flexreason.model.hooks import find_patch
-from flexreason.proof.conditions import suspended
+from flexreason.proof.compare import suspended
 from flexreason.tree.sample import Sample
 
 PACKED = "packed_samples"

@@ -1,6 +1,6 @@
 """What is refused by looking at it, with the reason: models that cannot be exact, and rows that are not whole.
 
-What must be tried to be known is asked above, in proof/gate.py.
+What must be tried to be known is asked for in patching.py.
 
 Shapes: S tokens, T targets.
 """

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from flexreason.attention.registry import find_decoder
 from flexreason.model.hooks import Patch
-from flexreason.proof.conversations import Given
+from flexreason.proof.conversations import Conversation
 from flexreason.proof.float64 import relative_l2
 from flexreason.tree.layout import Layout
 from flexreason.tree.row import Row
@@ -117,7 +117,7 @@ def say_token(layout: Layout | Row, index: int) -> str:
     return f"token {index} ({words} of turn {int(turn[index])}{document})"
 
 
-def model_fault(model: nn.Module, patch: Patch, row: Row, chosen: Sequence[Given], limit: float) -> str | None:
+def model_fault(model: nn.Module, patch: Patch, row: Row, chosen: Sequence[Conversation], limit: float) -> str | None:
     """The culprit in a patched model, or None if all hidden states that predict a target are those of the samples.
 
     `row` holds the layouts of `chosen`; `limit` is the relative error of hidden states above which they differ.

@@ -21,7 +21,8 @@ from typing import Any
 import torch
 import transformers
 
-from flexreason.proof.selftest import EXACT, Result
+from flexreason.proof.compare import EXACT
+from flexreason.proof.selftest import Result
 from flexreason.proof.source import own_source
 
 VARIABLE = "FLEXREASON_CACHE"
