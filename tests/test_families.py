@@ -561,7 +561,7 @@ def test_the_list_is_believed_for_the_source_the_structure_and_the_torch_it_was_
     monkeypatch.setattr(evidence, "_tested", lambda cls, *rest: asked.append(cls.__name__) or right)
     structure = evidence.structure_of(transformers.LlamaConfig())
     source = source_of(transformers.LlamaForCausalLM, transformers.LlamaConfig(), structure)
-    llama = {**right.to_dict(), "structure": structure, "source": source}
+    llama = {**dataclasses.asdict(right), "structure": structure, "source": source}
     del llama["name"]
     written = {"transformers": "0.0", "torch": torch.__version__, "models": {"LlamaForCausalLM": llama}}
     monkeypatch.setattr(evidence, "listed", lambda: written)
@@ -716,9 +716,3 @@ def test_the_command_says_what_is_wrong_with_a_config(which, tmp_path, capsys):
 def test_a_scan_of_what_there_is_not_is_no_success(capsys):
     assert main(["models", "--scan", "--only", "LlamaForCausalLM", "Nope"]) == 2
     assert "--only: transformers has no model of the name Nope" in capsys.readouterr().err
-
-
-def test_a_result_says_all_it_found():
-    found = check("Llama")
-    assert dataclasses.asdict(found) == found.to_dict()
-    assert found.name == "LlamaForCausalLM"

@@ -8,7 +8,7 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +72,7 @@ def _tell(options: argparse.Namespace) -> int:
         segments += f" (the slower route: {' and '.join(slower)})"
     told = {
         "model": options.model,
-        **result.to_dict(),
+        **asdict(result),
         "special": special,
         "auto": {"cpu": segments, "gpu": "flex"} if result.verdict == "exact" else None,
         "note": f"its default config is refused: {'; '.join(against)}" if against and is_default else "",
@@ -210,7 +210,7 @@ def _serve(connection: Any) -> None:
 def entry_of(name: str) -> dict[str, Any]:
     """What the list is to say of one class."""
     cls = getattr(transformers, name)
-    entry = check(cls).to_dict()
+    entry = asdict(check(cls))
     del entry["name"]
     entry["unpatched"] = {how: unpatched(cls, how) for how in IMPLEMENTATIONS}
     entry["registry"] = bool(cls._can_set_attn_implementation())

@@ -14,6 +14,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -107,7 +108,7 @@ def _is_whole(written: Any) -> bool:
 
 def _write(path: Path, about: dict[str, str], found: Result) -> None:
     """All at once: whoever reads meanwhile finds no file, or a whole one."""
-    fields = found.to_dict()
+    fields = asdict(found)
     text = json.dumps({"about": about, "found": fields, "digest": _digest([about, fields])}, indent=1)
     part = None
     try:

@@ -12,7 +12,7 @@ import re
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -69,9 +69,6 @@ class Result:
     chunked: bool | None = None
     """Whether loss="chunked" and token_logprobs are exact too."""
     chunked_reason: str = ""
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def check(what: Any, cls: type[PreTrainedModel] | None = None, backends: Sequence[str] = BACKENDS) -> Result:
