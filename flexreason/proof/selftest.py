@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from flexreason.attention.registry import find_decoder
 from flexreason.attention.tree_row import TreeRow
@@ -71,12 +71,6 @@ class Result:
     chunked_reason: str = ""
 
 
-def check(what: Any, cls: type[PreTrainedModel] | None = None, backends: Sequence[str] = BACKENDS) -> Result:
-    """The verdict on a config, or on a class with its default config. Never raises, and leaves no trace."""
-    with _apart():
-        return _check(what, cls, backends)
-
-
 @contextmanager
 def _apart() -> Iterator[None]:
     """Whatever the caller has set for a model of its own: it is neither used nor changed.
@@ -101,7 +95,9 @@ def _apart() -> Iterator[None]:
             torch.set_num_threads(threads)
 
 
-def _check(what: Any, cls: type[PreTrainedModel] | None, backends: Sequence[str]) -> Result:
+@_apart()
+def check(what: Any, cls: type[PreTrainedModel] | None = None, backends: Sequence[str] = BACKENDS) -> Result:
+    """The verdict on a config, or on a class with its default config. Never raises, and leaves no trace."""
     name = getattr(cls or what, "__name__", type(what).__name__)
     try:
         if isinstance(what, type):
@@ -359,34 +355,28 @@ NOTED = {  # by what configs call it, where it is set
 def describe(model: nn.Module) -> list[str]:
     """What is special about a model, as far as its config and the names of its parts say."""
     config = model.config.get_text_config()  # type: ignore[operator, union-attr]
-    found = [meaning for key, meaning in NOTED.items() if getattr(config, key, None)]
+    special = [meaning for key, meaning in NOTED.items() if getattr(config, key, None)]
     names = {type(module).__name__.lower() for module in model.modules()}
     if any("expert" in name or "moe" in name for name in names):
-        found.append("MoE")
+        special.append("MoE")
     if any(re.search(r"\.(q_norm|k_norm|q_layernorm|qk_norm|query_layernorm)$", n) for n, _ in model.named_modules()):
-        found.append("QK-norm")
+        special.append("QK-norm")
     if any((part.get("partial_rotary_factor") or 1) != 1 for part in (vars(config), *rope_settings(config))):
-        found.append("partial rotary")
+        special.append("partial rotary")
     if any(not rope for rope in getattr(config, "no_rope_layers", None) or ()):
-        found.append("NoPE layers")
-    found += [f"RoPE {kind}" for kind in sorted(rope_types(config) - {"default"})]
-    return list(dict.fromkeys(found))
+        special.append("NoPE layers")
+    special += [f"RoPE {kind}" for kind in sorted(rope_types(config) - {"default"})]
+    return list(dict.fromkeys(special))
 
 
 # ---- what becomes of a row when nobody patched the model
 
 
-def unpatched(what: type[PreTrainedModel] | PreTrainedConfig, implementation: str) -> dict[str, str] | None:
+@_apart()
+def unpatched(cls: type[PreTrainedModel], implementation: str) -> dict[str, str] | None:
     """What a row does to a model that is not patched: an exception's name, or "computed"; None if there is no model."""
-    with _apart():
-        return _unpatched(what, implementation)
-
-
-def _unpatched(what: type[PreTrainedModel] | PreTrainedConfig, implementation: str) -> dict[str, str] | None:
     try:
-        config = default_config(what) if isinstance(what, type) else what
-        cls = what if isinstance(what, type) else class_of(config)
-        small = shrink(config)
+        small = shrink(default_config(cls))
         small._attn_implementation = implementation
         model = build(small, cls)
     except Exception:

@@ -134,6 +134,11 @@ def _reason_refused(root: Any, model: nn.Module) -> str:
     return evidence.against[0] if evidence.verdict == "refused" and evidence.against else ""
 
 
+class _Reference(NamedTuple):
+    name: str
+    samples: oracle.Reference
+
+
 class _Comparison:
     """One pass and the samples on a patched model, from the reference down to the model's own dtype."""
 
@@ -170,30 +175,26 @@ class _Comparison:
     def culprit(self) -> str | None:
         """What is wrong with the first comparison that fails; None where all are equal."""
         self.check_repeatable()
-        reference = None
-        if self.wants_float64():
-            high = self.model if self.dtype == torch.float64 else copy_in(self.model, torch.float64, self.notes)
-            with true_float64():
-                reference = self.run_samples(high)
-                culprit = self.judge(high, reference, "the samples in float64", Limits(EXACT, EXACT, EXACT, {}))
-            del high
-            if culprit or self.dtype == torch.float64:
-                return culprit
-        if reference is None:
-            return self.without_reference()
-        said = "the samples in float64"
-        own = self.held("samples", self.model, by_samples(self.run_samples(self.model)), reference, said, None)
-        limits = limits_from(own, 4 * torch.finfo(torch.float32).eps)
-        return self.judge(self.model, reference, said, limits)
+        if not self.wants_float64():
+            return self.without_float64()
+        high = self.model if self.dtype == torch.float64 else copy_in(self.model, torch.float64, self.notes)
+        with true_float64():
+            reference = _Reference("the samples in float64", self.run_samples(high))
+            culprit = self.judge(high, reference, Limits(EXACT, EXACT, EXACT, {}))
+        del high
+        if culprit or self.dtype == torch.float64:
+            return culprit
+        own = self.error("samples", self.model, by_samples(self.run_samples(self.model)), reference)
+        return self.judge(self.model, reference, limits_from(own, 4 * torch.finfo(torch.float32).eps))
 
-    def without_reference(self) -> str | None:
+    def without_float64(self) -> str | None:
         """Where nothing more precise fits or exists: other kernels for the same samples show the size of rounding."""
-        samples = self.run_samples(self.model)
-        said, eps = f"the samples in {_name(self.dtype)}", torch.finfo(self.dtype).eps
+        reference = _Reference(f"the samples in {_name(self.dtype)}", self.run_samples(self.model))
+        eps = torch.finfo(self.dtype).eps
         try:
             with suspended(self.model), other_attention(self.root) as other:
                 again = by_samples(self.run_samples(self.model))
-                own = self.held(f"samples, {other}", self.model, again, samples, said, None)
+                own = self.error(f"samples, {other}", self.model, again, reference)
         except ValueError:
             self.notes.append(
                 "rounding is not measured, as this model has no other attention: the limits are fixed ones"
@@ -201,30 +202,29 @@ class _Comparison:
             limits = Limits(4 * eps, 4 * eps, 32 * eps, {})
         else:
             limits = limits_from(own, eps)
-        return self.judge(self.model, samples, said, limits)
+        return self.judge(self.model, reference, limits)
 
-    def judge(self, model: nn.Module, reference: oracle.Reference, said: str, limits: "Limits") -> str | None:
+    def judge(self, model: nn.Module, reference: "_Reference", limits: "Limits") -> str | None:
         """One pass against a reference; if it fails, what is wrong with it."""
         row = self.row(model)
         computed = one_pass(model, row, backward=not self.forward_only)
-        error = self.held("one pass", model, computed, reference, said, limits)
+        error = self.error("one pass", model, computed, reference, limits)
         return self.find_culprit(model, row, error, limits) if error.faults else None
 
-    def held(
+    def error(
         self,
         way: str,
         model: nn.Module,
         computed: Computed,
-        reference: oracle.Reference,
-        said: str,
-        limits: "Limits | None",
+        reference: "_Reference",
+        limits: "Limits | None" = None,
     ) -> "Error":
-        """What was computed in some way, held against a reference, and noted."""
-        errors = compare(computed, reference)
-        dtype = _name(_dtype_of(model))
-        error = Error(way, dtype, said, errors.loss, errors.logprobs, errors.gradients, errors.groups, limits)
-        self.errors.append(error)
-        return error
+        """How far one way of computing is from a reference, for the report."""
+        errors, dtype = compare(computed, reference.samples), _name(_dtype_of(model))
+        self.errors.append(
+            Error(way, dtype, reference.name, errors.loss, errors.logprobs, errors.gradients, errors.groups, limits)
+        )
+        return self.errors[-1]
 
     def find_culprit(self, model: nn.Module, row: Row, error: "Error", limits: "Limits") -> str:
         limit = 100 * EXACT if error.dtype == "float64" else 8 * limits.logprobs
