@@ -189,7 +189,7 @@ def _watching(root: Any) -> Iterator[Watched]:
         watched.embedded = output.detach().requires_grad_()
         return watched.embedded
 
-    def given(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    def decoder_inputs(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         known = {**dict(zip(inspect.signature(module.forward).parameters, args, strict=False)), **kwargs}
         watched.ids, watched.positions = known.get("input_ids"), known.get("position_ids")
 
@@ -207,7 +207,7 @@ def _watching(root: Any) -> Iterator[Watched]:
     with ExitStack() as stack, torch.enable_grad():
         hooks = [
             root.get_input_embeddings().register_forward_hook(embed),
-            decoder.register_forward_pre_hook(given, with_kwargs=True),
+            decoder.register_forward_pre_hook(decoder_inputs, with_kwargs=True),
             decoder.register_forward_hook(hidden, prepend=True),
             *(module.register_forward_hook(layer(name)) for name, module in decoder.named_modules() if _is_part(name)),
         ]

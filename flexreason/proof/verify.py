@@ -135,6 +135,8 @@ def _reason_refused(root: Any, model: nn.Module) -> str:
 
 
 class _Reference(NamedTuple):
+    """The samples that something is held against, and what the report calls them."""
+
     name: str
     samples: oracle.Reference
 
