@@ -30,7 +30,7 @@ from flexreason.bench.report import amount
 from flexreason.bench.steps import Case, Way
 from flexreason.data.figures import Amount, Shape, dense
 from flexreason.memory import available_bytes
-from flexreason.proof.conditions import suspended
+from flexreason.proof.compare import suspended
 from shared import Run, conversation, shape
 
 SHAPES = ("2 x 64/256/64", "4 x 64/256/64", "8 x 64/256/64", "16 x 64/256/64", "30 x 150/60/30")

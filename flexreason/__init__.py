@@ -25,9 +25,8 @@ from flexreason.tree.sample import Role, Sample
 if TYPE_CHECKING:
     from flexreason.chat.encode import encode
     from flexreason.data.intake import EntryEncoder
-    from flexreason.model.hooks import unpatch
     from flexreason.model.logprobs import token_logprobs
-    from flexreason.patching import patch
+    from flexreason.patching import patch, unpatch
     from flexreason.proof.verify import verify
     from flexreason.train.sums import total_weight
     from flexreason.train.trainer import RowTrainer
@@ -71,7 +70,7 @@ _NEEDS_TRANSFORMERS = {
     "encode": "flexreason.chat.encode",
     "EntryEncoder": "flexreason.data.intake",
     "patch": "flexreason.patching",
-    "unpatch": "flexreason.model.hooks",
+    "unpatch": "flexreason.patching",
     "token_logprobs": "flexreason.model.logprobs",
     "RowTrainer": "flexreason.train.trainer",
     "total_weight": "flexreason.train.sums",

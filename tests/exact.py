@@ -1,12 +1,14 @@
-"""Holding a patched model's single pass against the N samples on the untouched model."""
+"""Holding a patched model's single pass against the N samples on the untouched model; and the plain pass, which is
+wrong."""
 
 import torch
 
 import flexreason as fr
 from flexreason.proof import oracle
-from flexreason.proof.float64 import relative_l2, true_float64
+from flexreason.proof.compare import EXACT, compare, gradient_errors, one_pass
+from flexreason.proof.float64 import true_float64
 
-EXACT = 1e-9
+__all__ = ["EXACT", "errors", "plain_pass", "samples_of", "single_pass", "worst_gradient"]
 
 
 def single_pass(model, row):
@@ -32,17 +34,25 @@ def errors(model, layouts, length=None, **settings):
         expected = oracle.n_samples(model, samples_of(layouts))
         fr.patch(model, **settings)
         try:
-            loss, logprobs, gradients = single_pass(model, fr.collate(layouts, length))
+            return compare(one_pass(model, fr.collate(layouts, length)), expected).largest()
         finally:
             fr.unpatch(model)
-    n = expected.n_targets
-    assert len(logprobs) == n
-    worst = 0.0
-    for name, gradient in expected.gradients.items():
-        found = gradients.get(name, torch.zeros_like(gradient))
-        worst = max(worst, relative_l2([found * n], [gradient]))
-    return {
-        "loss": abs(float(loss) * n / expected.loss_sum - 1),
-        "logprobs": relative_l2([logprobs], [torch.cat(expected.logprobs)]),
-        "gradients": worst,
-    }
+
+
+def worst_gradient(gradients, expected):
+    """The largest relative error of a parameter's gradient, of two dicts by name; one that is missing is all wrong."""
+    given = {name: gradient.clone() for name, gradient in gradients.items() if gradient is not None}
+    _, parameters, _ = gradient_errors(lambda handle: [handle(name, g) for name, g in given.items()], expected)
+    return max(torch.inf if error != error else error for error in parameters.values())
+
+
+def plain_pass(model, turns):
+    """[n] log-probabilities of all reasoning and responses in one plain pass over `[(h, t, r), ...]` as it stands."""
+    ids, scored = [], []
+    for human, reasoning, response in turns:
+        ids += human
+        scored += range(len(ids), len(ids) + len(reasoning) + len(response))
+        ids += [*reasoning, *response]
+    with torch.no_grad():
+        logprobs = model(input_ids=torch.tensor([ids]), use_cache=False).logits[0].log_softmax(-1)
+    return torch.stack([logprobs[at - 1, ids[at]] for at in scored])

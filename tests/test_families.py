@@ -19,15 +19,13 @@ from torch import nn
 
 import flexreason as fr
 from exact import EXACT, errors
-from flexreason import patching as gate
 from flexreason.attention import segments
 from flexreason.attention.registry import BACKENDS, TreeRow
 from flexreason.cli import main
-from flexreason.commands import models as proof_models
+from flexreason.commands import models
 from flexreason.model import head, refuse
 from flexreason.model import hooks as patching
-from flexreason.proof import evidence as verdicts
-from flexreason.proof import scan, selftest
+from flexreason.proof import evidence, selftest
 from flexreason.proof.source import source_of
 from flexreason.proof.tiny import HEADS, ORIGINAL, build, causal_classes, default_config, length_constants, shrink
 from models import tiny
@@ -288,7 +286,7 @@ def made(cls, *args):
 def test_an_unknown_class_is_tested_on_its_own_config_once(monkeypatch):
     calls = []
     monkeypatch.setattr(selftest, "check", lambda *args, plain=selftest.check: calls.append(args[:2]) or plain(*args))
-    monkeypatch.setattr(verdicts, "_found", {})
+    monkeypatch.setattr(evidence, "_results", {})
     for _ in range(2):
         model = fr.patch(made(Unchanged))
     assert [cls for _, cls in calls] == [Unchanged]
@@ -370,7 +368,7 @@ def test_what_is_easily_cut_away_is_seen(cls, config):
 
 
 def test_a_listed_class_whose_other_structure_cannot_be_tried_is_not_believed(monkeypatch):
-    monkeypatch.setattr(verdicts, "_found", {})
+    monkeypatch.setattr(evidence, "_results", {})
     monkeypatch.setattr(
         selftest, "check", lambda config, cls, backends: selftest.Result(cls.__name__, "cannot be built tiny")
     )
@@ -412,15 +410,15 @@ CHANGED = {
 
 @pytest.mark.parametrize("change", CHANGED, ids=lambda change: change.__name__)
 def test_a_model_with_replaced_parts_is_refused_until_it_is_trusted(change, monkeypatch):
-    monkeypatch.setattr(gate, "_trusted", set())
+    monkeypatch.setattr(evidence, "_verified", set())
     model = tiny("Llama")
     change(model)
     with pytest.raises(ValueError, match=f"is refused: parts of it were replaced, .*{CHANGED[change]}.*run fr.verify"):
         fr.patch(model)
-    verdict, reason = gate.standing(model)
-    assert verdict == "cannot be built tiny"
-    assert "parts of it were replaced" in reason
-    gate.trust(model)
+    found = evidence.evidence_of_model(model)
+    assert found.verdict == "cannot be built tiny"
+    assert "parts of it were replaced" in found.against[0]
+    evidence.note_verified(model)
     fr.patch(model)
     other = tiny("Llama", num_hidden_layers=3)
     other.model.layers[0].mlp.forward = lambda x: x
@@ -430,13 +428,13 @@ def test_a_model_with_replaced_parts_is_refused_until_it_is_trusted(change, monk
 
 def test_a_class_that_was_edited_is_tested_whatever_the_list_says(monkeypatch):
     """As libraries do that put their own forward into transformers' classes."""
-    monkeypatch.setattr(verdicts, "_found", {})
+    monkeypatch.setattr(evidence, "_results", {})
     cls = transformers.models.llama.modeling_llama.LlamaMLP
     plain = cls.forward
     monkeypatch.setattr(cls, "forward", lambda self, x: plain(self, x.roll(1, 1)))
     with pytest.raises(ValueError, match="is refused: one pass is not the samples'"):
         fr.patch(tiny("Llama"))
-    verdicts._found.clear()
+    evidence._results.clear()
     monkeypatch.setattr(cls, "forward", lambda self, x: plain(self, x))
     fr.patch(tiny("Llama"))
 
@@ -476,7 +474,8 @@ def test_adapters_with_virtual_tokens_are_refused_by_name(kind):
     model = adapted(getattr(peft, kind)(num_virtual_tokens=4, task_type="CAUSAL_LM", **more), "Llama")
     with pytest.raises(ValueError, match=rf"is refused: its adapter \({kind}\) puts virtual tokens before"):
         refuse.refuse_model(patching.find_root(model), model)
-    assert gate.standing(patching.find_root(model), model)[0] == "refused"
+    with pytest.raises(ValueError, match=rf"is refused by patch: its adapter \({kind}\) puts virtual tokens before"):
+        fr.verify(model, [fr.lay_out_turns(random_turns([(3, 4, 5)] * 2))])
 
 
 # ---- the loss in chunks
@@ -509,7 +508,7 @@ def test_the_self_test_holds_the_loss_in_chunks_too(monkeypatch):
 
 def test_a_class_that_is_exact_but_not_in_chunks_is_refused_by_name(monkeypatch):
     right = selftest.Result("LlamaForCausalLM", "exact", chunked=False, chunked_reason="it is not the samples'")
-    monkeypatch.setattr(verdicts, "proof", lambda *args, **kwargs: right)
+    monkeypatch.setattr(evidence, "evidence_of_class", lambda *args, **kwargs: right)
     model = fr.patch(tiny("Llama"))
     with pytest.raises(ValueError, match="LlamaForCausalLM takes no chunked loss: it is not the samples'; use loss="):
         fr.patch(model, loss="chunked")
@@ -519,51 +518,53 @@ def test_a_class_that_is_exact_but_not_in_chunks_is_refused_by_name(monkeypatch)
 
 
 def test_the_list_says_which_classes_take_no_loss_in_chunks():
-    found = verdicts.listed()["models"]
+    found = evidence.listed()["models"]
     assert found["WhisperForCausalLM"]["chunked"] is False
-    assert "no chunked loss" in scan.TABLE.read_text()
+    assert "no chunked loss" in models.TABLE.read_text()
     exact = [entry for entry in found.values() if entry["verdict"] == "exact"]
     assert sum(entry["chunked"] for entry in exact) >= 100
     assert all(entry["chunked_reason"] for entry in exact if not entry["chunked"])
 
 
 def test_an_unknown_class_that_cannot_be_built_tiny_is_refused_until_it_is_trusted(monkeypatch):
-    monkeypatch.setattr(gate, "_trusted", set())
+    monkeypatch.setattr(evidence, "_verified", set())
     model = made(Particular, 1)
     with pytest.raises(ValueError, match=r"Particular is refused: nobody has .*missing 1 required .*run fr\.verify"):
         fr.patch(model)
     fr.unpatch(patching.apply_patch(model))  # which asks nobody
     with pytest.raises(ValueError, match="Particular is refused"):
         fr.patch(model)
-    assert gate.standing(model)[0] == "cannot be built tiny"
-    gate.trust(model)
+    assert evidence.evidence_of_model(model).verdict == "cannot be built tiny"
+    evidence.note_verified(model)
     fr.patch(model)
-    assert gate.standing(model)[0] == "cannot be built tiny"  # which asks for no trust
+    found = evidence.evidence_of_model(model)
+    assert (found.verdict, found.against) == ("cannot be built tiny", None)
     with pytest.raises(ValueError, match="Particular is refused"):
         fr.patch(Particular(tiny("Llama", attention_bias=True).config, 1))
 
 
 def test_trust_counts_for_nothing_against_a_test_that_failed(monkeypatch):
-    monkeypatch.setattr(gate, "_trusted", set())
+    monkeypatch.setattr(evidence, "_verified", set())
     model = made(Shifting)
-    gate.trust(model)
+    evidence.note_verified(model)
     with pytest.raises(ValueError, match="Shifting is refused: one pass is not the samples'"):
         fr.patch(model)
-    assert gate.standing(model)[0] == "refused"
-    assert gate.standing(tiny("Llama", attention_dropout=0.1))[0] == "refused"
-    assert gate.standing(tiny("Llama")) is None
+    assert evidence.evidence_of_model(model).verdict == "refused"
+    with pytest.raises(ValueError, match="is refused by patch: one pass is not the samples'"):
+        fr.verify(model, [fr.lay_out_turns(random_turns([(3, 4, 5)] * 2))])
+    assert evidence.evidence_of_model(tiny("Llama")) == ("exact", None, "")
 
 
 def test_the_list_is_believed_for_the_source_the_structure_and_the_torch_it_was_made_with_only(monkeypatch):
     asked = []
     right = selftest.Result("LlamaForCausalLM", "exact")
-    monkeypatch.setattr(verdicts, "_tested", lambda cls, *rest: asked.append(cls.__name__) or right)
-    structure = verdicts.structure_of(transformers.LlamaConfig())
+    monkeypatch.setattr(evidence, "_tested", lambda cls, *rest: asked.append(cls.__name__) or right)
+    structure = evidence.structure_of(transformers.LlamaConfig())
     source = source_of(transformers.LlamaForCausalLM, transformers.LlamaConfig(), structure)
-    llama = {**right.to_dict(), "structure": structure, "source": source}
+    llama = {**dataclasses.asdict(right), "structure": structure, "source": source}
     del llama["name"]
     written = {"transformers": "0.0", "torch": torch.__version__, "models": {"LlamaForCausalLM": llama}}
-    monkeypatch.setattr(verdicts, "listed", lambda: written)
+    monkeypatch.setattr(evidence, "listed", lambda: written)
     fr.patch(tiny("Llama"))
     assert not asked
     fr.patch(tiny("Llama", attention_bias=True))
@@ -573,7 +574,7 @@ def test_the_list_is_believed_for_the_source_the_structure_and_the_torch_it_was_
         {**written, "models": {"LlamaForCausalLM": {**llama, "source": "x"}}},
     ):
         asked.clear()
-        monkeypatch.setattr(verdicts, "listed", lambda other=other: other)
+        monkeypatch.setattr(evidence, "listed", lambda other=other: other)
         fr.patch(tiny("Llama"))
         assert len(asked) == 1
 
@@ -625,7 +626,7 @@ LOCKED = dict(line.split("==") for line in (Path(__file__).parents[1] / "require
 
 
 def test_the_committed_list_is_of_the_locked_transformers_and_long_enough():
-    found = verdicts.listed()
+    found = evidence.listed()
     assert found["transformers"] == LOCKED["transformers"]
     if transformers.__version__ == LOCKED["transformers"]:
         assert set(found["models"]) == set(causal_classes())
@@ -633,15 +634,15 @@ def test_the_committed_list_is_of_the_locked_transformers_and_long_enough():
     assert len(exact) >= 92
     assert all(max(entry[key] for key in ("loss", "logprobs", "gradients")) <= EXACT for entry in exact)
     assert all(entry["reason"] for entry in found["models"].values() if entry["verdict"] != "exact")
-    assert scan.TABLE.read_text() == scan.table(found)
+    assert models.TABLE.read_text() == models.table(found)
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(transformers.__version__ != LOCKED["transformers"], reason="the list is of another transformers")
 @pytest.mark.filterwarnings("ignore")
 def test_a_new_scan_finds_what_the_list_says():
-    for name, entry in scan.scan(causal_classes()):
-        listed = verdicts.listed()["models"][name]
+    for name, entry in models.scan(causal_classes()):
+        listed = evidence.listed()["models"][name]
         for key in ("verdict", "unpatched", "structure", "source", "registry"):
             assert entry[key] == listed[key], (name, entry)
 
@@ -658,14 +659,14 @@ def test_the_command_tells_about_one_model(capsys):
     assert main(["models", "MambaForCausalLM"]) == 1
     assert "MambaForCausalLM: refused: it has recurrent layers" in capsys.readouterr().out
     assert main(["models"]) == 0
-    exact = sum(entry["verdict"] == "exact" for entry in verdicts.listed()["models"].values())
+    exact = sum(entry["verdict"] == "exact" for entry in evidence.listed()["models"].values())
     assert f"exact: {exact}\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("other", [False, True])
 def test_the_command_says_where_its_list_is_of_another_transformers(monkeypatch, capsys, other):
-    written = {**verdicts.listed(), "transformers": "0.0" if other else transformers.__version__}
-    monkeypatch.setattr(proof_models, "listed", lambda: written)
+    written = {**evidence.listed(), "transformers": "0.0" if other else transformers.__version__}
+    monkeypatch.setattr(models, "listed", lambda: written)
     assert main(["models"]) == 0
     assert ("is tested when it is first patched" in capsys.readouterr().out) == other
 
@@ -715,9 +716,3 @@ def test_the_command_says_what_is_wrong_with_a_config(which, tmp_path, capsys):
 def test_a_scan_of_what_there_is_not_is_no_success(capsys):
     assert main(["models", "--scan", "--only", "LlamaForCausalLM", "Nope"]) == 2
     assert "--only: transformers has no model of the name Nope" in capsys.readouterr().err
-
-
-def test_a_result_says_all_it_found():
-    found = check("Llama")
-    assert dataclasses.asdict(found) == found.to_dict()
-    assert found.name == "LlamaForCausalLM"

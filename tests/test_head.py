@@ -6,7 +6,7 @@ import transformers
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 import flexreason as fr
-from exact import EXACT
+from exact import EXACT, worst_gradient
 from flexreason.commands.models import listed
 from flexreason.model import head
 from flexreason.model.hooks import apply_patch
@@ -41,7 +41,7 @@ def conversation(seed=0):
 
 def worst(model, expected, factor):
     found = {name: torch.zeros_like(p) if p.grad is None else p.grad * factor for name, p in model.named_parameters()}
-    return selftest.worst_gradient({name: (found[name], right) for name, right in expected.items()})[0]
+    return worst_gradient(found, expected)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -333,7 +333,7 @@ def test_every_exact_class_is_exact_chunked():
     for name in (name for name, entry in listed()["models"].items() if entry["verdict"] == "exact"):
         cls = getattr(transformers, name)
         model = build(shrink(default_config(cls)), cls).double().eval()
-        layouts = selftest._rows(model)[0][0]
+        layouts = selftest.rows_for(model)[0][0]
         row, parameters = fr.collate(layouts), [p for p in model.parameters() if p.requires_grad]
         real = row["labels"][0] != -100
         with true_float64():
@@ -348,9 +348,8 @@ def test_every_exact_class_is_exact_chunked():
             chunked = model(**row)
             found = torch.autograd.grad(chunked.loss, parameters, materialize_grads=True, allow_unused=True)
             found_logprobs = fr.token_logprobs(model, row)[real].detach()
-        pairs = {str(number): pair for number, pair in enumerate(zip(found, expected, strict=True))}
         error = max(
-            selftest.worst_gradient(pairs)[0],
+            worst_gradient(*(dict(zip(map(str, range(len(g))), g, strict=True)) for g in (found, expected))),
             relative_l2([found_logprobs], [logprobs]),
             abs(chunked.loss.item() / out.loss.item() - 1),
         )

@@ -18,24 +18,23 @@ import transformers
 from transformers.models.llama import modeling_llama
 
 import flexreason as fr
-from flexreason.proof import evidence as verdicts
-from flexreason.proof import kept, selftest, source
+from flexreason.proof import evidence, kept, selftest, source
 from flexreason.proof.tiny import default_config
 from flexreason.tree.row import NoMask
 from models import tiny
 
 LLAMA = transformers.LlamaForCausalLM
 
-EVERY = [name for name, entry in verdicts.listed()["models"].items() if entry["verdict"] == "exact"]
+EVERY = [name for name, entry in evidence.listed()["models"].items() if entry["verdict"] == "exact"]
 
 
 @pytest.fixture
 def newer(monkeypatch, tmp_path, caplog):
     """As if the list had been made of other files; with a folder of its own, and nothing known yet. Lines said."""
-    models = {name: {**entry, "source": "another"} for name, entry in verdicts.listed()["models"].items()}
-    written = {**verdicts.listed(), "models": models}
-    monkeypatch.setattr(verdicts, "listed", lambda: written)
-    monkeypatch.setattr(verdicts, "_found", {})
+    models = {name: {**entry, "source": "another"} for name, entry in evidence.listed()["models"].items()}
+    written = {**evidence.listed(), "models": models}
+    monkeypatch.setattr(evidence, "listed", lambda: written)
+    monkeypatch.setattr(evidence, "_results", {})
     monkeypatch.setenv("FLEXREASON_CACHE", str(tmp_path / "kept"))
     kept._say.cache_clear()
     return lambda: [record.getMessage() for record in caplog.records]
@@ -44,7 +43,7 @@ def newer(monkeypatch, tmp_path, caplog):
 @pytest.fixture
 def next_process(monkeypatch):
     """What a new process knows: nothing."""
-    return verdicts._found.clear
+    return evidence._results.clear
 
 
 def files(tmp_path):
@@ -79,10 +78,10 @@ def test_all_files_that_the_self_test_runs_are_in_the_hash(names):
 
 
 def test_every_exact_class_of_the_list_has_its_hash_and_nothing_is_tested():
-    if transformers.__version__ != verdicts.listed()["transformers"]:
+    if transformers.__version__ != evidence.listed()["transformers"]:
         pytest.skip("the list is of another transformers")
     for name in EVERY[::8]:  # a new scan, marked slow, looks at all
-        cls, entry = getattr(transformers, name), verdicts.listed()["models"][name]
+        cls, entry = getattr(transformers, name), evidence.listed()["models"][name]
         assert source.source_of(cls, default_config(cls), entry["structure"]) == entry["source"], name
         assert not source.replaced_in_memory(cls, entry["structure"]), name
 
@@ -122,16 +121,16 @@ def test_a_verdict_is_found_once_a_machine(newer, next_process, tmp_path, monkey
     fr.patch(tiny("Llama"), "dense")  # another backend
     assert times_tested(newer()) == 3
     next_process()
-    found = verdicts.proof(LLAMA, tiny("Llama").config)
+    found = evidence.evidence_of_class(LLAMA, tiny("Llama").config)
     assert found.verdict == "exact"
     assert found.chunked is True
 
 
 def test_a_refusal_is_kept_as_well(newer, next_process):
     cls = transformers.Lfm2ForCausalLM
-    first = verdicts.proof(cls, default_config(cls))
+    first = evidence.evidence_of_class(cls, default_config(cls))
     next_process()
-    assert verdicts.proof(cls, default_config(cls)) == first
+    assert evidence.evidence_of_class(cls, default_config(cls)) == first
     assert first.verdict == "refused"
     assert "convolution" in first.reason
     assert times_tested(newer()) == 1
@@ -141,7 +140,7 @@ def test_what_did_not_come_to_numbers_is_asked_anew(newer, next_process, tmp_pat
     """A package may be there tomorrow, or memory."""
     cls = transformers.XGLMForCausalLM
     for times in (1, 2):
-        assert verdicts.proof(cls, default_config(cls)).verdict == "cannot be built tiny"
+        assert evidence.evidence_of_class(cls, default_config(cls)).verdict == "cannot be built tiny"
         assert times_tested(newer()) == times
         next_process()
     assert not (tmp_path / "kept" / "verdicts").is_dir() or not files(tmp_path)

@@ -15,6 +15,7 @@ from exact import EXACT, errors, samples_of, single_pass
 from flexreason.attention import cover, segments
 from flexreason.model.hooks import apply_patch, find_patch
 from flexreason.proof import oracle
+from flexreason.proof.evidence import Evidence
 from flexreason.proof.float64 import relative_l2, saved_bytes, true_float64
 from models import checkpoint, tiny
 from strategies import random_tree, random_turns
@@ -595,16 +596,10 @@ def test_rope_that_reads_the_longest_position_is_refused_only_where_samples_stra
         assert max(errors(tiny("Llama", **config).double(), long, backend="segments").values()) <= EXACT
 
 
-def test_what_is_asked_before_patching_may_refuse_and_say_why_not_in_chunks():
+def test_a_model_may_be_patched_without_chunks_and_without_evidence():
     """Below `fr.patch`, which asks the list of classes and the self-test, stands whatever asks nobody."""
-    model, row, asked = made("Qwen3"), fr.collate(layouts("paper")), []
-
-    def answer(root):
-        asked.append(root)
-        return "its chunks are off"
-
-    apply_patch(model, ask=answer)
-    assert asked == [model]
+    model, row = made("Qwen3"), fr.collate(layouts("paper"))
+    apply_patch(model, unchunked="its chunks are off")
     expected = model(**row).loss
     for patched in (model, copy.deepcopy(model)):
         with pytest.raises(
@@ -612,16 +607,18 @@ def test_what_is_asked_before_patching_may_refuse_and_say_why_not_in_chunks():
         ):
             fr.token_logprobs(patched, row)
     with pytest.raises(ValueError, match='patch: loss="chunked": Qwen3ForCausalLM takes no chunked loss: its chunks'):
-        apply_patch(model, loss="chunked", ask=answer)
-
-    def refuse(root):
-        raise ValueError("not this one")
-
-    with pytest.raises(ValueError, match="not this one"):
-        apply_patch(model, ask=refuse)
-    assert find_patch(model) is None
+        apply_patch(model, loss="chunked", unchunked="its chunks are off")
     assert torch.equal(apply_patch(model)(**row).loss, expected)  # nobody is asked
     assert len(fr.token_logprobs(model, row)) == row["labels"].shape[1]
+
+
+def test_what_evidence_speaks_against_is_refused_and_left_unpatched(monkeypatch):
+    model = fr.patch(made("Qwen3"))
+    against = Evidence("refused", ("not this one", "take another"), "")
+    monkeypatch.setattr("flexreason.patching.evidence_of_model", lambda root, backend: against)
+    with pytest.raises(ValueError, match="patch: Qwen3ForCausalLM is refused: not this one; take another"):
+        fr.patch(model)
+    assert find_patch(model) is None
 
 
 # ---- what it costs

@@ -21,6 +21,7 @@ import flexreason
 PACKAGE = Path(flexreason.__file__).parent
 
 TREE = ["sample", "layout", "merge", "mask", "blocks", "row"]  # reading order is import order
+PROOF = ["float64", "oracle", "tiny", "compare", "selftest", "source", "kept", "evidence", "conversations", "diagnose"]
 TOOLS = ["memory", "load"]  # these know nothing of the rest
 
 LAYERS = {  # what a folder may import, beside itself
@@ -111,6 +112,13 @@ def test_the_idea_is_torch_and_numpy_and_points_one_way():
         own, others = imports_of(f"tree.{name}")
         assert own <= {f"tree.{before}" for before in TREE[:at]}, name
         assert others <= {"torch", "numpy"}, name
+
+
+def test_the_proof_is_read_in_the_order_in_which_it_imports():
+    assert {f"proof.{name}" for name in [*PROOF, "verify"]} == {name for name in MODULES if name.startswith("proof.")}
+    for at, name in enumerate(PROOF):
+        own = {other for other in imports_of(f"proof.{name}")[0] if other.startswith("proof.")}
+        assert own <= {f"proof.{before}" for before in PROOF[:at]}, name
 
 
 @pytest.mark.parametrize("name", LAYERS)

@@ -9,13 +9,13 @@ import pytest
 import torch
 
 import flexreason as fr
+from exact import plain_pass
 from flexreason import Role
 from flexreason.proof import oracle
+from flexreason.proof.compare import EXACT, Computed, backward_of, compare
 from flexreason.proof.float64 import relative_l2, true_float64
 from models import tiny
 from strategies import random_tree, random_turns
-
-EXACT = 1e-9
 
 SHAPES = {
     "one token each": [(1, 1, 1)],
@@ -26,7 +26,7 @@ SHAPES = {
 
 
 def dense_pass(model, layout):
-    """(loss sum, log-probability of every target, gradients of the sum) of the tree in one pass."""
+    """The tree in one pass, without `patch`."""
     hidden = model.model(
         input_ids=layout.input_ids[None],
         position_ids=layout.position_ids[None],
@@ -35,27 +35,14 @@ def dense_pass(model, layout):
     ).last_hidden_state
     logits = model.lm_head(hidden[0, layout.target_source])
     nll = torch.nn.functional.cross_entropy(logits, layout.target_ids, reduction="none")
-    gradients = torch.autograd.grad(nll.sum(), list(model.parameters()))
-    return float(nll.detach().sum()), -nll.detach(), gradients
+    return Computed(float(nll.detach().sum()), -nll.detach(), backward_of(model, nll.sum()))
 
 
 def errors(model, layout, samples):
     """Relative errors of the pass over `layout` against `samples` one by one: loss, log-probs, worst gradient."""
     with true_float64():
         expected = oracle.n_samples(model, samples)
-        loss, logprobs, gradients = dense_pass(model, layout)
-    worst = max(relative_l2([g], [e]) for g, e in zip(gradients, expected.gradients.values(), strict=True))
-    if len(logprobs) != expected.n_targets:
-        return {"targets": (len(logprobs), expected.n_targets)}
-    return {
-        "loss": abs(loss / expected.loss_sum - 1),
-        "logprobs": relative_l2([logprobs], [torch.cat(expected.logprobs)]),
-        "gradients": worst,
-    }
-
-
-def is_exact(found):
-    return "targets" not in found and max(found.values()) <= EXACT
+        return compare(dense_pass(model, layout), expected)
 
 
 @pytest.mark.parametrize("family", ["Qwen3", "Llama"])
@@ -63,13 +50,13 @@ def is_exact(found):
 def test_a_conversation_in_one_pass_is_its_n_samples(family, shape):
     layout = fr.lay_out_turns(random_turns(SHAPES[shape]))
     found = errors(tiny(family).double(), layout, fr.unmerge(layout))
-    assert is_exact(found), found
+    assert found.is_exact, found
 
 
 @pytest.mark.parametrize("family", ["Qwen3", "Llama"])
 def test_a_general_tree_in_one_pass_is_its_samples(family):
     found = errors(tiny(family).double(), fr.lay_out(random_tree()), random_tree())
-    assert is_exact(found), found
+    assert found.is_exact, found
 
 
 def test_packed_documents_in_one_pass_are_their_samples():
@@ -83,7 +70,7 @@ def test_packed_documents_in_one_pass_are_their_samples():
         target_weight=torch.cat([layout.target_weight for layout in layouts]),
     )
     found = errors(tiny("Qwen3").double(), whole, [s for layout in layouts for s in fr.unmerge(layout)])
-    assert is_exact(found), found
+    assert found.is_exact, found
 
 
 CONVERSATION = [(6, 9, 4), (3, 0, 5), (5, 8, 3)]
@@ -144,10 +131,10 @@ def context_sees_reasoning(layout):
 def test_known_wrong_versions_are_caught(wrong):
     model = tiny("Qwen3").double()
     layout = fr.lay_out_turns(random_turns(CONVERSATION))
-    assert is_exact(errors(model, layout, fr.unmerge(layout)))
+    assert errors(model, layout, fr.unmerge(layout)).is_exact
     found = errors(model, wrong(layout), fr.unmerge(layout))
-    assert not is_exact(found)
-    assert "targets" in found or max(found.values()) > 1e-4, found
+    assert not found.is_exact
+    assert max(found.largest().values()) > 1e-4, found
 
 
 def test_one_plain_pass_over_everything_is_not_the_n_samples():
@@ -155,18 +142,11 @@ def test_one_plain_pass_over_everything_is_not_the_n_samples():
     model, turns = tiny("Qwen3").double(), random_turns(CONVERSATION)
     samples = fr.unmerge(fr.lay_out_turns(turns))
     with true_float64():
-        plain, right = oracle.plain_pass(model, turns), oracle.n_samples(model, samples)
+        plain, right = plain_pass(model, turns), oracle.n_samples(model, samples)
         first = oracle.n_samples(model, samples[:1])
-    assert plain.n_targets == right.n_targets
-    assert abs(plain.loss_sum / right.loss_sum - 1) > 1e-4
-    assert relative_l2([plain.logprobs[0][: first.n_targets]], first.logprobs) < 1e-12
-
-
-def test_the_last_turn_alone_is_one_of_the_samples():
-    model, turns = tiny("Qwen3").double(), random_turns(CONVERSATION)
-    samples = fr.unmerge(fr.lay_out_turns(turns))
-    last = oracle.last_turn_only(model, samples)
-    assert last.n_targets == len(samples[-1].target_ids) < oracle.n_samples(model, samples).n_targets
+    assert len(plain) == right.n_targets
+    assert abs(-float(plain.sum()) / right.loss_sum - 1) > 1e-4
+    assert relative_l2([plain[: first.n_targets]], first.logprobs) < 1e-12
 
 
 def test_the_oracle_leaves_the_models_gradients_alone_and_sums():
@@ -186,5 +166,4 @@ def test_stock_fp64_is_not_true_fp64():
     """Why the mode exists: `.double()` alone leaves float32 steps inside, and gradients off by more than 1e-9."""
     model, layout = tiny("Qwen3").double(), fr.lay_out_turns(random_turns(CONVERSATION))
     expected = oracle.n_samples(model, fr.unmerge(layout))
-    _, _, gradients = dense_pass(model, layout)
-    assert relative_l2(gradients, expected.gradients.values()) > EXACT
+    assert compare(dense_pass(model, layout), expected).gradients > EXACT

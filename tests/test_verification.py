@@ -20,11 +20,10 @@ from flexreason.data import intake, options
 from flexreason.load import stand_in
 from flexreason.model import head
 from flexreason.model.hooks import find_patch
-from flexreason.proof import conditions, selftest
-from flexreason.proof import evidence as verdicts
-from flexreason.proof import verify as comparison
-from flexreason.proof.report import Error
+from flexreason.model.loss import TreeLoss
+from flexreason.proof import compare, evidence, selftest
 from flexreason.proof.tiny import build, default_config, shrink
+from flexreason.proof.verify import Error, NoVerdict, limits_from
 from models import TINY, checkpoint, tiny
 from strategies import random_tree, random_turns
 
@@ -239,6 +238,24 @@ def test_a_gradient_that_is_dropped(monkeypatch, float64, dropped):
     assert "self_attn.k_" in culprit
 
 
+def test_a_loss_that_has_no_gradient_at_all(monkeypatch):
+    right = TreeLoss.__call__
+    monkeypatch.setattr(TreeLoss, "__call__", lambda self, *args, **kwargs: right(self, *args, **kwargs).detach())
+    culprit = say(fr.verify(tiny("Qwen3"), [conversation()]))
+    assert culprit.startswith("backward: ")
+
+
+def test_targets_of_a_layout_may_stand_in_any_order_of_turns():
+    layout = conversation()
+    order = torch.argsort(-layout.target_turn, stable=True)
+    names = [name for name in vars(layout) if name.startswith("target")]
+    turned = dataclasses.replace(layout, **{name: getattr(layout, name)[order] for name in names})
+    report = fr.verify(
+        tiny("Qwen3"), [conversation(seed=1), turned], [fr.unmerge(conversation(seed=1)), fr.unmerge(layout)]
+    )
+    assert report.ok, str(report)
+
+
 def test_a_small_error_shows_in_a_dtype_that_rounds(monkeypatch):
     right = segments.attend
     monkeypatch.setattr(segments, "attend", lambda *given: right(*given) * 1.001)
@@ -271,10 +288,10 @@ def test_where_flex_has_no_float64_another_backend_is_compared_in_it_and_that_is
     """As on GPUs."""
     monkeypatch.setattr(flex, "unfit", lambda device, dtype: "flex has none" if dtype == torch.float64 else "")
     model, notes = fr.patch(tiny("Qwen3"), "flex", mask), []
-    made = conditions.copy_in(model, torch.float64, notes)
+    made = compare.copy_in(model, torch.float64, notes)
     assert (find_patch(model).backend, find_patch(made).backend) == ("flex", instead)
     assert notes == [f'in float64 it is backend "{instead}" that is compared, since flex has none']
-    conditions.copy_in(fr.patch(model, "dense"), torch.float64, notes)
+    compare.copy_in(fr.patch(model, "dense"), torch.float64, notes)
     assert len(notes) == 1
 
 
@@ -330,8 +347,8 @@ def test_a_model_without_other_attention_is_held_to_fixed_limits():
 @pytest.mark.parametrize("gradients", [float("inf"), float("nan"), 0.9])
 def test_samples_whose_own_gradients_drown_set_no_limit(gradients):
     own = Error("samples", "float16", "", 1e-3, 1e-3, gradients, {}, None)
-    with pytest.raises(comparison.NoVerdict, match="rounding drowns them"):
-        comparison._Verification(tiny("Qwen3"), [conversation()], None, None, None).limits_from(own, 1e-6)
+    with pytest.raises(NoVerdict, match="rounding drowns them"):
+        limits_from(own, 1e-6)
 
 
 def test_false_alarms_are_rare():
@@ -754,7 +771,7 @@ def test_a_bare_configs_tokenizer_lies_beside_it(whole, tmp_path, capsys):
 
 def test_a_class_that_is_not_exact_in_chunks_is_not_verified_in_chunks(folder, monkeypatch, capsys):
     found = selftest.Result("Qwen3ForCausalLM", "exact", chunked=False, chunked_reason="it is not the samples'")
-    monkeypatch.setattr(verdicts, "proof", lambda *args, **kwargs: found)
+    monkeypatch.setattr(evidence, "evidence_of_class", lambda *args, **kwargs: found)
     assert cli.main(["verify", str(folder)]) == 0
     assert cli.main(["verify", str(folder), "--loss", "chunked"]) == 2
     assert "Qwen3ForCausalLM takes no chunked loss: it is not the samples'" in capsys.readouterr().err

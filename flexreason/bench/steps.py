@@ -36,7 +36,7 @@ from flexreason.bench.batches import (
 )
 from flexreason.model.head import Head, weighted_nll
 from flexreason.model.hooks import find_patch, find_root
-from flexreason.proof.conditions import suspended
+from flexreason.proof.compare import suspended
 from flexreason.tree.layout import Layout, unmerge
 from flexreason.tree.mask import mask_mod
 from flexreason.tree.row import collate

@@ -28,7 +28,7 @@ from flexreason.data.figures import Shape, shape_of
 from flexreason.load import load_model
 from flexreason.model.hooks import find_root
 from flexreason.patching import patch
-from flexreason.proof.conditions import without_dropout
+from flexreason.proof.compare import without_dropout
 from flexreason.tree.layout import Layout, unmerge
 from flexreason.tree.merge import lay_out
 from flexreason.tree.sample import Sample

@@ -2,18 +2,25 @@
 
 import argparse
 import json
+import multiprocessing
 import sys
 import time
+import warnings
 from collections import Counter
-from dataclasses import replace
-from importlib.metadata import version
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
 
-from flexreason.proof.evidence import listed, proof
-from flexreason.proof.scan import scan, write
+import torch
+import transformers
+from transformers import PreTrainedConfig, PreTrainedModel
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedModel
+from flexreason.model.refuse import reason_against_config
+from flexreason.proof.evidence import LIST, evidence_of_class, listed, structure_of
+from flexreason.proof.selftest import UNTESTED, check, said, unpatched
+from flexreason.proof.source import source_of
+from flexreason.proof.tiny import causal_classes, class_of, default_config
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,49 +42,46 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _overview(options: argparse.Namespace) -> int:
-    found = listed()
+    the_list = listed()
     if options.json:
-        print(json.dumps(found, indent=1))
+        print(json.dumps(the_list, indent=1))
         return 0
     by_verdict: dict[str, list[str]] = {}
-    for name, entry in found["models"].items():
+    for name, entry in the_list["models"].items():
         by_verdict.setdefault(entry["verdict"], []).append(name)
     for verdict, names in sorted(by_verdict.items()):
         print(f"{verdict}: {len(names)}\n  " + "\n  ".join(names))
-    print(f"with transformers {found['transformers']}, torch {found['torch']}")
-    if (here := version("transformers")) != found["transformers"]:
+    print(f"with transformers {the_list['transformers']}, torch {the_list['torch']}")
+    if (here := transformers.__version__) != the_list["transformers"]:
         print(f"here is transformers {here}: a class whose files are others there is tested when it is first patched")
     return 0
 
 
 def _tell(options: argparse.Namespace) -> int:
     """One model: 0 only if it is exact, and its config too."""
-    from flexreason.model.refuse import reason_against_config
-    from flexreason.proof.selftest import check
-
     config, cls, is_default = find(options.model)
     if not is_default:
         _must_build(options.model, config, cls)
-    found = proof(cls, config)
-    against = reason_against_config(cls, config) if found.verdict == "exact" else None
+    result = evidence_of_class(cls, config)
+    against = reason_against_config(cls, config) if result.verdict == "exact" else None
     if against and not is_default:
-        found = replace(found, verdict="refused", reason="; ".join(against), chunked=None)
-    special = found.special or check(config, cls).special
+        result = replace(result, verdict="refused", reason="; ".join(against), chunked=None)
+    special = result.special or check(config, cls).special
     segments = "segments"
     if slower := [why for why in ("softcap", "values and keys differ in head size") if why in special]:
         segments += f" (the slower route: {' and '.join(slower)})"
     told = {
         "model": options.model,
-        **found.to_dict(),
+        **asdict(result),
         "special": special,
-        "auto": {"cpu": segments, "gpu": "flex"} if found.verdict == "exact" else None,
+        "auto": {"cpu": segments, "gpu": "flex"} if result.verdict == "exact" else None,
         "note": f"its default config is refused: {'; '.join(against)}" if against and is_default else "",
     }
     if options.json:
         print(json.dumps(told, indent=1))
     else:
         _print(told)
-    return 0 if found.verdict == "exact" else 1
+    return 0 if result.verdict == "exact" else 1
 
 
 def _print(told: dict[str, Any]) -> None:
@@ -95,13 +99,9 @@ def _print(told: dict[str, Any]) -> None:
         print("  patch refuses it" + ("" if told["verdict"] == "refused" else " until fr.verify has passed on it"))
 
 
-def find(model: str) -> "tuple[PreTrainedConfig, type[PreTrainedModel], bool]":
+def find(model: str) -> tuple[PreTrainedConfig, type[PreTrainedModel], bool]:
     """The config and class of a name: a class of transformers (True: the config is its default), a folder, or a model
     on the hub."""
-    import transformers
-
-    from flexreason.proof.tiny import class_of, default_config
-
     cls = getattr(transformers, model, None)
     if isinstance(cls, type) and getattr(cls, "config_class", None):
         return default_config(cls), cls, True
@@ -110,17 +110,15 @@ def find(model: str) -> "tuple[PreTrainedConfig, type[PreTrainedModel], bool]":
     except (OSError, ValueError) as error:
         raise ValueError(f"{model}: no class of transformers, and no config to be found: {str(error)[:300]}") from error
     except Exception as error:  # whatever a config's own checks raise
-        raise ValueError(f"{model}: its config cannot be used: {_said(error)}") from error
+        raise ValueError(f"{model}: its config cannot be used: {said(error)}") from error
     return config, class_of(config), False
 
 
 SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim")
 
 
-def _must_build(model: str, config: "PreTrainedConfig", cls: "type[PreTrainedModel]") -> None:
+def _must_build(model: str, config: PreTrainedConfig, cls: type[PreTrainedModel]) -> None:
     """Raise if no model can be made of a config: its sizes are cut before the self-test, and so would go unnoticed."""
-    import torch
-
     text = config.get_text_config()
     for key in SIZES:
         value = getattr(text, key, None)
@@ -130,13 +128,7 @@ def _must_build(model: str, config: "PreTrainedConfig", cls: "type[PreTrainedMod
         with torch.random.fork_rng(devices=[]), torch.device("meta"):
             cls(config)
     except Exception as error:  # whatever a class raises
-        raise ValueError(f"{model}: {cls.__name__} cannot be built from its config: {_said(error)}") from error
-
-
-def _said(error: BaseException) -> str:
-    from flexreason.proof.selftest import said
-
-    return said(error)
+        raise ValueError(f"{model}: {cls.__name__} cannot be built from its config: {said(error)}") from error
 
 
 def _numbers(entry: dict[str, Any]) -> str:
@@ -144,24 +136,160 @@ def _numbers(entry: dict[str, Any]) -> str:
 
 
 def _scan_command(options: argparse.Namespace) -> int:
-    import torch
-    import transformers
-
-    from flexreason.proof.tiny import causal_classes
-
     names, start = list(options.only) or causal_classes(), time.monotonic()
     if unknown := [name for name in names if not getattr(getattr(transformers, name, None), "config_class", None)]:
         raise ValueError(f"--only: transformers has no model of the name {', '.join(unknown)}")
-    found: dict[str, Any] = {}
+    entries: dict[str, Any] = {}
     for name, entry in scan(names):
-        found[name] = entry
-        line = f"{len(found):>4}/{len(names)} {time.monotonic() - start:5.0f} s  {name:<44} {entry['verdict']}"
+        entries[name] = entry
+        line = f"{len(entries):>4}/{len(names)} {time.monotonic() - start:5.0f} s  {name:<44} {entry['verdict']}"
         print(f"{line:<100}  {entry['reason']}"[:240], file=sys.stderr, flush=True)
-    written = {"transformers": transformers.__version__, "torch": torch.__version__.partition("+")[0], "models": found}
+    written = {
+        "transformers": transformers.__version__,
+        "torch": torch.__version__.partition("+")[0],
+        "models": entries,
+    }
     if options.write:
         write(written)
     if options.json:
         print(json.dumps(written, indent=1))
-    counts = Counter(entry["verdict"] for entry in found.values())
+    counts = Counter(entry["verdict"] for entry in entries.values())
     print(", ".join(f"{verdict}: {n}" for verdict, n in sorted(counts.items())), file=sys.stderr)
     return 0
+
+
+# ---- a new scan
+
+
+TABLE = Path(__file__).parents[2] / "docs" / "models.md"
+
+PATIENCE = 120.0
+"""Seconds that the scan gives one class."""
+
+IMPLEMENTATIONS = ("eager", "sdpa")
+
+
+def scan(names: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Every class in turn, in a process of its own that is replaced when a class crashes it or takes too long."""
+    context = multiprocessing.get_context("spawn")
+    worker = None
+    for name in names:
+        if worker is None:
+            here, there = context.Pipe()
+            worker = context.Process(target=_serve, args=(there,), daemon=True)
+            worker.start()
+            there.close()
+        here.send(name)
+        try:
+            if not here.poll(PATIENCE):
+                raise TimeoutError(f"it took longer than {PATIENCE:.0f} s")
+            yield name, here.recv()
+        except (EOFError, TimeoutError, ConnectionError) as error:
+            worker.kill()
+            worker.join()
+            reason = str(error) or f"it ended the process that tried it (exit code {worker.exitcode})"
+            worker = None
+            yield name, {"verdict": UNTESTED, "reason": reason, "special": [], "unpatched": {}}
+    if worker is not None:
+        worker.kill()
+        worker.join()
+
+
+def _serve(connection: Any) -> None:
+    """What the scan's process does: names in, entries out."""
+    warnings.simplefilter("ignore")
+    transformers.logging.set_verbosity_error()
+    while True:
+        try:
+            name = connection.recv()
+        except EOFError:
+            return
+        connection.send(entry_of(name))
+
+
+def entry_of(name: str) -> dict[str, Any]:
+    """What the list is to say of one class."""
+    cls = getattr(transformers, name)
+    entry = asdict(check(cls))
+    del entry["name"]
+    entry["unpatched"] = {how: unpatched(cls, how) for how in IMPLEMENTATIONS}
+    entry["registry"] = bool(cls._can_set_attn_implementation())
+    try:
+        config = default_config(cls)
+        entry["structure"] = structure_of(config, cls)
+        entry["source"] = source_of(cls, config, entry["structure"])
+    except Exception as error:
+        entry |= {"structure": f"unknown: {type(error).__name__}", "source": ""}
+    return entry
+
+
+def write(written: dict[str, Any]) -> None:
+    """Make this the list, from now on."""
+    LIST.write_text(json.dumps(written, indent=1) + "\n")
+    if TABLE.parent.is_dir():  # in a checkout
+        TABLE.write_text(table(written))
+    listed.cache_clear()
+
+
+def table(written: dict[str, Any]) -> str:
+    """The list for people."""
+    models = written["models"]
+    counts = Counter(entry["verdict"] for entry in models.values())
+    routed = {name: entry for name, entry in models.items() if entry.get("registry")}
+    lines = [
+        "# Models",
+        "",
+        f"*Written by `flexreason models --scan --write` with transformers {written['transformers']} and torch "
+        f"{written['torch']}. What `patch` reads is flexreason/proof/models.json, written by the same run.*",
+        "",
+        "Every class of causal language model that transformers has, built tiny from its default config (sizes cut, "
+        "structure kept, every length constant so short that the row crosses it), in fp64: one pass over a row against "
+        "the N samples, by the backends segments and dense. Exact: loss, every log-probability and every gradient to "
+        '1e-9; the same holds for loss="chunked" and token_logprobs, where nothing else is said. Errors are relative; '
+        "a gradient that is zero by construction is measured against all of them together. "
+        "*Unpatched* is what a row does to the same model when nobody patched it, with eager and with sdpa attention: "
+        "the error raised with labels, and without where that differs.",
+        "",
+        "Under another transformers the list holds for the classes whose files are equal to those tested here; the "
+        "others are tested when they are first patched ([patching.md](patching.md)).",
+        "",
+        f"{len(models)} classes: {counts['exact']} exact, {counts['refused']} refused, "
+        f"{counts[UNTESTED]} cannot be built tiny. Of the {len(routed)} whose attention goes through "
+        f"transformers' registry, {sum(e['verdict'] == 'exact' for e in routed.values())} are exact.",
+        "",
+        "## Exact",
+        "",
+        "| class | special | loss | log-probabilities | gradients | unpatched |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, entry in models.items():
+        if entry["verdict"] == "exact":
+            errors = " | ".join(f"{entry[key]:.0e}" for key in ("loss", "logprobs", "gradients"))
+            lines.append(f"| {name} | {_special(entry)} | {errors} | {_unpatched(entry)} |")
+    for verdict, title in (("refused", "Refused"), (UNTESTED, "Cannot be built tiny")):
+        lines += ["", f"## {title}", "", "| class | why | special | unpatched |", "|---|---|---|---|"]
+        for name, entry in models.items():
+            if entry["verdict"] == verdict:
+                lines.append(f"| {name} | {_cell(entry['reason'])} | {_special(entry)} | {_unpatched(entry)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _special(entry: dict[str, Any]) -> str:
+    without = [f"no chunked loss ({entry['chunked_reason']})"] if entry.get("chunked") is False else []
+    return _cell(", ".join([*entry["special"], *without]))
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", " ")
+
+
+def _unpatched(entry: dict[str, Any]) -> str:
+    """The same outcome is said once: "RuntimeError", or "eager: A; sdpa: B (without labels: C)"."""
+    outcomes = {}
+    for how, found in (entry.get("unpatched") or {}).items():
+        if found:
+            with_labels, without = found["with labels"], found["without labels"]
+            outcomes[how] = with_labels if with_labels == without else f"{with_labels} (without labels: {without})"
+    if len(set(outcomes.values())) == 1:
+        return next(iter(outcomes.values()))
+    return "; ".join(f"{how}: {outcome}" for how, outcome in outcomes.items()) or "not run"

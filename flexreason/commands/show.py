@@ -14,7 +14,8 @@ import torch
 import flexreason as fr
 from flexreason.chat import dirt
 from flexreason.proof import oracle
-from flexreason.proof.float64 import relative_l2, true_float64
+from flexreason.proof.compare import compare, one_pass
+from flexreason.proof.float64 import true_float64
 from flexreason.tree.draw import role_name
 from flexreason.tree.layout import begins_stretch
 from flexreason.tree.sample import Sample
@@ -72,20 +73,16 @@ def _example(seed: int, width: int) -> int:
     row = fr.collate([layout], block_size=1)  # no padding: a conversation this small is all there is
     with true_float64():
         samples = oracle.n_samples(model, fr.unmerge(layout))
-        fr.patch(model)
-        mean = model(**row).loss
-        mean.backward()
-    n = samples.n_targets
-    loss, gradients = float(mean.detach()) * n, {name: p.grad * n for name, p in model.named_parameters()}
-    worst = max(relative_l2([gradients[name]], [expected]) for name, expected in samples.gradients.items())
+        computed = one_pass(fr.patch(model), row)
+        errors = compare(computed, samples)
+    n, loss_sum = samples.n_targets, computed.loss_sum
     print("\nA tiny Qwen3 with random weights, in fp64:\n")
     print(f"  {'':<12}{'passes':>7}{'tokens':>8}{'targets':>9}   loss")
     print(f"  {'N samples':<12}{layout.n_samples:>7}{samples.tokens:>8}{n:>9}   {samples.loss_sum / n:.12f}")
-    print(f"  {'single pass':<12}{1:>7}{row['input_ids'].shape[1]:>8}{n:>9}   {loss / n:.12f}")
-    print(f"\n  largest difference of a parameter's gradient, relative: {worst:.1e}")
-    exact = worst <= 1e-9 and abs(loss / samples.loss_sum - 1) <= 1e-9
-    print("  the same loss and the same gradients" if exact else "  NOT the same: please report this")
-    return 0 if exact else 1
+    print(f"  {'single pass':<12}{1:>7}{row['input_ids'].shape[1]:>8}{n:>9}   {loss_sum / n:.12f}")
+    print(f"\n  largest difference of a parameter's gradient, relative: {errors.largest()['gradients']:.1e}")
+    print("  the same loss and the same gradients" if errors.is_exact else "  NOT the same: please report this")
+    return 0 if errors.is_exact else 1
 
 
 def _tiny_model(vocabulary: int, seed: int) -> Any:

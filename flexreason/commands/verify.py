@@ -15,9 +15,10 @@ import torch
 
 from flexreason.data import options as of_data
 from flexreason.load import load_model
-from flexreason.model.hooks import apply_patch, find_root
+from flexreason.model.hooks import apply_patch, find_root, refuse_settings
+from flexreason.model.refuse import refuse_model
 from flexreason.proof.conversations import random_conversations
-from flexreason.proof.standing import reason_against_chunks
+from flexreason.proof.evidence import evidence_of_model
 from flexreason.proof.verify import verify
 from flexreason.tree.merge import lay_out
 
@@ -40,13 +41,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     of_data.check(options)
     model, notes = load_model(options.model, options.dtype, options.device, options.seed, options.trust_remote_code)
-    config = find_root(model).config
+    root = find_root(model)
     wheres: list[str] = []
     if options.data is None:
-        conversations, more = random_conversations(config, options.tokens, options.seed)
+        conversations, more = random_conversations(root.config, options.tokens, options.seed)
     else:
-        wheres, conversations, more = of_data.some_conversations(options, config.get_text_config().vocab_size)
-    apply_patch(model, options.backend, loss=options.loss, ask=reason_against_chunks)
+        wheres, conversations, more = of_data.some_conversations(options, root.config.get_text_config().vocab_size)
+    # Patched without evidence that it is exact, which is to be found now: `verify` refuses what failed its test.
+    refuse_settings(options.backend, "interval", options.loss)
+    refuse_model(root, model)
+    apply_patch(model, options.backend, loss=options.loss, unchunked=evidence_of_model(root).unchunked)
     layouts = [lay_out(samples) for samples in conversations]
     report = verify(model, layouts, conversations, tokens=options.tokens, float64=False if options.no_float64 else None)
     where = [f"conversation {n}: {wheres[number]}" for n, number in enumerate(report.numbers) if wheres]

@@ -15,12 +15,12 @@ What is done to a model afterwards counts as if it had been done before: another
 of attention, hooks, adapters. Adapters are looked for at the first row, and again once modules have been put anywhere
 in the process: torch tells of it, so that rows need not look for them.
 
-Only what can be seen is refused here. `fr.patch`, in patching.py, asks for proof as well.
+`fr.patch` itself is in patching.py: what it refuses, and what evidence it asks for.
 """
 
 import inspect
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -52,7 +52,6 @@ from flexreason.model.refuse import (
     reason_against_adapter,
     reason_against_adapters,
     refusal,
-    refuse_model,
     refuse_own_loss,
 )
 from flexreason.model.refuse_rows import (
@@ -70,18 +69,8 @@ from flexreason.tree.row import NOBODY, ROW_KEYS
 Model = TypeVar("Model", bound=nn.Module)
 
 
-def apply_patch(
-    model: Model,
-    backend: str = "auto",
-    mask: str = "interval",
-    loss: str = "model",
-    ask: Callable[[PreTrainedModel], str] = lambda root: "",
-) -> Model:
-    """Make `model` take rows of `collate`; the same object back. Settings are those of `fr.patch`.
-
-    `ask` is asked about the model that is found in whatever wraps it: it raises where that is not to be patched, and
-    says why its logits cannot be made a chunk at a time, or nothing.
-    """
+def refuse_settings(backend: str, mask: str, loss: str) -> None:
+    """Raise unless the settings of `fr.patch` are known ones and go together."""
     if backend not in ("auto", *BACKENDS):
         raise ValueError(f"patch: backend: expected one of 'auto', {', '.join(map(repr, BACKENDS))}, found {backend!r}")
     if mask not in MASKS:
@@ -90,10 +79,21 @@ def apply_patch(
         raise ValueError(f"patch: loss: expected one of {', '.join(map(repr, LOSSES))}, found {loss!r}")
     if backend != "auto":
         _check_pair(backend, mask)
+
+
+def apply_patch(
+    model: Model, backend: str = "auto", mask: str = "interval", loss: str = "model", unchunked: str = ""
+) -> Model:
+    """Make `model` take rows of `collate`; the same object back. Settings are those of `fr.patch`.
+
+    This neither looks at the model nor asks for evidence: it is for those who have (`fr.patch`), or who go on to find
+    out whether it is exact.
+
+    Args:
+        unchunked: why the model's logits cannot be made a chunk at a time, or nothing.
+    """
     root = find_root(model)
     unpatch(root)
-    refuse_model(root, model)
-    unchunked = ask(root)
     if loss == "chunked":
         refuse_own_loss(root, 'patch: loss="chunked"', unchunked)
     Patch(root, backend, mask, loss, unchunked).apply([m for m in model.modules() if root in m._modules.values()])

@@ -1,6 +1,6 @@
 """What is refused of models by looking at them, with the reason.
 
-What can only be known by trying is asked in proof/.
+What must be tried to be known is asked for in patching.py.
 
 Shapes: S tokens, T targets.
 """

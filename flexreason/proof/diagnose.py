@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from flexreason.attention.registry import find_decoder
 from flexreason.model.hooks import Patch
-from flexreason.proof.conversations import Given
+from flexreason.proof.conversations import Conversation
 from flexreason.proof.float64 import relative_l2
 from flexreason.tree.layout import Layout
 from flexreason.tree.row import Row
@@ -27,79 +27,58 @@ from flexreason.tree.sample import Role, Sample
 
 def layout_faults(layout: Layout, samples: Sequence[Sample]) -> list[str]:
     """Where a layout is not these samples, in words; nothing if it is."""
-    parents, faults = _parents(layout), []
-    depth: list[int] = []
-    for index, parent in enumerate(parents):
-        depth.append(depth[parent] + 1 if parent >= 0 else 0)
-        if int(layout.position_ids[index]) != depth[index]:
-            faults.append(_misplaced(layout, index, _path(parents, index)))
+    faults = []
+    for index, position in enumerate(layout.position_ids.tolist()):
+        path = _path(layout.until, index)
+        if position != len(path) - 1:
+            faults.append(_misplaced(layout, index, path))
             break
-    asked: dict[int, list[tuple[int, int]]] = {}
-    for source, token, turn in zip(
-        layout.target_source.tolist(), layout.target_ids.tolist(), layout.target_turn.tolist(), strict=True
-    ):
-        asked.setdefault(turn, []).append((source, token))
-    if sorted(asked) != list(range(len(samples))):
-        return [*faults, f"the layout has targets of turns {sorted(asked)}, and there are {len(samples)} samples"]
-    ids = layout.input_ids.tolist()
+    turns = layout.target_turn.unique().tolist()
+    if turns != list(range(len(samples))):
+        return [*faults, f"the layout has targets of turns {turns}, and there are {len(samples)} samples"]
     for turn, sample in enumerate(samples):
         prompt, target = list(map(int, sample.prompt_ids)), list(map(int, sample.target_ids))
-        if [token for _, token in asked[turn]] != target:
+        of_turn = layout.target_turn == turn
+        if layout.target_ids[of_turn].tolist() != target:
             faults.append(f"turn {turn}: the targets of the layout are not the sample's target_ids")
             continue
-        before = -1
-        for number, (source, _) in enumerate(asked[turn]):
-            if number == 0:
-                right = [ids[i] for i in _path(parents, source)] == prompt
-            else:  # one step on from where the target before was asked
-                right = parents[source] == before and ids[source] == target[number - 1]
-            if not right:
-                faults.append(_wrong_history(layout, parents, turn, number, source, prompt + target[:number]))
+        ids = torch.tensor(prompt + target, dtype=layout.input_ids.dtype, device=layout.device)
+        for number, source in enumerate(layout.target_source[of_turn].tolist()):
+            history = ids[: len(prompt) + number]
+            if not torch.equal(layout.input_ids[_path(layout.until, source)], history):
+                faults.append(_wrong_history(layout, turn, number, source, history))
                 break
-            before = source
     return faults
 
 
-def _parents(layout: Layout) -> list[int]:
-    """The token before each on its path, or -1: by `until` alone."""
-    until = layout.until.tolist()
-    open_: list[int] = []
-    found: list[int] = []
-    for index in range(len(until)):
-        while open_ and until[open_[-1]] <= index:
-            open_.pop()
-        found.append(open_[-1] if open_ else -1)
-        open_.append(index)
-    return found
+def _path(until: Tensor, index: int) -> Tensor:
+    """The indices of the tokens that a token sees, itself the last: by `until` [S] alone."""
+    return (until[: index + 1] > index).nonzero().squeeze(1)
 
 
-def _path(parents: list[int], index: int) -> list[int]:
-    """The indices that a token sees, itself the last."""
-    path = []
-    while index >= 0:
-        path.append(index)
-        index = parents[index]
-    return path[::-1]
+def _leaked(layout: Layout, path: Tensor, turn: int) -> list[int]:
+    """The reasoning of other turns on a path."""
+    is_reasoning = (layout.role[path] & int(Role.REASONING)) != 0
+    return path[is_reasoning & (layout.turn[path] != turn)].tolist()
 
 
-def _misplaced(layout: Layout, index: int, path: list[int]) -> str:
-    position = int(layout.position_ids[index])
-    said = f"{say_token(layout, index)} has position {position}, and sees {len(path) - 1} tokens before it"
-    turn = int(layout.turn[index])
-    leaked = [i for i in path if int(layout.role[i]) & Role.REASONING and int(layout.turn[i]) != turn]
-    if leaked:
+def _misplaced(layout: Layout, index: int, path: Tensor) -> str:
+    said = (
+        f"{say_token(layout, index)} has position {int(layout.position_ids[index])}, and sees {len(path) - 1} tokens "
+        "before it"
+    )
+    if leaked := _leaked(layout, path, int(layout.turn[index])):
         return f"reasoning leaks: {said}, among them {say_token(layout, leaked[0])}"
     return f"positions: {said}"
 
 
-def _wrong_history(layout: Layout, parents: list[int], turn: int, number: int, source: int, history: list[int]) -> str:
-    ids, path = layout.input_ids.tolist(), _path(parents, source)
+def _wrong_history(layout: Layout, turn: int, number: int, source: int, history: Tensor) -> str:
     said = f"target {number} of turn {turn} is asked of {say_token(layout, source)}"
-    for index in range(len(ids)):
-        if ids[index] == history[-1] and [ids[i] for i in _path(parents, index)] == history:
+    for index in (layout.input_ids == history[-1]).nonzero().squeeze(1).tolist():
+        if torch.equal(layout.input_ids[_path(layout.until, index)], history):
             return f"target index: {said}; what the sample has before it ends at {say_token(layout, index)}"
-    turns = layout.turn.tolist()
-    leaked = [i for i in path if int(layout.role[i]) & Role.REASONING and turns[i] != turn]
+    path = _path(layout.until, source)
+    leaked = _leaked(layout, path, turn)
     if leaked and len(path) > len(history):
         return f"reasoning leaks: {said}, which sees {say_token(layout, leaked[0])}"
     return f"tree: {said}, and no token of the layout has the sample's {len(history)} tokens on its path"
@@ -109,26 +88,24 @@ def say_token(layout: Layout | Row, index: int) -> str:
     """A token by its place and what it is."""
     turn, role = (layout.turn, layout.role) if isinstance(layout, Layout) else (layout["turn"][0], layout["role"][0])
     words = " and ".join(flag.name.lower() for flag in Role if flag.name and flag & int(role[index]))
-    document = (
-        ""
-        if isinstance(layout, Layout) or int(layout["document"][0].max()) < 1
-        else (f" of conversation {int(layout['document'][0, index])}")
-    )
+    document = ""
+    if not isinstance(layout, Layout) and int(layout["document"][0].max()) > 0:
+        document = f" of conversation {int(layout['document'][0, index])}"
     return f"token {index} ({words} of turn {int(turn[index])}{document})"
 
 
-def model_fault(model: nn.Module, patch: Patch, row: Row, chosen: Sequence[Given], limit: float) -> str | None:
+def model_fault(model: nn.Module, patch: Patch, row: Row, chosen: Sequence[Conversation], limit: float) -> str | None:
     """The culprit in a patched model, or None if all hidden states that predict a target are those of the samples.
 
     `row` holds the layouts of `chosen`; `limit` is the relative error of hidden states above which they differ.
     """
     tree = _watch(model, patch, row)
-    for name, found in (("input_ids", tree.ids), ("position_ids", tree.positions)):
-        if found is not None and not torch.equal(found, row[name]):
-            index = int((found != row[name])[0].nonzero()[0])
+    for name, reached in (("input_ids", tree.ids), ("position_ids", tree.positions)):
+        if reached is not None and not torch.equal(reached, row[name]):
+            index = int((reached != row[name])[0].nonzero()[0])
             return (
                 f"{name.removesuffix('_ids')}s: {say_token(row, index)} reached the decoder with {name} "
-                f"{int(found[0, index])} in place of {int(row[name][0, index])}: something changes them on the way"
+                f"{int(reached[0, index])} in place of {int(row[name][0, index])}: something changes them on the way"
             )
     start, wrong = 0, []
     for layout, samples, _ in chosen:
@@ -140,8 +117,8 @@ def model_fault(model: nn.Module, patch: Patch, row: Row, chosen: Sequence[Given
         start += len(layout)
     if not wrong:
         return None
-    _, index, right = min(wrong, key=lambda found: found[:2])
-    path = (row["until"][0, : index + 1] > index).nonzero().squeeze(1).tolist()
+    _, index, right = min(wrong, key=lambda entry: entry[:2])
+    path = _path(row["until"][0], index).tolist()
     return _dependence(row, tree, right, index, path) or _where(tree, right, path, say_token(row, index), limit)
 
 
@@ -212,7 +189,7 @@ def _watching(root: Any) -> Iterator[Watched]:
         watched.embedded = output.detach().requires_grad_()
         return watched.embedded
 
-    def given(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    def decoder_inputs(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         known = {**dict(zip(inspect.signature(module.forward).parameters, args, strict=False)), **kwargs}
         watched.ids, watched.positions = known.get("input_ids"), known.get("position_ids")
 
@@ -230,7 +207,7 @@ def _watching(root: Any) -> Iterator[Watched]:
     with ExitStack() as stack, torch.enable_grad():
         hooks = [
             root.get_input_embeddings().register_forward_hook(embed),
-            decoder.register_forward_pre_hook(given, with_kwargs=True),
+            decoder.register_forward_pre_hook(decoder_inputs, with_kwargs=True),
             decoder.register_forward_hook(hidden, prepend=True),
             *(module.register_forward_hook(layer(name)) for name, module in decoder.named_modules() if _is_part(name)),
         ]

@@ -1,25 +1,90 @@
-"""The verdict on a class and a config: from the list of transformers' classes, or else from the self-test.
+"""What shows that a model is exact: the list of classes, or the self-test, or a comparison of its own that passed.
 
 The list (models.json) was written by the self-test, class by class. It holds for classes whose source is the one that
-was tested, whatever the version is called, and for configs of the structure that was tested; whatever else there is,
-the self-test is asked, once a machine (kept.py).
+was tested, whatever the version is called, and for configs of the structure that was tested. Of everything else the
+self-test is asked, once a machine (kept.py).
+
+Both are about a tiny model of a class. They know nothing of what was done to one model since: attention that a library
+put in its place, a module of your own around an MLP. So the parts of a model are compared with those of a tiny one, and
+where they differ, or where no tiny one can be built, only `fr.verify` on the model itself can show it.
 """
 
+import hashlib
+import inspect
 import json
 import logging
 import re
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedModel
+import torch
+import transformers
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
 
-    from flexreason.proof.selftest import Result
+from flexreason.model.refuse import SAMPLES, Reason, model_class
+from flexreason.proof import kept, selftest
+from flexreason.proof.selftest import UNTESTED, Result
+from flexreason.proof.source import replaced_in_memory, source_of
+from flexreason.proof.tiny import shrink
 
 LIST = Path(__file__).parent / "models.json"
 
 log = logging.getLogger("flexreason")
+
+
+class Evidence(NamedTuple):
+    """What is known of a model before it is patched."""
+
+    verdict: str  # "exact", "refused", or UNTESTED where no test could tell
+    against: Reason | None  # why it is not shown to be exact, and what can be done; None where it is
+    unchunked: str  # why its loss cannot be computed a chunk at a time, or nothing
+
+
+def evidence_of_model(root: PreTrainedModel, backend: str = "auto") -> Evidence:
+    """What is known of one model.
+
+    Args:
+        backend: the one that is to be used, which is the only one that is tested.
+    """
+    parts = parts_of(root)
+    result = evidence_of_class(model_class(root), root.config, _foreign(parts), backend)
+    unchunked = result.chunked_reason if result.chunked is False else ""
+    if result.verdict == "refused":  # a test that failed, against which nothing counts
+        return Evidence(result.verdict, (result.reason, SAMPLES), unchunked)
+    verdict, doubt = result.verdict, ""
+    if verdict == UNTESTED:
+        doubt = "nobody has shown it to be exact, and no tiny model of its structure can be built to try "
+        doubt += f"({result.reason})"
+    elif replaced := sorted(parts - _tiny_parts(model_class(root), root.config, _foreign(parts))):
+        verdict = UNTESTED
+        doubt = f"parts of it were replaced, which no tiny model of its class has: {', '.join(replaced)}"
+    if not doubt or _kind(root) in _verified:
+        return Evidence(verdict, None, unchunked)
+    remedy = "run fr.verify on it: once that has passed, patch takes such models until the process ends"
+    return Evidence(verdict, (doubt, remedy), unchunked)
+
+
+# ---- what `verify` passed
+
+_verified: set[tuple] = set()
+"""Class, structure and parts of the models that `fr.verify` passed on."""
+
+
+def note_verified(root: PreTrainedModel) -> None:
+    """Models of this one's class, structure and parts are taken until the process ends, where no tiny one can be
+    tested. This counts for nothing against a test that failed."""
+    _verified.add(_kind(root))
+
+
+def _kind(root: PreTrainedModel) -> tuple:
+    cls = model_class(root)
+    return cls, structure_of(root.config, cls), frozenset(parts_of(root))
+
+
+# ---- a class and a config: the list, or else the self-test
 
 
 @cache
@@ -28,24 +93,23 @@ def listed() -> dict[str, Any]:
     return json.loads(LIST.read_text()) if LIST.exists() else {"transformers": "", "torch": "", "models": {}}
 
 
-def proof(
-    cls: "type[PreTrainedModel]",
-    config: "PreTrainedConfig",
+def evidence_of_class(
+    cls: type[PreTrainedModel],
+    config: PreTrainedConfig,
     edited: frozenset[str] = frozenset(),
     backend: str = "auto",
-) -> "Result":
+) -> Result:
     """The verdict on a class with a config: from the list where it speaks of both, else from the self-test.
 
-    `edited`: what is in a model that transformers did not bring; of such a model the list says nothing. `backend`: the
-    one that is to be used, which is the only one that is tested.
+    Args:
+        edited: what is in a model that transformers did not bring. Of such a model the list says nothing.
+        backend: the one that is to be used, which is the only one that is tested.
     """
-    from flexreason.proof.source import source_of
-
     structure = structure_of(config, cls)
     source = source_of(cls, config, structure) if _is_transformers(cls) else ""
-    known = listed()["models"].get(cls.__name__) if source and not edited else None
-    if known and (known.get("structure"), known.get("source")) == (structure, source) and _is_listed_torch():
-        return _result(cls.__name__, known)
+    entry = listed()["models"].get(cls.__name__) if source and not edited else None
+    if entry and (entry.get("structure"), entry.get("source")) == (structure, source) and _is_listed_torch():
+        return Result(cls.__name__, **{key: entry[key] for key in Result.__dataclass_fields__ if key in entry})
     return _tested(cls, config, structure, source, edited, "dense" if backend == "dense" else "segments")
 
 
@@ -55,53 +119,39 @@ def _is_transformers(cls: type) -> bool:
 
 def _is_listed_torch() -> bool:
     """Whether torch is the list's, but for fixes: its operations are part of what was tested."""
-    import torch
-
     return torch.__version__.split(".")[:2] == listed()["torch"].split(".")[:2]
 
 
-def _result(name: str, entry: dict[str, Any]) -> "Result":
-    from flexreason.proof.selftest import Result
-
-    kept: dict[str, Any] = {k: v for k, v in entry.items() if k not in ("unpatched", "registry", "structure", "source")}
-    return Result(name, **kept)
-
-
-_found: dict[tuple, "Result"] = {}
+_results: dict[tuple, Result] = {}
+"""What the self-test said in this process."""
 
 
 def _tested(
-    cls: "type[PreTrainedModel]",
-    config: "PreTrainedConfig",
+    cls: type[PreTrainedModel],
+    config: PreTrainedConfig,
     structure: str,
     source: str,
     edited: frozenset[str],
     backend: str,
-) -> "Result":
+) -> Result:
     """The self-test, once a process; and once a machine where the files of transformers say all of what was tested."""
-    import torch
-    import transformers
 
-    from flexreason.proof import kept
-    from flexreason.proof.selftest import check
-    from flexreason.proof.source import replaced_in_memory
-
-    def test() -> "Result":
+    def test() -> Result:
         log.warning(
             f"{cls.__name__} is tested on a tiny model of its structure, for the list of models does not hold "
             f"it as it is here (transformers {transformers.__version__}, torch {torch.__version__}): about a second, "
             "or some for models of very many layers"
         )
-        return check(config, cls, (backend,))
+        return selftest.check(config, cls, (backend,))
 
     key = (cls, structure, edited, backend)
-    if key not in _found:
+    if key not in _results:
         if not source or edited or replaced_in_memory(cls, structure):
-            _found[key] = test()
+            _results[key] = test()
         else:
             about = {"name": cls.__name__, "source": source, "structure": structure, "backend": backend}
-            _found[key] = kept.recall(about, test)
-    return _found[key]
+            _results[key] = kept.recall(about, test)
+    return _results[key]
 
 
 SAME = re.compile(
@@ -115,13 +165,9 @@ NAMES = re.compile(r"_?name_or_path|architectures|transformers_version|id2label|
 """The same for classes from outside transformers, where nobody knows what the rest does."""
 
 
-def structure_of(config: "PreTrainedConfig", cls: type | None = None) -> str:
+def structure_of(config: PreTrainedConfig, cls: type | None = None) -> str:
     """A short hash of a config with its sizes cut. For a class of transformers, numbers that change no structure are
-    left out too; for any other, everything that is left counts."""
-    import hashlib
-
-    from flexreason.proof.tiny import shrink
-
+    left out too; for any other class, everything that is left counts."""
     known = cls is None or _is_transformers(cls)
 
     def plain(value: Any) -> Any:
@@ -135,10 +181,91 @@ def structure_of(config: "PreTrainedConfig", cls: type | None = None) -> str:
             return "number" if value else "none"
         return value if isinstance(value, int | float | str | None) else str(value)
 
-    def hashed(given: Any) -> str:
-        return hashlib.sha256(json.dumps(given, sort_keys=True, default=str).encode()).hexdigest()[:12]
+    def hashed(value: Any) -> str:
+        return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:12]
 
     try:
         return hashed(plain(shrink(config).to_dict()))
     except Exception as error:  # so it cannot be cut: only the very same is the same
         return f"unknown: {type(error).__name__} {hashed(config.to_dict())}"
+
+
+# ---- what one model is made of
+
+COMMON = (  # packages whose modules stand in for linear layers, wrap others, or share them out
+    *("torch", "peft", "accelerate", "deepspeed", "bitsandbytes", "torchao", "gptqmodel", "auto_gptq", "awq", "hqq"),
+    *("optimum", "quanto", "eetq", "aqlm", "vptq", "compressed_tensors", "auto_round", "spqr_quant", "fp_quant"),
+    "transformers.integrations",
+)
+
+MIXING = (nn.modules.conv._ConvNd, nn.RNNBase, nn.MultiheadAttention, nn.TransformerEncoderLayer)
+"""Modules of torch that carry something from token to token."""
+
+WRAPPERS = ("functools", "accelerate", "torch", "peft")
+"""Packages whose functions, put before a forward, leave what it computes."""
+
+
+def parts_of(root: nn.Module) -> set[str]:
+    """The kinds of modules in a model, beside harmless ones, and whose `forward` is not that of their class."""
+    kinds: dict[type, nn.Module] = {}
+    parts = set()
+    for module in root.modules():
+        kinds.setdefault(type(module), module)
+        if module is not root and "forward" in vars(module) and (by := _forward_from(module)):
+            parts.add(f"forward of {type(module).__name__}, by {by}")
+    for kind, module in kinds.items():
+        if module is not root and (isinstance(module, MIXING) or not _is_of(kind.__module__, COMMON)):
+            parts.add(f"{kind.__module__}.{kind.__qualname__}")
+            if by := _written_elsewhere(kind):
+                parts.add(f"forward of {kind.__name__}, by {by}")
+    return parts
+
+
+def _foreign(parts: set[str]) -> frozenset[str]:
+    """Those that neither transformers nor torch brought."""
+    return frozenset(part for part in parts if not part.startswith(("transformers.", "torch.")))
+
+
+_parts_of_tiny: dict[tuple, set[str]] = {}
+
+
+def _tiny_parts(cls: type[PreTrainedModel], config: PreTrainedConfig, edited: frozenset[str]) -> set[str]:
+    """The parts that a class builds from a config; its sizes are cut, so this takes milliseconds.
+
+    They are kept as long as `edited` stays the same, since classes can be edited at any time.
+    """
+    key = (cls, structure_of(config, cls), edited)
+    if key not in _parts_of_tiny:
+        with torch.random.fork_rng(devices=[]), torch.device("meta"):
+            _parts_of_tiny[key] = parts_of(cls(shrink(config)))
+    return _parts_of_tiny[key]
+
+
+def _is_of(module: str, packages: Sequence[str]) -> bool:
+    return any(module == package or module.startswith(f"{package}.") for package in packages)
+
+
+def _home(function: Any) -> str:
+    """Where a function is from, by its globals: wrappers take on the name of what they wrap."""
+    function = getattr(function, "__func__", function)
+    return getattr(function, "__globals__", {}).get("__name__", type(function).__module__)
+
+
+def _forward_from(module: nn.Module) -> str:
+    """What replaced a module's own forward, or nothing where there are only known wrappers around it."""
+    forward: Any = vars(module)["forward"]
+    while forward is not None:
+        inner = getattr(forward, "func", forward)  # of functools.partial
+        if getattr(inner, "__func__", None) is type(module).forward:
+            return ""
+        if not _is_of(_home(inner), WRAPPERS):
+            return f"{_home(inner)}.{getattr(inner, '__qualname__', type(inner).__name__)}"
+        forward = getattr(forward, "__wrapped__", None)
+    return ""
+
+
+def _written_elsewhere(kind: type) -> str:
+    """The package of a forward that was put into a class from outside, or nothing."""
+    own = [cls.__module__.partition(".")[0] for cls in kind.__mro__]
+    home = _home(inspect.unwrap(kind.forward))  # type: ignore[attr-defined]
+    return "" if _is_of(home, [*own, *WRAPPERS]) else home

@@ -14,6 +14,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,8 @@ from typing import Any
 import torch
 import transformers
 
-from flexreason.proof.selftest import EXACT, Result
+from flexreason.proof.compare import EXACT
+from flexreason.proof.selftest import Result
 from flexreason.proof.source import own_source
 
 VARIABLE = "FLEXREASON_CACHE"
@@ -58,22 +60,28 @@ def surroundings() -> dict[str, str]:
 
 
 def recall(about: dict[str, str], test: Callable[[], Result]) -> Result:
-    """What was found of this before, else what `test` finds, which is kept where it came to numbers: what raised may
-    have been the machine's fault (memory, a missing package), and is asked anew."""
+    """What is kept of this, else what `test` says.
+
+    That is kept where it came to numbers. What raised may have been the machine's fault (memory, a missing package),
+    and is asked anew.
+
+    Args:
+        about: what is tested: its name, source, structure and backend.
+    """
     about = {**about, **surroundings()}
     where = folder()
     if where is None or not about["flexreason"]:
         return test()
     path = where / "verdicts" / f"{about['name']}-{_digest(about)[:20]}.json"
-    if found := _read(path, about):
-        return found
+    if known := _read(path, about):
+        return known
     with _alone(path.parent):
-        if found := _read(path, about):  # by another rank, meanwhile
-            return found
-        found = test()
-        if found.loss is not None:
-            _write(path, about, found)
-    return found
+        if known := _read(path, about):  # by another rank, meanwhile
+            return known
+        result = test()
+        if result.loss is not None:
+            _write(path, about, result)
+    return result
 
 
 def _digest(value: Any) -> str:
@@ -104,9 +112,9 @@ def _is_whole(written: Any) -> bool:
     return written["found"]["verdict"] == ("exact" if max(errors) <= EXACT else "refused")
 
 
-def _write(path: Path, about: dict[str, str], found: Result) -> None:
+def _write(path: Path, about: dict[str, str], result: Result) -> None:
     """All at once: whoever reads meanwhile finds no file, or a whole one."""
-    fields = found.to_dict()
+    fields = asdict(result)
     text = json.dumps({"about": about, "found": fields, "digest": _digest([about, fields])}, indent=1)
     part = None
     try:

@@ -12,17 +12,16 @@ import re
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from flexreason.attention.registry import TreeRow, find_decoder
 from flexreason.model import head
 from flexreason.model.hooks import apply_patch, unpatch
-from flexreason.model.logprobs import token_logprobs
 from flexreason.model.refuse import (
     RECURRENT,
     ROPE_BY_LONGEST,
@@ -33,22 +32,18 @@ from flexreason.model.refuse import (
     rope_types,
 )
 from flexreason.proof import oracle
-from flexreason.proof.float64 import relative_l2, true_float64
+from flexreason.proof.compare import EXACT, Errors, compare, logprobs_pass, one_pass
+from flexreason.proof.float64 import true_float64
 from flexreason.proof.tiny import ORIGINAL, SPECIAL, VOCABULARY, build, class_of, default_config, shrink
 from flexreason.tree.layout import Layout, lay_out_turns, unmerge
 from flexreason.tree.merge import lay_out
-from flexreason.tree.row import IGNORED, Row, collate
+from flexreason.tree.row import Row, collate
 from flexreason.tree.sample import Sample
-
-EXACT = 1e-9
-"""The largest relative error of an exact model, in fp64."""
-
-FLOOR = 1e-6
-"""Of the whole gradient's norm: parameters with less (key biases have none at all) are measured against this."""
 
 BACKENDS = ("segments", "dense")
 
-VERDICTS = ("exact", "refused", "cannot be built tiny")
+UNTESTED = "cannot be built tiny"
+"""The verdict on what nobody could test; the others are "exact" and "refused"."""
 
 IN_STORAGE = {  # what modules are called that look at neighbours in storage, past any mask
     "indexer": "a token indexer, which picks keys by scores of its own, past the tree's mask",
@@ -73,15 +68,6 @@ class Result:
     chunked: bool | None = None
     """Whether loss="chunked" and token_logprobs are exact too."""
     chunked_reason: str = ""
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
-
-def check(what: Any, cls: type[PreTrainedModel] | None = None, backends: Sequence[str] = BACKENDS) -> Result:
-    """The verdict on a config, or on a class with its default config. Never raises, and leaves no trace."""
-    with _apart():
-        return _check(what, cls, backends)
 
 
 @contextmanager
@@ -108,7 +94,9 @@ def _apart() -> Iterator[None]:
             torch.set_num_threads(threads)
 
 
-def _check(what: Any, cls: type[PreTrainedModel] | None, backends: Sequence[str]) -> Result:
+@_apart()
+def check(what: Any, cls: type[PreTrainedModel] | None = None, backends: Sequence[str] = BACKENDS) -> Result:
+    """The verdict on a config, or on a class with its default config. Never raises, and leaves no trace."""
     name = getattr(cls or what, "__name__", type(what).__name__)
     try:
         if isinstance(what, type):
@@ -122,25 +110,25 @@ def _check(what: Any, cls: type[PreTrainedModel] | None, backends: Sequence[str]
             small._attn_implementation = "eager"  # by default it is sdpa below transformers 5.21, which has no softcap
         model = build(small, cls).double()
     except Exception as error:  # whatever a config or class raises: it cannot be tested, and that is the answer
-        return Result(name, "cannot be built tiny", said(error))
+        return Result(name, UNTESTED, said(error))
     notes = _Notes(describe(model))
     if against := reason_against(model):
         return Result(name, "refused", against[0], special=notes.special)
     try:
         with true_float64():
-            worst = _held(model, notes, backends, both=cls.__module__.partition(".")[0] != "transformers")
+            is_own = cls.__module__.partition(".")[0] != "transformers"
+            largest: dict[str, Any] = _hold(model, notes, backends, both=is_own)
     except _Wrong as wrong:
         return Result(name, "refused", _cause(model, notes, str(wrong)), special=notes.special)
     except Exception as error:
         reason = f"the tiny model does not run: {said(error)}"
-        return Result(name, "cannot be built tiny", reason, special=notes.special)
-    errors: dict[str, Any] = dict(worst)
-    if not max(worst.values()) <= EXACT:
-        numbers = ", ".join(f"{key} {value:.0e}" for key, value in worst.items())
+        return Result(name, UNTESTED, reason, special=notes.special)
+    if not max(largest.values()) <= EXACT:
+        numbers = ", ".join(f"{key} {error:.0e}" for key, error in largest.items())
         symptom = f"one pass is not the samples' (relative errors in fp64: {numbers})"
-        return Result(name, "refused", _cause(model, notes, symptom), **errors, special=notes.special)
-    errors |= {"chunked": not notes.unchunked, "chunked_reason": notes.unchunked}
-    return Result(name, "exact", **errors, special=notes.special)
+        return Result(name, "refused", _cause(model, notes, symptom), **largest, special=notes.special)
+    largest |= {"chunked": not notes.unchunked, "chunked_reason": notes.unchunked}
+    return Result(name, "exact", **largest, special=notes.special)
 
 
 class _Wrong(Exception):
@@ -160,93 +148,62 @@ class _Notes:
             self.special.append(word)
 
 
-def _held(
+def _hold(
     model: PreTrainedModel, notes: _Notes, backends: Sequence[str] = BACKENDS, both: bool = False
 ) -> dict[str, float]:
-    """The largest errors of one pass over every row, held against the samples: in training, or in both modes."""
+    """The largest errors of one pass over every row, against the samples: in training, or in both modes."""
     modes = (True, False) if both else (True,)
     if _is_random(model):
         modes = (False,)
         notes.add("draws at random in training")
-    rows, straddling = _rows(model)
-    worst = {"loss": 0.0, "logprobs": 0.0, "gradients": 0.0}
+    rows, straddling = rows_for(model)
+    largest = {"loss": 0.0, "logprobs": 0.0, "gradients": 0.0}
     for training in modes:
         model.train(training)
         for layouts in rows:
-            expected = oracle.n_samples(model, [sample for layout in layouts for sample in unmerge(layout)])
-            if not torch.cat(expected.logprobs).isfinite().all():
+            samples = oracle.n_samples(model, [sample for layout in layouts for sample in unmerge(layout)])
+            if not torch.cat(samples.logprobs).isfinite().all():
                 raise ValueError("its random weights give log-probabilities that are not finite")
             row = collate(layouts)
             for backend in backends:
-                for key, error in _errors(model, row, expected, backend, notes).items():
-                    worst[key] = max(worst[key], error if error == error else torch.inf)  # NaN is not equal to itself
-            notes.unchunked = notes.unchunked or _unchunked(model, row, expected)
+                errors = _errors(model, row, samples, backend, notes).largest()
+                largest = {key: max(error, errors[key]) for key, error in largest.items()}
+            notes.unchunked = notes.unchunked or _unchunked(model, row, samples)
     if straddling is not None:
         _must_refuse(model, straddling)
         notes.add("refused where samples straddle RoPE's threshold")
-    return worst
+    return largest
 
 
-def _errors(
-    model: PreTrainedModel, row: Row, expected: oracle.Reference, backend: str, notes: _Notes
-) -> dict[str, float]:
-    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+def _errors(model: PreTrainedModel, row: Row, samples: oracle.Reference, backend: str, notes: _Notes) -> Errors:
     try:
         with _noting(notes):
             apply_patch(model, backend)
-            out = model(**row)
-            found = torch.autograd.grad(out.loss, list(parameters.values()), allow_unused=True)
+            return compare(one_pass(model, row), samples)
     except Exception as error:
         raise _Wrong(said(error)) from error
     finally:
         unpatch(model)
-    n, labels = expected.n_targets, row["labels"][0]
-    real = labels != IGNORED
-    logprobs = out.logits.detach()[0, real].log_softmax(-1).gather(1, labels[real, None])[:, 0]
-    pairs = {
-        name: (torch.zeros_like(p) if gradient is None else gradient * n, expected.gradients[name])
-        for (name, p), gradient in zip(parameters.items(), found, strict=True)
-    }
-    return {
-        "loss": abs(float(out.loss.detach()) * n / expected.loss_sum - 1),
-        "logprobs": relative_l2([logprobs], [torch.cat(expected.logprobs)]),
-        "gradients": worst_gradient(pairs)[0],
-    }
 
 
 CHUNK = 16
 """Targets a chunk of the head while it is tested, so that a row has several."""
 
 
-def _unchunked(model: PreTrainedModel, row: Row, expected: oracle.Reference) -> str:
+def _unchunked(model: PreTrainedModel, row: Row, samples: oracle.Reference) -> str:
     """Why loss="chunked" or token_logprobs are not the samples', or nothing."""
     try:
         with _small_chunks():
             apply_patch(model, "segments", loss="chunked")
-            loss = model(**row).loss * expected.n_targets
-            by_loss = _gradients(model, loss)
-            logprobs = token_logprobs(model, row)
-            by_logprobs = _gradients(model, -logprobs.sum())
+            by_loss = compare(one_pass(model, row), samples).largest()
+            by_logprobs = compare(logprobs_pass(model, row), samples).largest()
     except Exception as error:
         return re.sub(r'^ValueError: (row|patch: loss="chunked"): ', "", said(error))
     finally:
         unpatch(model)
-    logprobs = logprobs.detach()[row["labels"][0] != IGNORED]
-    errors = {
-        "loss": abs(float(loss.detach()) / expected.loss_sum - 1),
-        "logprobs": relative_l2([logprobs], [torch.cat(expected.logprobs)]),
-    }
-    for key, found in (("gradients", by_loss), ("gradients of logprobs", by_logprobs)):
-        pairs = {name: (found[name], g) for name, g in expected.gradients.items()}
-        errors[key] = worst_gradient(pairs)[0]
+    errors = {**by_loss, "gradients of logprobs": by_logprobs["gradients"]}
     wrong = ", ".join(f"{key} {error:.0e}" for key, error in errors.items() if not error <= EXACT)
     return f"a chunk at a time it is not the samples' (relative errors in fp64: {wrong})" if wrong else ""
-
-
-def _gradients(model: nn.Module, value: Tensor) -> dict[str, Tensor]:
-    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    found = torch.autograd.grad(value, list(parameters.values()), allow_unused=True, materialize_grads=True)
-    return dict(zip(parameters, found, strict=True))
 
 
 @contextmanager
@@ -265,23 +222,10 @@ def _small_chunks() -> Iterator[None]:
         head.CHUNK_LOGITS, head.sweep = size, sweep
 
 
-def worst_gradient(pairs: dict[str, tuple[Tensor, Tensor]]) -> tuple[float, str]:
-    """The largest relative error of a parameter's (found, expected) gradient, and the parameter's name."""
-    floor = FLOOR * sum(float(expected.square().sum()) for _, expected in pairs.values()) ** 0.5
-    worst, culprit = 0.0, ""
-    for name, (found, expected) in pairs.items():
-        error = float((found - expected).norm()) / max(float(expected.norm()), floor, 1e-300)
-        if error != error:  # NaN
-            return torch.inf, name
-        if error > worst:
-            worst, culprit = error, name
-    return worst, culprit
-
-
 # ---- the rows
 
 
-def _rows(model: PreTrainedModel) -> tuple[list[list[Layout]], list[Layout] | None]:
+def rows_for(model: PreTrainedModel) -> tuple[list[list[Layout]], list[Layout] | None]:
     """Rows to hold, and a row that must be refused because its samples straddle RoPE's threshold."""
     mixed = [_conversation((11, 20, 5), (3, 0, 5), (20, 30, 9)), _tree()]
     kinds = rope_types(model.config.get_text_config()) & set(ROPE_BY_LONGEST)
@@ -410,34 +354,28 @@ NOTED = {  # by what configs call it, where it is set
 def describe(model: nn.Module) -> list[str]:
     """What is special about a model, as far as its config and the names of its parts say."""
     config = model.config.get_text_config()  # type: ignore[operator, union-attr]
-    found = [meaning for key, meaning in NOTED.items() if getattr(config, key, None)]
+    special = [meaning for key, meaning in NOTED.items() if getattr(config, key, None)]
     names = {type(module).__name__.lower() for module in model.modules()}
     if any("expert" in name or "moe" in name for name in names):
-        found.append("MoE")
+        special.append("MoE")
     if any(re.search(r"\.(q_norm|k_norm|q_layernorm|qk_norm|query_layernorm)$", n) for n, _ in model.named_modules()):
-        found.append("QK-norm")
+        special.append("QK-norm")
     if any((part.get("partial_rotary_factor") or 1) != 1 for part in (vars(config), *rope_settings(config))):
-        found.append("partial rotary")
+        special.append("partial rotary")
     if any(not rope for rope in getattr(config, "no_rope_layers", None) or ()):
-        found.append("NoPE layers")
-    found += [f"RoPE {kind}" for kind in sorted(rope_types(config) - {"default"})]
-    return list(dict.fromkeys(found))
+        special.append("NoPE layers")
+    special += [f"RoPE {kind}" for kind in sorted(rope_types(config) - {"default"})]
+    return list(dict.fromkeys(special))
 
 
 # ---- what becomes of a row when nobody patched the model
 
 
-def unpatched(what: type[PreTrainedModel] | PreTrainedConfig, implementation: str) -> dict[str, str] | None:
+@_apart()
+def unpatched(cls: type[PreTrainedModel], implementation: str) -> dict[str, str] | None:
     """What a row does to a model that is not patched: an exception's name, or "computed"; None if there is no model."""
-    with _apart():
-        return _unpatched(what, implementation)
-
-
-def _unpatched(what: type[PreTrainedModel] | PreTrainedConfig, implementation: str) -> dict[str, str] | None:
     try:
-        config = default_config(what) if isinstance(what, type) else what
-        cls = what if isinstance(what, type) else class_of(config)
-        small = shrink(config)
+        small = shrink(default_config(cls))
         small._attn_implementation = implementation
         model = build(small, cls)
     except Exception:

@@ -26,7 +26,8 @@ HIDDEN, FFN, HEADS, HEAD, ROPE_HEAD, RANK = 64, 48, 4, 16, 8, 16
 WINDOW, CHUNK, FLOOR, ORIGINAL, LENGTH = 20, 24, 16, 40, 512
 MOST_LAYERS = 24
 
-Given = Mapping[str, Any]
+Fields = Mapping[str, Any]
+"""What a config holds, by name."""
 
 NOT_STRUCTURE = (  # what a config says about storing and calling a model; refused or handled elsewhere
     *("dtype", "torch_dtype", "quantization_config", "auto_map", "transformers_version"),
@@ -42,10 +43,10 @@ def shrink(config: PreTrainedConfig) -> PreTrainedConfig:
     >>> small.num_hidden_layers, small.num_attention_heads, small.num_key_value_heads, small.head_dim
     (2, 4, 4, 16)
     """
-    given = config.to_dict()
+    fields = config.to_dict()
     for key in NOT_STRUCTURE:
-        given.pop(key, None)
-    return type(config).from_dict(_shrunk(given))
+        fields.pop(key, None)
+    return type(config).from_dict(_shrunk(fields))
 
 
 def build(config: PreTrainedConfig, cls: type[PreTrainedModel] | None = None, seed: int = 0) -> PreTrainedModel:
@@ -75,8 +76,8 @@ def class_of(config: PreTrainedConfig) -> type[PreTrainedModel]:
 
 def default_config(cls: type[PreTrainedModel]) -> PreTrainedConfig:
     """The config that a class has by default, as a causal model where it can also be another kind."""
-    made: Any = cls.config_class
-    config = made(**UNSET.get(made.__name__, {}))
+    config_class: Any = cls.config_class
+    config = config_class(**UNSET.get(config_class.__name__, {}))
     if getattr(config, "is_decoder", True) is False:
         config.is_decoder = True
     return config
@@ -88,10 +89,10 @@ def is_causal(name: str) -> bool:
 
 def causal_classes() -> list[str]:
     """All names of causal language models that transformers has, once each."""
-    found = {*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values(), *(n for n in dir(transformers) if n.endswith("ForCausalLM"))}
+    names = {*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values(), *(n for n in dir(transformers) if n.endswith("ForCausalLM"))}
     return sorted(
         name
-        for name in found
+        for name in names
         if not name.startswith("AutoModel") and getattr(getattr(transformers, name, None), "config_class", None)
     )
 
@@ -116,9 +117,9 @@ def randomise(model: nn.Module) -> None:
 # ---- sizes, by what configs call them
 
 
-def _shrunk(given: Given) -> dict[str, Any]:
-    layers, chosen = _layers(given)
-    return {key: _value(key, value, given, layers, chosen) for key, value in given.items()}
+def _shrunk(fields: Fields) -> dict[str, Any]:
+    layers, chosen = _layers(fields)
+    return {key: _value(key, value, fields, layers, chosen) for key, value in fields.items()}
 
 
 DROPOUT = re.compile(
@@ -129,13 +130,13 @@ DROPOUT = re.compile(
 """Names, as models have them, of what draws at random while training."""
 
 
-def _value(key: str, value: Any, given: Given, layers: int, chosen: list[int]) -> Any:
+def _value(key: str, value: Any, fields: Fields, layers: int, chosen: list[int]) -> Any:
     if isinstance(value, dict):
         if key == "per_layer_config":
             own = {chosen.index(int(layer)): entry for layer, entry in value.items() if int(layer) in chosen}
-            return {i: {k: _value(k, v, {**given, **e}, layers, chosen) for k, v in e.items()} for i, e in own.items()}
+            return {i: {k: _value(k, v, {**fields, **e}, layers, chosen) for k, v in e.items()} for i, e in own.items()}
         if key == "rope_parameters":
-            return _rope(value, given)
+            return _rope(value, fields)
         if "model_type" in value or key.endswith("_config"):
             return _shrunk(value)
         return value
@@ -144,7 +145,7 @@ def _value(key: str, value: Any, given: Given, layers: int, chosen: list[int]) -
             return [number for number, layer in enumerate(chosen) if layer in value]
         if layers and len(value) == layers:
             value = [value[layer] for layer in chosen]
-        return [_value(key, item, given, layers, chosen) for item in value]
+        return [_value(key, item, fields, layers, chosen) for item in value]
     if isinstance(value, bool) or not isinstance(value, int | float):
         return value
     if DROPOUT.fullmatch(key) and isinstance(value, float):
@@ -153,7 +154,7 @@ def _value(key: str, value: Any, given: Given, layers: int, chosen: list[int]) -
         return min(value, len(chosen)) if layers else min(value, 2)
     for pattern, rule in RULES:
         if re.search(pattern, key):
-            return rule(value, given) if callable(rule) else min(value, rule)
+            return rule(value, fields) if callable(rule) else min(value, rule)
     return value
 
 
@@ -170,24 +171,24 @@ def _is_index_list(key: str, value: Any, layers: int) -> bool:
     return numbers and list(value) == sorted(set(value))
 
 
-def _layers(given: Given) -> tuple[int, list[int]]:
+def _layers(fields: Fields) -> tuple[int, list[int]]:
     """How many layers there are, and which to keep: at least 2, and all kinds among them.
 
     Where few are needed it is the first ones. Else each kind's first is picked out, unless the kinds of layers follow
     from their numbers too.
     """
-    counts = [value for key, value in given.items() if re.search(LAYERS, key) and isinstance(value, int)]
+    counts = [value for key, value in fields.items() if re.search(LAYERS, key) and isinstance(value, int)]
     if not counts:
         return 0, [0, 1]
-    layers = given.get("num_hidden_layers") or max(counts)
-    found = {k: v for k, v in given.items() if isinstance(v, list | tuple)}
-    members = [set(v) for k, v in found.items() if _is_index_list(k, v, layers)]
-    lists = [v for k, v in found.items() if len(v) == layers and not _is_index_list(k, v, layers)]
-    own = {int(layer): entry for layer, entry in (given.get("per_layer_config") or {}).items()}
-    sharing = layers - (given.get("num_kv_shared_layers") or 0)
+    layers = fields.get("num_hidden_layers") or max(counts)
+    listing = {k: v for k, v in fields.items() if isinstance(v, list | tuple)}
+    members = [set(v) for k, v in listing.items() if _is_index_list(k, v, layers)]
+    lists = [v for k, v in listing.items() if len(v) == layers and not _is_index_list(k, v, layers)]
+    own = {int(layer): entry for layer, entry in (fields.get("per_layer_config") or {}).items()}
+    sharing = layers - (fields.get("num_kv_shared_layers") or 0)
     kinds = [repr([[v[i] for v in lists], [i in m for m in members], own.get(i), i >= sharing]) for i in range(layers)]
     firsts = {kinds.index(kind) for kind in kinds}
-    periods = [v for k, v in given.items() if re.search(PERIODS, k) and isinstance(v, int) and v > 1]
+    periods = [v for k, v in fields.items() if re.search(PERIODS, k) and isinstance(v, int) and v > 1]
     kept = min(max(2, *periods, *(first + 1 for first in firsts)), layers)
     if kept <= MOST_LAYERS:
         return layers, list(range(kept))
@@ -199,71 +200,71 @@ def _layers(given: Given) -> tuple[int, list[int]]:
     return layers, chosen
 
 
-def _sharing(value: int, given: Given) -> int:
-    layers, chosen = _layers(given)
+def _sharing(value: int, fields: Fields) -> int:
+    layers, chosen = _layers(fields)
     return sum(layer >= layers - value for layer in chosen)
 
 
-def _set(size: int) -> Callable[[int, Given], int]:
+def _set(size: int) -> Callable[[int, Fields], int]:
     """This size whatever it was, except for what is switched off by 0: so that small models end up alike too."""
-    return lambda value, given: size if value else value
+    return lambda value, fields: size if value else value
 
 
-def _heads(value: int, given: Given) -> int:
-    base = given.get("num_attention_heads")
+def _heads(value: int, fields: Fields) -> int:
+    base = fields.get("num_attention_heads")
     return 2 * HEADS if isinstance(base, int) and value > base else min(value, 2) * HEADS // 2
 
 
-def _kv_heads(value: int, given: Given) -> int:
-    heads = next((given[k] for k in ("num_attention_heads", "n_head", "n_heads") if isinstance(given.get(k), int)), 0)
+def _kv_heads(value: int, fields: Fields) -> int:
+    heads = next((fields[k] for k in ("num_attention_heads", "n_head", "n_heads") if isinstance(fields.get(k), int)), 0)
     return 1 if value == 1 else HEADS if value >= heads else HEADS // 2
 
 
-def _rope_head(value: int, given: Given) -> int:
+def _rope_head(value: int, fields: Fields) -> int:
     """In MLA, of the same share as before, since a factor may say it too."""
-    return HEAD if value >= (given.get("qk_nope_head_dim") or 2 * value) else ROPE_HEAD
+    return HEAD if value >= (fields.get("qk_nope_head_dim") or 2 * value) else ROPE_HEAD
 
 
-def _head_dim(value: int, given: Given) -> int:
-    rope, nope = given.get("qk_rope_head_dim"), given.get("qk_nope_head_dim")
+def _head_dim(value: int, fields: Fields) -> int:
+    rope, nope = fields.get("qk_rope_head_dim"), fields.get("qk_nope_head_dim")
     if rope and nope and value == rope + nope:
-        return _rope_head(rope, given) + HEAD
+        return _rope_head(rope, fields) + HEAD
     if rope and value == rope:
-        return _rope_head(rope, given)
-    base = given.get("head_dim")
+        return _rope_head(rope, fields)
+    base = fields.get("head_dim")
     return 2 * HEAD if isinstance(base, int) and base < value and not rope else HEAD
 
 
-def _value_head(value: int, given: Given) -> int:
-    keys = given.get("qk_nope_head_dim") or given.get("head_dim") or value
+def _value_head(value: int, fields: Fields) -> int:
+    keys = fields.get("qk_nope_head_dim") or fields.get("head_dim") or value
     return HEAD if value >= keys else HEAD // 2
 
 
-def _experts(value: int, given: Given) -> int:
-    return min(value, 8 if (given.get("n_group") or 1) > 1 else 4)
+def _experts(value: int, fields: Fields) -> int:
+    return min(value, 8 if (fields.get("n_group") or 1) > 1 else 4)
 
 
-def _rope_types(given: Given) -> set[str]:
-    found = given.get("rope_parameters") or {}
-    return {r.get("rope_type", "default") for r in (found, *found.values()) if isinstance(r, dict)}
+def _rope_types(fields: Fields) -> set[str]:
+    ropes = fields.get("rope_parameters") or {}
+    return {r.get("rope_type", "default") for r in (ropes, *ropes.values()) if isinstance(r, dict)}
 
 
-def _maximum(value: int, given: Given) -> int:
+def _maximum(value: int, fields: Fields) -> int:
     """Long enough for trees, unless it is what RoPE reads."""
-    if "dynamic" in _rope_types(given):
+    if "dynamic" in _rope_types(fields):
         return ORIGINAL
-    original = next(_originals(given), None)
+    original = next(_originals(fields), None)
     return LENGTH if original is None else max(ORIGINAL, round(ORIGINAL * value / original))
 
 
-def _originals(given: Given) -> Iterator[int]:
-    found = given.get("rope_parameters") or {}
-    for rope in (given, found, *found.values()):
+def _originals(fields: Fields) -> Iterator[int]:
+    ropes = fields.get("rope_parameters") or {}
+    for rope in (fields, ropes, *ropes.values()):
         if isinstance(rope, dict) and rope.get("original_max_position_embeddings"):
             yield rope["original_max_position_embeddings"]
 
 
-def _special_token(value: int, given: Given) -> int:
+def _special_token(value: int, fields: Fields) -> int:
     return value if value < 0 else SPECIAL + value % (VOCABULARY - SPECIAL)
 
 
@@ -273,7 +274,7 @@ FLOORS = r"^(floor_scale|log_scaling_n_floor|rel_extent)$"
 PICKED = r"^(index_topk|indexer_budget)$"
 ORIGINALS = r"^original_max_position_embeddings$"
 
-RULES: list[tuple[str, int | Callable[[Any, Given], Any]]] = [  # the first that matches; an int is the most it may be
+RULES: list[tuple[str, int | Callable[[Any, Fields], Any]]] = [  # the first that matches; an int is the most it may be
     (r"(token_id|token_index|eod_token_ids?)$", _special_token),
     (r"type_vocab_size$", 4),
     (r"vocab_size|hash_byte_group_vocab", _set(VOCABULARY)),
@@ -281,7 +282,7 @@ RULES: list[tuple[str, int | Callable[[Any, Given], Any]]] = [  # the first that
     (r"^(intermediate_size|moe_intermediate_size|n_inner|ffn_dim)$", _set(FFN)),
     (r"(num_key_value_heads|kv_heads|kv_n_heads)$", _kv_heads),
     (r"^(index_n_heads|indexer_n_heads|indexer_kv_heads|mamba_n_heads|n_mamba_heads|mamba_num_heads)$", HEADS),
-    (r"^mamba_(d_head|head_dim)$", lambda value, given: HIDDEN * given.get("mamba_expand", 2) // HEADS),
+    (r"^mamba_(d_head|head_dim)$", lambda value, fields: HIDDEN * fields.get("mamba_expand", 2) // HEADS),
     (r"^linear_num_(key_|value_)?heads$", HEADS),
     (r"(num_heads|n_heads?|attention_heads|attention_heads_per_layer)$", _heads),
     (r"^qk_rope_head_dim$", _rope_head),
@@ -316,14 +317,14 @@ RULES: list[tuple[str, int | Callable[[Any, Given], Any]]] = [  # the first that
 ]
 
 
-def _rope(given: dict[str, Any], config: Given) -> dict[str, Any]:
+def _rope(fields: dict[str, Any], config: Fields) -> dict[str, Any]:
     """Kinds and factors stay; the original length and what lists one number a frequency become small."""
-    if "rope_type" not in given:
-        return {key: _rope(value, config) if isinstance(value, dict) else value for key, value in given.items()}
-    partial = given.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1
+    if "rope_type" not in fields:
+        return {key: _rope(value, config) if isinstance(value, dict) else value for key, value in fields.items()}
+    partial = fields.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1
     rope = config.get("qk_rope_head_dim")
     frequencies = (_rope_head(rope, config) if rope else int(HEAD * float(partial))) // 2
-    small = dict(given)
+    small = dict(fields)
     if small.get("original_max_position_embeddings"):
         small["original_max_position_embeddings"] = ORIGINAL
     for key in ("short_factor", "long_factor"):
@@ -370,16 +371,16 @@ def length_constants(config: PreTrainedConfig) -> dict[str, int]:
     >>> length_constants(Llama4TextConfig())
     {'attention_chunk_size': 8192, 'floor_scale': 8192}
     """
-    given = config.get_text_config().to_dict()
-    ropes = given.get("rope_parameters") or {}
-    found: dict[str, int] = {}
-    for part in (given, ropes, *ropes.values()):
+    fields = config.get_text_config().to_dict()
+    ropes = fields.get("rope_parameters") or {}
+    lengths: dict[str, int] = {}
+    for part in (fields, ropes, *ropes.values()):
         for key, value in part.items() if isinstance(part, dict) else ():
             whole = isinstance(value, int | float) and not isinstance(value, bool) and value > 0 and value == int(value)
             if re.search(LENGTHS, key) and whole:
-                found[key] = int(value)
-    if given.get("index_topk_blocks") and given.get("index_block_size"):
-        found["index_topk_blocks x index_block_size"] = given["index_topk_blocks"] * given["index_block_size"]
-    if "dynamic" in _rope_types(given):
-        found["max_position_embeddings"] = given["max_position_embeddings"]
-    return found
+                lengths[key] = int(value)
+    if fields.get("index_topk_blocks") and fields.get("index_block_size"):
+        lengths["index_topk_blocks x index_block_size"] = fields["index_topk_blocks"] * fields["index_block_size"]
+    if "dynamic" in _rope_types(fields):
+        lengths["max_position_embeddings"] = fields["max_position_embeddings"]
+    return lengths

@@ -6,43 +6,43 @@ there the single pass may be as far from the fp64 samples as the samples themsel
 where memory allows, it must be equal. Randomness (dropout) is off meanwhile.
 """
 
-import dataclasses
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from flexreason.memory import available_bytes, peak_bytes
-from flexreason.model.hooks import apply_patch, find_patch, find_root, unpatch
-from flexreason.model.logprobs import token_logprobs
-from flexreason.model.loss import is_weighted
+from flexreason.model.hooks import Patch, apply_patch, find_patch, find_root, unpatch
+from flexreason.model.refuse import reason_against, reason_against_adapters
 from flexreason.proof import oracle
-from flexreason.proof.conditions import copy_in, other_attention, set_checkpointing, suspended, without_dropout
-from flexreason.proof.conversations import Given, choose, n_tokens, one_side_of_rope, tokens_for, what_is_not_crossed
+from flexreason.proof.compare import (
+    DROWNED,
+    EXACT,
+    FACTOR,
+    GROUP_FACTOR,
+    Computed,
+    by_samples,
+    compare,
+    copy_in,
+    one_pass,
+    other_attention,
+    set_checkpointing,
+    suspended,
+    without_dropout,
+)
+from flexreason.proof.conversations import Conversation, choose, n_tokens, tokens_for
 from flexreason.proof.diagnose import layout_faults, model_fault
-from flexreason.proof.float64 import each_gradient, relative_l2, true_float64
-from flexreason.proof.gradients import Backward, compare_gradients, gradients_of
-from flexreason.proof.report import Error, Limits, Report
-from flexreason.proof.standing import standing, trust
+from flexreason.proof.evidence import evidence_of_model, note_verified
+from flexreason.proof.float64 import relative_l2, true_float64
 from flexreason.tree.blocks import BLOCK
-from flexreason.tree.layout import Layout, unmerge
-from flexreason.tree.row import IGNORED, Row, collate
+from flexreason.tree.layout import Layout
+from flexreason.tree.row import Row, collate
 from flexreason.tree.sample import Sample
-
-EXACT = 1e-9
-"""The largest relative error in fp64."""
-
-FACTOR = 2.0
-"""How much further from the reference the single pass may be than the samples, in a dtype that rounds."""
-
-GROUP_FACTOR = 4.0
-"""The same for the gradient of one group of parameters, which scatters more."""
-
-DROWNED = 0.3
-"""Relative error of the samples' own gradients from which on nothing can be told by them."""
 
 
 def verify(
@@ -52,248 +52,189 @@ def verify(
     *,
     tokens: int | None = None,
     float64: bool | None = None,
-) -> Report:
+) -> "Report":
     """Hold one pass against the samples, on a patched model as it is patched, or else as `fr.patch` would patch it.
 
-    `samples`: what each layout was made from; by default what `fr.unmerge` makes of it. `tokens`: the most to
-    compute, samples and trees together; by default what a laptop does in under a minute. `float64`: whether to
-    compare in fp64 too; by default if there is memory for a copy. Once it has passed, `fr.patch` takes models of this
-    class, even one that it could not test by itself.
+    Once it has passed, `fr.patch` takes models of this class, even one that it could not test by itself.
+
+    Args:
+        samples: what each layout was made from; by default what `fr.unmerge` makes of it.
+        tokens: the most to compute, samples and trees together; by default what a laptop does in under a minute.
+        float64: whether to compare in fp64 too; by default if there is memory for a copy.
 
     >>> import flexreason as fr
     >>> from transformers import Qwen3Config, Qwen3ForCausalLM
     >>> model = Qwen3ForCausalLM(Qwen3Config(vocab_size=40, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
     ...     num_attention_heads=4, num_key_value_heads=2, head_dim=8))
     >>> layout = fr.lay_out_turns([([1, 2], [10, 11], [20]), ([3], [12], [21])])
-    >>> verify(model, [layout]).verdict
+    >>> fr.verify(model, [layout]).verdict
     'exact'
     """
-    return _Verification(model, layouts, samples, tokens, float64).run()
+    start, root, notes = time.monotonic(), find_root(model), list[str]()
+    if tokens is not None and tokens < 1:
+        raise ValueError(f"verify: tokens: expected at least 1, found {tokens}")
+    most = tokens if tokens is not None else tokens_for(sum(p.numel() for p in model.parameters()))
+    patched_before = find_patch(model)
+    cut = patched_before is None or patched_before.mask == "interval"
+    chosen = choose(layouts, samples, root.config, most, notes, cut)
+    faults = [
+        f"conversation {number}: {fault}"
+        for number, conversation in enumerate(chosen)
+        for fault in layout_faults(conversation.layout, conversation.samples)
+    ]
+    if refused := _reason_refused(root, model):
+        raise ValueError(f"verify: {type(root).__name__} is refused by patch: {refused}")
+    with ExitStack() as stack:
+        meter = stack.enter_context(peak_bytes(next(model.parameters()).device))
+        if patched_before is None:
+            apply_patch(model)
+            stack.callback(unpatch, model)
+        patch = find_patch(model)
+        assert patch is not None
+        comparison = _Comparison(model, patch, chosen, float64, notes)
+        stack.enter_context(comparison.quiet())
+        verdict, culprit = "exact", None
+        try:
+            culprit = "; ".join(faults[:3]) or comparison.culprit()
+            verdict = "exact" if culprit is None else "NOT exact"
+        except NoVerdict as why:
+            verdict, culprit = "no verdict", str(why)
+        backend = patch.backend_on(next(model.parameters()).device)
+    if verdict == "exact" and any(error.dtype == "float64" for error in comparison.errors):
+        note_verified(root)
+    trees = [conversation.layout for conversation in chosen]
+    return Report(
+        model=type(root).__name__,
+        dtype=_name(comparison.dtype),
+        backend=backend,
+        loss=patch.loss,
+        verdict=verdict,
+        errors=comparison.errors,
+        culprit=culprit,
+        notes=notes,
+        conversations=len(chosen),
+        numbers=[conversation.number for conversation in chosen],
+        turns=sum(layout.n_samples for layout in trees),
+        sample_tokens=sum(n_tokens(sample) for conversation in chosen for sample in conversation.samples),
+        tree_tokens=sum(map(len, trees)),
+        targets=sum(len(layout.target_ids) for layout in trees),
+        seconds=time.monotonic() - start,
+        peak_bytes=meter(),
+    )
 
 
 class NoVerdict(Exception):
     """Something that keeps a comparison from meaning anything."""
 
 
-class _Verification:
-    def __init__(
-        self,
-        model: nn.Module,
-        layouts: Sequence[Layout],
-        samples: Sequence[Sequence[Sample]] | None,
-        tokens: int | None,
-        float64: bool | None,
-    ) -> None:
-        if not layouts:
-            raise ValueError("verify: no layouts; expected at least one conversation")
-        self.model, self.root = model, find_root(model)
-        for number, layout in enumerate(layouts):
-            if not len(layout.target_turn) or int(torch.bincount(layout.target_turn).min()) == 0:
-                raise ValueError(f"verify: conversation {number} has a turn without targets")
-        given = [unmerge(layout) for layout in layouts] if samples is None else [list(s) for s in samples]
-        if len(given) != len(layouts):
-            raise ValueError(f"verify: {len(layouts)} layouts and samples for {len(given)}")
-        self.notes: list[str] = []
-        self.parameters = sum(p.numel() for p in model.parameters())
-        if any(is_weighted(layout.target_weight) for layout in layouts):
-            self.notes.append("target weights are left out of the comparison: every target counts once")
-        self.all = [
-            Given(dataclasses.replace(layout, target_weight=torch.ones_like(layout.target_weight)), of_layout, number)
-            for number, (layout, of_layout) in enumerate(zip(layouts, given, strict=True))
-        ]
-        if tokens is not None and tokens < 1:
-            raise ValueError(f"verify: tokens: expected at least 1, found {tokens}")
-        most = tokens if tokens is not None else tokens_for(self.parameters)
-        already = find_patch(model)
-        chosen = choose(self.all, most, self.notes, cut=already is None or already.mask == "interval")
-        self.chosen = one_side_of_rope(self.root.config, chosen, self.notes)
-        self.notes += what_is_not_crossed(self.root.config, self.chosen)
-        self.float64 = float64
-        self.dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
-        self.errors: list[Error] = []
-        self.culprit: str | None = None
-        self.own_patch = find_patch(model) is None
+def _reason_refused(root: Any, model: nn.Module) -> str:
+    """Why `patch` refuses a model whatever is found here, or nothing."""
+    if against := reason_against_adapters(model) or reason_against(root):
+        return against[0]
+    evidence = evidence_of_model(root)
+    return evidence.against[0] if evidence.verdict == "refused" and evidence.against else ""
 
-    def run(self) -> Report:
-        start = time.monotonic()
-        with ExitStack() as stack:
-            meter = stack.enter_context(peak_bytes(next(self.model.parameters()).device))
-            faults = [
-                f"conversation {number}: {fault}"
-                for number, one in enumerate(self.chosen)
-                for fault in layout_faults(one.layout, one.samples)
-            ]
-            against = standing(self.root, self.model)
-            if against is not None and against[0] == "refused":
-                raise ValueError(f"verify: {type(self.root).__name__} is refused by patch: {against[1]}")
-            if self.own_patch:
-                apply_patch(self.model)
-                stack.callback(unpatch, self.model)
-            found = find_patch(self.model)
-            assert found is not None
-            self.patch = found
-            if not any(p.requires_grad for p in self.model.parameters()):
-                self.notes.append("gradients are not compared: no parameter is trained")
-            if self.forward_only(self.model):
-                self.notes.append('gradients are not compared: backend "flex" has no backward on CPU')
-            stack.enter_context(without_dropout(self.model, self.notes))
-            if self.dtype == torch.float64 and set_checkpointing(self.model, False):
+
+class _Reference(NamedTuple):
+    """The samples that something is held against, and what the report calls them."""
+
+    name: str
+    samples: oracle.Reference
+
+
+class _Comparison:
+    """One pass and the samples on a patched model, from the reference down to the model's own dtype."""
+
+    def __init__(
+        self, model: nn.Module, patch: Patch, chosen: list[Conversation], float64: bool | None, notes: list[str]
+    ) -> None:
+        self.model, self.patch, self.root = model, patch, patch.root
+        self.chosen, self.float64, self.notes = chosen, float64, notes
+        self.samples = [sample for conversation in chosen for sample in conversation.samples]
+        self.device = next(model.parameters()).device
+        self.dtype = _dtype_of(model)
+        self.forward_only = self.device.type == "cpu" and patch.backend_on(self.device) == "flex"
+        self.errors: list[Error] = []
+
+    @contextmanager
+    def quiet(self) -> Iterator[None]:
+        """What draws at random or runs again in backward is off, and said."""
+        if not any(p.requires_grad for p in self.model.parameters()):
+            self.notes.append("gradients are not compared: no parameter is trained")
+        if self.forward_only:
+            self.notes.append('gradients are not compared: backend "flex" has no backward on CPU')
+        with without_dropout(self.model, self.notes):
+            switched = self.dtype == torch.float64 and set_checkpointing(self.model, False)
+            if switched:
                 self.notes.append(
                     "gradient checkpointing is off here: what runs again in backward would not be float64"
                 )
-                stack.callback(set_checkpointing, self.model, True)
             try:
-                if faults:
-                    self.culprit = "; ".join(faults[:3])
-                else:
-                    self.compare()
-                verdict = "exact" if self.culprit is None else "NOT exact"
-            except NoVerdict as why:
-                self.culprit, verdict = str(why), "no verdict"
-        if verdict == "exact" and any(e.dtype == "float64" for e in self.errors):
-            trust(self.root)
-        trees = [one.layout for one in self.chosen]
-        return Report(
-            model=type(self.root).__name__,
-            dtype=_name(self.dtype),
-            backend=self.patch.backend_on(next(self.model.parameters()).device),
-            loss=self.patch.loss,
-            verdict=verdict,
-            errors=self.errors,
-            culprit=self.culprit,
-            notes=self.notes,
-            conversations=len(self.chosen),
-            numbers=[one.number for one in self.chosen],
-            turns=sum(layout.n_samples for layout in trees),
-            sample_tokens=sum(n_tokens(s) for one in self.chosen for s in one.samples),
-            tree_tokens=sum(map(len, trees)),
-            targets=sum(len(layout.target_ids) for layout in trees),
-            seconds=time.monotonic() - start,
-            peak_bytes=meter(),
-        )
+                yield
+            finally:
+                if switched:
+                    set_checkpointing(self.model, True)
 
-    def compare(self) -> None:
-        """Fill in errors, from the reference down to the model's own dtype; the culprit of the first that fails."""
+    def culprit(self) -> str | None:
+        """What is wrong with the first comparison that fails; None where all are equal."""
         self.check_repeatable()
-        reference = None
-        if self.wants_float64():
-            high = self.model if self.dtype == torch.float64 else copy_in(self.model, torch.float64, self.notes)
-            with true_float64():
-                reference = self.n_samples(high)
-                self.judge(high, reference, "the samples in float64", Limits(EXACT, EXACT, EXACT, {}))
-            del high
-        if self.dtype == torch.float64 or self.culprit:
-            return
-        if reference is not None:
-            self.in_own_dtype(reference, "the samples in float64")
-        else:
-            self.without_reference()
+        if not self.wants_float64():
+            return self.without_float64()
+        high = self.model if self.dtype == torch.float64 else copy_in(self.model, torch.float64, self.notes)
+        with true_float64():
+            reference = _Reference("the samples in float64", self.run_samples(high))
+            culprit = self.judge(high, reference, Limits(EXACT, EXACT, EXACT, {}))
+        del high
+        if culprit or self.dtype == torch.float64:
+            return culprit
+        own = self.error("samples", self.model, by_samples(self.run_samples(self.model)), reference)
+        return self.judge(self.model, reference, limits_from(own, 4 * torch.finfo(torch.float32).eps))
 
-    def in_own_dtype(self, reference: oracle.Reference, said: str) -> None:
-        samples = self.n_samples(self.model)
-        own = self.error("samples", self.model, gradients_of(samples), samples, reference, said, None)
-        self.errors.append(own)
-        self.judge(self.model, reference, said, self.limits_from(own, 4 * torch.finfo(torch.float32).eps))
-
-    def without_reference(self) -> None:
+    def without_float64(self) -> str | None:
         """Where nothing more precise fits or exists: other kernels for the same samples show the size of rounding."""
-        samples = self.n_samples(self.model)
-        said, eps = f"the samples in {_name(self.dtype)}", torch.finfo(self.dtype).eps
+        reference = _Reference(f"the samples in {_name(self.dtype)}", self.run_samples(self.model))
+        eps = torch.finfo(self.dtype).eps
         try:
             with suspended(self.model), other_attention(self.root) as other:
-                again = self.n_samples(self.model)
-                own = self.error(f"samples, {other}", self.model, gradients_of(again), again, samples, said, None)
+                again = by_samples(self.run_samples(self.model))
+                own = self.error(f"samples, {other}", self.model, again, reference)
         except ValueError:
             self.notes.append(
                 "rounding is not measured, as this model has no other attention: the limits are fixed ones"
             )
             limits = Limits(4 * eps, 4 * eps, 32 * eps, {})
         else:
-            self.errors.append(own)
-            limits = self.limits_from(own, eps)
-        self.judge(self.model, samples, said, limits)
+            limits = limits_from(own, eps)
+        return self.judge(self.model, reference, limits)
 
-    def limits_from(self, own: Error, rounding: float) -> Limits:
-        """How far one pass may be off, in a dtype in which the samples themselves are off by this much."""
-        if own.gradients is not None and not own.gradients < DROWNED:
-            raise NoVerdict(
-                f"the samples' own gradients are {own.gradients:.1e} off in {own.dtype}: rounding drowns them"
-            )
-        loss, logprobs = max(own.loss, own.logprobs, rounding), max(own.logprobs, rounding)
-        groups = {group: GROUP_FACTOR * max(error, rounding) for group, error in own.groups.items()}
-        return Limits(FACTOR * loss, FACTOR * logprobs, FACTOR * max(own.gradients or 0.0, rounding), groups)
-
-    def judge(self, model: nn.Module, reference: oracle.Reference, said: str, limits: Limits) -> None:
-        """One pass against a reference; if it fails, find out why."""
-        loss, logprobs, gradients = self.single_pass(model)
-        found = oracle.Reference(loss_sum=loss, logprobs=logprobs, gradients={}, tokens=0)
-        error = self.error("one pass", model, gradients, found, reference, said, limits)
-        self.errors.append(error)
-        if error.faults:
-            self.culprit = self.find_culprit(model, error)
-
-    def single_pass(self, model: nn.Module) -> tuple[float, list[Tensor], Backward | None]:
-        """(loss summed over targets, log-probabilities by sample, a run of backward) of the patched model."""
+    def judge(self, model: nn.Module, reference: "_Reference", limits: "Limits") -> str | None:
+        """One pass against a reference; if it fails, what is wrong with it."""
         row = self.row(model)
-        forward_only = self.forward_only(model)
-        real = row["labels"][0] != IGNORED
-        with torch.set_grad_enabled(not forward_only):
-            out = model(**row)
-        loss, logits = out.loss, out.logits
-        if logits is None:  # the loss made them, a chunk at a time
-            with torch.no_grad():
-                flat = token_logprobs(model, row)[real]
-        else:
-            logits = logits.detach()[0, real]
-            logits = logits if logits.dtype == torch.float64 else logits.float()
-            flat = logits.log_softmax(-1).gather(1, row["labels"][0, real, None])[:, 0]
-        sizes = [int(n) for one in self.chosen for n in torch.bincount(one.layout.target_turn)]
-        order = torch.cat(list(_by_sample([one.layout for one in self.chosen])))
-        logprobs = list(flat[order.to(flat.device)].split(sizes))
-        n = int(real.sum())
-        # The same forward serves loss and gradients: `loss` waits for its backward, one parameter at a time.
-        total = float(loss.detach()) * n
-
-        def backward(handle: Callable[[str, Tensor], None]) -> None:
-            with each_gradient(model, handle):
-                (loss * n).backward()
-
-        return total, logprobs, None if forward_only or not loss.requires_grad else backward
+        computed = one_pass(model, row, backward=not self.forward_only)
+        error = self.error("one pass", model, computed, reference, limits)
+        return self.find_culprit(model, row, error, limits) if error.faults else None
 
     def error(
         self,
         way: str,
         model: nn.Module,
-        backward: Backward | None,
-        found: oracle.Reference,
-        reference: oracle.Reference,
-        said: str,
-        limits: Limits | None,
-    ) -> Error:
-        dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
-        gradients: float | None = None
-        groups: dict[str, float] = {}
-        if backward is not None and reference.gradients:
-            gradients, groups = compare_gradients(backward, reference.gradients)
-        difference = abs(found.loss_sum - reference.loss_sum)
-        return Error(
-            way=way,
-            dtype=_name(dtype),
-            reference=said,
-            loss=difference / max(abs(reference.loss_sum), 1e-300) if difference else 0.0,
-            logprobs=relative_l2([torch.cat(found.logprobs)], [torch.cat(reference.logprobs)]),
-            gradients=gradients,
-            groups=groups,
-            limits=limits,
+        computed: Computed,
+        reference: "_Reference",
+        limits: "Limits | None" = None,
+    ) -> "Error":
+        """How far one way of computing is from a reference, for the report."""
+        errors, dtype = compare(computed, reference.samples), _name(_dtype_of(model))
+        self.errors.append(
+            Error(way, dtype, reference.name, errors.loss, errors.logprobs, errors.gradients, errors.groups, limits)
         )
+        return self.errors[-1]
 
-    def find_culprit(self, model: nn.Module, error: Error) -> str:
-        assert error.limits is not None
-        limit = 100 * EXACT if error.dtype == "float64" else 8 * error.limits.logprobs
-        found = find_patch(model)
-        assert found is not None
+    def find_culprit(self, model: nn.Module, row: Row, error: "Error", limits: "Limits") -> str:
+        limit = 100 * EXACT if error.dtype == "float64" else 8 * limits.logprobs
+        patch = find_patch(model)
+        assert patch is not None
         with true_float64() if error.dtype == "float64" else nullcontext():
-            if fault := model_fault(model, found, self.row(model), self.chosen, limit):
+            if fault := model_fault(model, patch, row, self.chosen, limit):
                 return fault
         if "logprobs" in error.faults:
             return (
@@ -306,8 +247,8 @@ class _Verification:
 
     def check_repeatable(self) -> None:
         """A model that differs between two identical runs, or has no finite loss, has no single truth to compare."""
-        shortest = min((s for one in self.chosen for s in one.samples), key=n_tokens)
-        first, second = (self.n_samples(self.model, [shortest], gradients=False) for _ in range(2))
+        shortest = min(self.samples, key=n_tokens)
+        first, second = (self.run_samples(self.model, [shortest], gradients=False) for _ in range(2))
         if not math.isfinite(first.loss_sum):
             raise NoVerdict(
                 f"the loss of a sample alone is {first.loss_sum} in the untouched model; nothing to compare"
@@ -325,15 +266,14 @@ class _Verification:
         if self.float64 is False:
             return False
         reason = None
-        device = next(self.model.parameters()).device
-        trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
-        needed, there = 9 * (self.parameters + trained), available_bytes(device)  # weights, and gradients once
-        whole = all(p.is_floating_point() for p in self.model.parameters())
-        if not whole or getattr(self.root, "is_quantized", False):
+        parameters = list(self.model.parameters())
+        numbers = sum(p.numel() for p in parameters) + sum(p.numel() for p in parameters if p.requires_grad)
+        needed, there = 9 * numbers, available_bytes(self.device)  # weights, and gradients once
+        if not all(p.is_floating_point() for p in parameters) or getattr(self.root, "is_quantized", False):
             reason = "its weights are quantised"
-        elif len({p.device for p in self.model.parameters()}) > 1:
+        elif len({p.device for p in parameters}) > 1:
             reason = "its weights lie on several devices"
-        elif device.type == "mps":
+        elif self.device.type == "mps":
             reason = "this device has no float64"
         elif needed > there and not self.float64:
             reason = f"it takes {needed / 2**30:.1f} GiB, and {there / 2**30:.1f} are free"
@@ -342,36 +282,141 @@ class _Verification:
         return reason is None
 
     def row(self, model: nn.Module) -> Row:
-        device = next(model.parameters()).device
-        block_size = BLOCK if self.patch.backend_on(device) == "flex" else 8  # which pads less
-        row = collate([one.layout for one in self.chosen], block_size=block_size)
-        return {key: value.to(device) for key, value in row.items()}
+        block_size = BLOCK if self.patch.backend_on(self.device) == "flex" else 8  # which pads less
+        row = collate([conversation.layout for conversation in self.chosen], block_size=block_size)
+        return {key: value.to(self.device) for key, value in row.items()}
 
-    def forward_only(self, model: nn.Module) -> bool:
-        device = next(model.parameters()).device
-        return device.type == "cpu" and self.patch.backend_on(device) == "flex"
-
-    def n_samples(
+    def run_samples(
         self, model: nn.Module, samples: Sequence[Sample] | None = None, gradients: bool = True
     ) -> oracle.Reference:
         """The samples through the model without our patch."""
-        if samples is None:
-            samples = [s for one in self.chosen for s in one.samples]
         with suspended(model):
-            found = oracle.n_samples(model, samples, gradients=gradients and not self.forward_only(model))
-        for number, logprobs in enumerate(found.logprobs):
+            reference = oracle.n_samples(
+                model, self.samples if samples is None else samples, gradients=gradients and not self.forward_only
+            )
+        for number, logprobs in enumerate(reference.logprobs):
             if not bool(logprobs.isfinite().all()):
                 raise NoVerdict(f"sample {number} has a loss that is not finite in the untouched model")
-        return found
+        return reference
 
 
-def _by_sample(layouts: Sequence[Layout]) -> Iterator[Tensor]:
-    """Where the targets of layouts side by side stand in their row, sample by sample."""
-    start = 0
-    for layout in layouts:
-        yield start + torch.argsort(layout.target_turn, stable=True)
-        start += len(layout.target_ids)
+def _dtype_of(model: nn.Module) -> torch.dtype:
+    return next(p.dtype for p in model.parameters() if p.is_floating_point())
 
 
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
+
+
+# ---- what is found
+
+
+class Limits(NamedTuple):
+    """Up to which relative error each is called equal."""
+
+    loss: float
+    logprobs: float
+    gradients: float
+    groups: dict[str, float]  # by group of parameters
+
+    def of(self, group: str) -> float:
+        return self.groups.get(group, self.gradients)
+
+
+@dataclass(frozen=True)
+class Error:
+    """How far one way of computing is from the reference: relative errors."""
+
+    way: str  # "one pass" or "samples"
+    dtype: str
+    reference: str
+    loss: float
+    logprobs: float
+    gradients: float | None  # of all parameters; None without a backward
+    groups: dict[str, float]  # the same by group of parameters
+    limits: Limits | None  # None for what sets them
+
+    @property
+    def worst(self) -> str | None:
+        """The group of parameters that is furthest off, by what is allowed it."""
+        limits = self.limits
+        return max(
+            self.groups, key=lambda group: self.groups[group] / (limits.of(group) if limits else 1.0), default=None
+        )
+
+    @property
+    def faults(self) -> list[str]:
+        """What is above its limit, or no number."""
+        if self.limits is None:
+            return []
+        allowed = [("loss", self.loss, self.limits.loss), ("logprobs", self.logprobs, self.limits.logprobs)]
+        if self.gradients is not None:
+            allowed.append(("gradients", self.gradients, self.limits.gradients))
+        allowed += [("gradients", error, self.limits.of(group)) for group, error in self.groups.items()]
+        return list(dict.fromkeys(name for name, error, limit in allowed if not error <= limit))
+
+
+def limits_from(own: Error, rounding: float) -> Limits:
+    """How far one pass may be off in a dtype in which the samples themselves are off by `own`, or by `rounding`."""
+    if own.gradients is not None and not own.gradients < DROWNED:
+        raise NoVerdict(f"the samples' own gradients are {own.gradients:.1e} off in {own.dtype}: rounding drowns them")
+    loss, logprobs = max(own.loss, own.logprobs, rounding), max(own.logprobs, rounding)
+    groups = {group: GROUP_FACTOR * max(error, rounding) for group, error in own.groups.items()}
+    return Limits(FACTOR * loss, FACTOR * logprobs, FACTOR * max(own.gradients or 0.0, rounding), groups)
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `verify` found. `ok` only if every comparison that could be made came out equal."""
+
+    model: str
+    dtype: str
+    backend: str
+    loss: str
+    verdict: str  # "exact", "NOT exact", "no verdict"
+    errors: list[Error] = field(default_factory=list)
+    culprit: str | None = None
+    notes: list[str] = field(default_factory=list)
+    conversations: int = 0
+    numbers: list[int] = field(default_factory=list)  # of these conversations, among those that were given
+    turns: int = 0
+    sample_tokens: int = 0
+    tree_tokens: int = 0
+    targets: int = 0
+    seconds: float = 0.0
+    peak_bytes: int = 0
+
+    @property
+    def ok(self) -> bool:
+        return self.verdict == "exact"
+
+    def __str__(self) -> str:
+        lines = [
+            f"{self.model}, {self.dtype}, backend {self.backend}, loss {self.loss}",
+            f"{self.conversations} conversations, {self.turns} turns, {self.targets} targets: "
+            f"{self.sample_tokens} tokens in samples, {self.tree_tokens} in one pass",
+            "",
+        ]
+        if self.errors:
+            lines.append(f"{'relative errors':<28}{'loss':>10}{'log-probs':>12}{'gradients':>12}")
+        for e in self.errors:
+            lines.append(f"{f'{e.way}, {e.dtype}':<28}" + _figures(e.loss, e.logprobs, e.gradients))
+            if e.limits:
+                above = f"   above it: {', '.join(e.faults)}" if e.faults else ""
+                lines.append(f"{'    limit':<28}{_figures(*e.limits[:3])}{above}")
+                if e.worst is not None:
+                    lines.append(
+                        f"    worst gradient: {e.worst}, {e.groups[e.worst]:.1e} of {e.limits.of(e.worst):.1e}"
+                    )
+        if references := sorted({e.reference for e in self.errors}):
+            lines.append(f"against {'; '.join(references)}")
+        lines += [f"note: {note}" for note in self.notes]
+        lines.append(f"{self.seconds:.0f} s, peak memory {self.peak_bytes / 2**30:.1f} GiB")
+        lines += ["", f"verdict: {self.verdict}"]
+        if self.culprit:
+            lines.append(f"culprit: {self.culprit}")
+        return "\n".join(lines)
+
+
+def _figures(loss: float, logprobs: float, gradients: float | None) -> str:
+    return f"{loss:>10.1e}{logprobs:>12.1e}" + (f"{'-':>12}" if gradients is None else f"{gradients:>12.1e}")
