@@ -9,7 +9,7 @@ from hypothesis import given
 import flexreason as fr
 from flexreason.cli import main
 from flexreason.commands.show import IN_FULL, fold_mask, folded, shortened
-from flexreason.demo import tokenizer as demo_tokenizer
+from flexreason.demo.material import make_tokenizer
 from flexreason.tree.mask import interval_rule
 from strategies import random_turns, samples
 
@@ -47,7 +47,7 @@ def test_the_example_fails_when_the_single_pass_is_wrong(capsys, monkeypatch):
 @pytest.fixture
 def data(tmp_path):
     """A file of two conversations, the second long, and a tokenizer's folder."""
-    demo_tokenizer.make().save_pretrained(tmp_path / "tokenizer")
+    make_tokenizer().save_pretrained(tmp_path / "tokenizer")
     long = [{**message, "content": message["content"] * 20} for message in MESSAGES]
     lines = [json.dumps({"messages": messages}) for messages in (MESSAGES, long)]
     (tmp_path / "chats.jsonl").write_text("\n".join(lines))
@@ -58,7 +58,7 @@ def test_a_short_conversation_is_drawn_in_full(data, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "10000")
     assert main(data) == 0
     out = capsys.readouterr().out
-    layout = fr.encode(MESSAGES, demo_tokenizer.make())
+    layout = fr.encode(MESSAGES, make_tokenizer())
     assert len(layout) <= IN_FULL
     assert "line 1:\n2 training sequences" in out
     assert "<user>2+3?<end><bot>  ->  <think>easy</think>5<end>" in out
@@ -73,7 +73,7 @@ def test_a_long_conversation_is_folded_and_says_how_long_it_is(data, capsys, mon
     monkeypatch.setenv("COLUMNS", "100")
     assert main([*data, "--conversation", "1"]) == 0
     out = capsys.readouterr().out
-    tokenizer = demo_tokenizer.make()
+    tokenizer = make_tokenizer()
     messages = [{**message, "content": message["content"] * 20} for message in MESSAGES]
     layout = fr.encode(messages, tokenizer)
     assert len(layout) > IN_FULL
