@@ -387,11 +387,15 @@ def any_structure_is_the_one_that_was_tested(original, config, cls=None):
 
 @mutation(
     "a model with replaced parts is refused until it is verified",
-    "flexreason.proof.replaced_parts",
+    "flexreason.proof._tiny_parts",
     "test_families.py::test_a_model_with_replaced_parts_is_refused_until_it_is_trusted",
 )
-def no_part_was_ever_replaced(original, root):
-    return ""
+def no_part_was_ever_replaced(original, cls, config, edited):
+    class Everything(set):
+        def __rsub__(self, parts):
+            return set()
+
+    return Everything()
 
 
 KEPT = "a kept verdict is believed only where it is whole, and about exactly what is asked"
@@ -425,7 +429,7 @@ def what_is_no_number_is_equal(original, self):
 
 @mutation(
     VERIFIED,
-    "flexreason.proof.compare_gradients",
+    "flexreason.proof.gradient_errors",
     "test_verification.py::test_a_gradient_that_is_dropped",
 )
 def a_gradient_that_is_missing_is_passed_over(original, backward, expected):
