@@ -17,6 +17,7 @@ import torch
 import breaking
 from breaking import mutation
 from flexreason.proof import evidence
+from flexreason.train import filling
 from flexreason.tree.layout import Layout
 from flexreason.tree.sample import Role
 
@@ -299,10 +300,10 @@ def nobody_looks_at_a_model_again(original, self, decoder):
 
 @mutation(
     "adapters that cannot be exact are refused, however late they come",
-    "flexreason.model.reason_against_adapters",
+    "flexreason.model.reason_against_adapter",
     "test_after_patch.py::test_adapters_that_cannot_be_exact_are_refused_however_late_they_come",
 )
-def any_adapter_will_do(original, model):
+def any_adapter_will_do(original, module):
     return None
 
 
@@ -312,7 +313,7 @@ REFUSED = "exact, or refused with the reason"
 @mutation(
     REFUSED,
     "flexreason.model.reason_against",
-    "test_patching.py::test_models_that_cannot_be_exact_are_refused_by_name",
+    "test_patching.py::test_attention_dropout_is_refused_and_other_dropout_said_once",
 )
 def any_model_will_do(original, root):
     return None
@@ -640,11 +641,13 @@ def ranks_do_not_sum(original, self, values):
 
 @mutation(
     "over several ranks nothing is trained on or evaluated twice",
-    "flexreason.train.Filled.__getitem__",
+    "flexreason.train.Filling.__call__",
     "test_row_trainer.py::test_two_processes_train_on_every_document_once_whatever_holds_them",
 )
-def the_first_documents_are_given_out_again(original, self, number):
-    return self.data[number % self.n]
+def the_last_batch_is_given_out_again(original, self, batch):
+    items = [item for item in batch if not isinstance(item, filling.Nothing)]
+    self.last = original(self, batch) if items or not hasattr(self, "last") else self.last
+    return self.last
 
 
 @mutation(
