@@ -33,6 +33,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*should not be instantiated:Dep
 def _found(monkeypatch):
     for name in ("card", "."):
         monkeypatch.syspath_prepend(str(BENCHMARKS / name))
+    monkeypatch.delitem(sys.modules, "attention", raising=False)  # tests/attention.py, where other tests have been
 
 
 def module(name):

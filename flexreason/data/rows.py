@@ -152,6 +152,11 @@ class RowStream(IterableDataset):
     Only the documents in the pool are held. The same iterable and seed give the same rows, so a run that goes on may
     skip those it has seen. The end is filled up with empty rows to a `multiple`: so all ranks get equally many, and
     accelerate has no reason to repeat some, as it does to come out even. A document longer than a row raises.
+
+    >>> import flexreason as fr
+    >>> layouts = (fr.lay_out_turns([([1] * n, [2], [3])]) for n in (100, 30, 60, 90, 20))
+    >>> [len(row) for row in RowStream(layouts, 128, multiple=2)]
+    [2, 2, 1, 0]
     """
 
     def __init__(
