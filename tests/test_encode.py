@@ -415,6 +415,6 @@ def test_conversations_made_to_mislead():
 def test_very_many_conversations_made_to_mislead():
     n_ok, refused, wrong = fuzz(range(100_000))
     assert not wrong
-    assert n_ok > 80_000
+    assert n_ok > 75_000  # of 95,833: the others lose text to the template, or are later calls in loops of DeepSeek V3
     assert set(refused) <= {NotRendered, TemplateRaised, NotAligned}
     assert all(name.startswith("deepseekv3") for _, name, _ in refused.get(NotAligned, []))  # its loops' later calls
