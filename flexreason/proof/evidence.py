@@ -14,7 +14,6 @@ import inspect
 import json
 import logging
 import re
-from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,6 +23,7 @@ import transformers
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from flexreason.model.find import WRAPPERS, home_of, is_of, packages_of
 from flexreason.model.refuse import SAMPLES, Reason, model_class
 from flexreason.proof import kept, selftest
 from flexreason.proof.selftest import UNTESTED, Result
@@ -201,9 +201,6 @@ COMMON = (  # packages whose modules stand in for linear layers, wrap others, or
 MIXING = (nn.modules.conv._ConvNd, nn.RNNBase, nn.MultiheadAttention, nn.TransformerEncoderLayer)
 """Modules of torch that carry something from token to token."""
 
-WRAPPERS = ("functools", "accelerate", "torch", "peft")
-"""Packages whose functions, put before a forward, leave what it computes."""
-
 
 def parts_of(root: nn.Module) -> set[str]:
     """The kinds of modules in a model, beside harmless ones, and whose `forward` is not that of their class."""
@@ -214,7 +211,7 @@ def parts_of(root: nn.Module) -> set[str]:
         if module is not root and "forward" in vars(module) and (by := _forward_from(module)):
             parts.add(f"forward of {type(module).__name__}, by {by}")
     for kind, module in kinds.items():
-        if module is not root and (isinstance(module, MIXING) or not _is_of(kind.__module__, COMMON)):
+        if module is not root and (isinstance(module, MIXING) or not is_of(kind.__module__, COMMON)):
             parts.add(f"{kind.__module__}.{kind.__qualname__}")
             if by := _written_elsewhere(kind):
                 parts.add(f"forward of {kind.__name__}, by {by}")
@@ -241,16 +238,6 @@ def _tiny_parts(cls: type[PreTrainedModel], config: PreTrainedConfig, edited: fr
     return _parts_of_tiny[key]
 
 
-def _is_of(module: str, packages: Sequence[str]) -> bool:
-    return any(module == package or module.startswith(f"{package}.") for package in packages)
-
-
-def _home(function: Any) -> str:
-    """Where a function is from, by its globals: wrappers take on the name of what they wrap."""
-    function = getattr(function, "__func__", function)
-    return getattr(function, "__globals__", {}).get("__name__", type(function).__module__)
-
-
 def _forward_from(module: nn.Module) -> str:
     """What replaced a module's own forward, or nothing where there are only known wrappers around it."""
     forward: Any = vars(module)["forward"]
@@ -258,14 +245,13 @@ def _forward_from(module: nn.Module) -> str:
         inner = getattr(forward, "func", forward)  # of functools.partial
         if getattr(inner, "__func__", None) is type(module).forward:
             return ""
-        if not _is_of(_home(inner), WRAPPERS):
-            return f"{_home(inner)}.{getattr(inner, '__qualname__', type(inner).__name__)}"
+        if not is_of(home_of(inner), WRAPPERS):
+            return f"{home_of(inner)}.{getattr(inner, '__qualname__', type(inner).__name__)}"
         forward = getattr(forward, "__wrapped__", None)
     return ""
 
 
 def _written_elsewhere(kind: type) -> str:
     """The package of a forward that was put into a class from outside, or nothing."""
-    own = [cls.__module__.partition(".")[0] for cls in kind.__mro__]
-    home = _home(inspect.unwrap(kind.forward))  # type: ignore[attr-defined]
-    return "" if _is_of(home, [*own, *WRAPPERS]) else home
+    home = home_of(inspect.unwrap(kind.forward))  # type: ignore[attr-defined]
+    return "" if is_of(home, [*packages_of(kind), *WRAPPERS]) else home
