@@ -19,7 +19,11 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Seam:
-    """`end`: so many characters of the lead the prompt holds; `more`: what it has behind them and the lead has not."""
+    """Where the model begins to write.
+
+    `end` is how many characters of the lead the prompt holds already. `more` is what the prompt has behind these, and
+    the lead has not.
+    """
 
     end: int
     more: str = ""
@@ -65,7 +69,10 @@ def _overlap(known: str, header: str, added: re.Pattern[str]) -> int:
 
 
 def _around_insertion(known: str, header: str, opening: str, added: re.Pattern[str]) -> int:
-    """Where the prompt ends with the header and one insertion: `assistant` + ` effort=high` + a line break."""
+    """How much of the header the prompt holds, if it ends with the header and one text inserted; else 0.
+
+    For example the prompt has `assistant effort=high`, a line break, and the header has `assistant`, a line break.
+    """
     first = _first(header, added)
     if first is None or (start := known.rfind(first.group())) < 0:
         return 0
@@ -84,7 +91,10 @@ def _around_insertion(known: str, header: str, opening: str, added: re.Pattern[s
 
 
 def _from_header(known: str, lead: str, opening: str, added: re.Pattern[str]) -> Seam | None:
-    """Seen from the last added token that both have, or else the last line or word: one goes on from the other."""
+    """The seam where one text goes on from the other, counted from the last added token that both texts have.
+
+    Where they share no added token, it is counted from the last line that both have, or else from the last word.
+    """
     for pattern in (added, re.compile(r"[^\n]*\w[^\n]*"), re.compile(r"\w+")):
         shared = [match for match in pattern.finditer(known) if match.group() in lead]
         if shared:
@@ -123,7 +133,7 @@ def says_something(text: str, added: re.Pattern[str]) -> bool:
 
 
 def _between_tokens(text: str, at: int, added: re.Pattern[str]) -> bool:
-    """Whether a place in a text is inside no added token and no word."""
+    """Whether a text can be cut at a place without cutting an added token or a word."""
     if any(token.start() < at < token.end() for token in added.finditer(text)):
         return False
     if 0 < at < len(text) and re.match(r"\w\w", text[at - 1 : at + 1]):

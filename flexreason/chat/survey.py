@@ -114,8 +114,11 @@ class _Survey:
         return self._behind(marked, known, shown_tail, whole_tail, ahead)
 
     def _stands_for(self, marked: _Marked, shown: str) -> bool:
-        """Whether the real rendering is the marked one filled in; where there are tool calls, whose arguments need not
-        be texts, whether it is up to the first."""
+        """Whether the real rendering is the marked one with the texts in place of the marks.
+
+        Arguments of tool calls need not be texts. So in a message with calls, only what stands before the first call
+        is compared.
+        """
         if not marked.wanted:
             return True  # nothing of it need come out
         texts = {"r": self.reasoning, "c": self.message.response}
@@ -126,8 +129,11 @@ class _Survey:
         return places_of(shown[: min(calls)].rstrip(QUOTES), values, self.whole)[1] >= 0
 
     def _with_texts(self) -> tuple[_Marked, str] | None:
-        """The message with marks on both sides of its texts, so that the template sees these too, as if each pair with
-        what stands between were one mark; None where it has no texts."""
+        """The message with a mark before and a mark behind each of its texts, and its rendering.
+
+        So the template sees the texts too. In the rendering, each pair of marks with its text is written as one mark.
+        None if the message has no texts.
+        """
         marks = {slot: self.base + slot for slot, text in (("r", self.reasoning), ("c", self.response)) if text}
         bare = self.message.without_reasoning() if self.reasoning else self.message
         # an inline block without reasoning is one for some templates, and text for others
@@ -152,11 +158,11 @@ class _Survey:
 
     @property
     def _pairs(self) -> re.Pattern[str]:
-        """A mark on both sides of a text: the mark, and the text."""
+        """Finds a text between its two marks; the groups are the mark and the text."""
         return re.compile(f"({self.base}[rc])b(.*?)\\1e", re.DOTALL)
 
     def _joined(self, text: str) -> str:
-        """A rendering with one mark for every pair, and what stands between them."""
+        """A rendering in which each pair of marks, with the text between them, is written as one mark."""
         return self._pairs.sub(r"\1", text)
 
     def _behind(self, marked: _Marked, known: str, shown: str, whole: str, ahead: str) -> Turn:
@@ -221,16 +227,19 @@ class _Survey:
         return seam
 
     def _is_attribute(self, seam: Seam, lead: str, closed: str | None) -> bool:
-        """Whether what only the prompt has, its own block of reasoning aside, may stand behind a header: one line
-        without added tokens, behind a header that both have."""
+        """Whether the prompt has no more than an attribute that the lead has not: one line without added tokens, behind a
+        header that both have. The prompt's own block of reasoning is not counted."""
         attribute = seam.more.partition(self.template.markers.opening)[0]
         header = lead[len(closed) if closed and lead.startswith(closed) else 0 : seam.end]
         one_line = not self.template.added.search(attribute) and "\n" not in attribute.strip()
         return not attribute.strip() or (one_line and says_something(header, self.template.added))
 
     def _without_header(self, known: str, lead: str, closed: str | None, marked: _Marked) -> Seam | None:
-        """The seam where messages of a running turn have no header, and the prompt has one all the same: shown by the
-        same message behind a user's text, where it begins, behind the same header, just as it does here without."""
+        """The seam where the prompt ends with a header and this message has none, since its turn has already begun.
+
+        The same message is rendered behind a user's text, where it has the header. If it goes on behind that header
+        just as it begins here, then only the header is missing here.
+        """
         if closed is None or not (known.startswith(closed) and lead.startswith(closed)):
             return None
         mark = self.base + "u"
