@@ -227,8 +227,8 @@ class _Survey:
         return seam
 
     def _is_attribute(self, seam: Seam, lead: str, closed: str | None) -> bool:
-        """Whether the prompt has no more than an attribute that the lead has not: one line without added tokens, behind a
-        header that both have. The prompt's own block of reasoning is not counted."""
+        """Whether the prompt has no more than an attribute that the lead has not: one line without added tokens, behind
+        a header that both have. The prompt's own block of reasoning is not counted."""
         attribute = seam.more.partition(self.template.markers.opening)[0]
         header = lead[len(closed) if closed and lead.startswith(closed) else 0 : seam.end]
         one_line = not self.template.added.search(attribute) and "\n" not in attribute.strip()
