@@ -16,7 +16,7 @@ from breaking import break_what_is_asked
 from flexreason.data.documents import weighted
 from flexreason.proof.float64 import true_float64
 from models import tiny
-from training import LENGTH, some_layouts, trainer_arguments
+from training import LENGTH, leave_together, some_layouts, trainer_arguments
 
 
 def let_accelerate_shard_on_cpu():
@@ -70,9 +70,7 @@ def main(how, folder, weighting, accumulate, epochs=3):
         Path(folder, "found.json").write_text(
             json.dumps({"metrics": metrics, "sharded": sharded, "wrapped": wrapped, "world": world})
         )
-    torch.distributed.barrier()  # all is written, by all ranks
-    sys.stdout.flush()
-    os._exit(0)  # in about one run in five, torch's sharding on CPUs aborts the process while Python goes down
+    leave_together()
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import flexreason as fr
 from breaking import break_what_is_asked
 from flexreason.proof.float64 import true_float64
 from models import tiny
-from training import LENGTH, some_layouts, trainer_arguments
+from training import LENGTH, leave_together, some_layouts, trainer_arguments
 
 
 class Map(Dataset):
@@ -103,3 +103,4 @@ if __name__ == "__main__":
     break_what_is_asked()
     for told in json.loads(sys.argv[1]):
         case(**told)
+    leave_together()
