@@ -154,9 +154,7 @@ def _in_terminal(
         for line in lines:
             print(line)
     if options.conversation is None and next(found, None) is not None:
-        print(
-            f"\nMore conversations follow: --limit N shows more than {limit}, --conversation N one, --html FILE a page."
-        )
+        print(f"\nMore follow: --limit N shows more than {limit}, --conversation N one, --html FILE a page of them.")
     return shown
 
 

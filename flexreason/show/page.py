@@ -113,7 +113,8 @@ def _spoken(message: Spoken) -> dict[str, Any]:
 
 
 def _refused(scene: RefusedScene) -> dict[str, Any]:
-    nothing: dict[str, Any] = dict.fromkeys(("texts", "ids", "added", "stretches", "turns", "rereads", "untrained"), [])
+    names = ("texts", "ids", "added", "stretches", "turns", "rereads", "untrained")
+    nothing: dict[str, Any] = {name: [] for name in names}
     refused = {
         "reason": scene.reason,
         "words": printable(scene.words),

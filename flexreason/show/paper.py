@@ -1,8 +1,8 @@
 """Five turns in the order of the paper's section 3.1 beside ours: the same mask, permuted.
 
-The paper stores a conversation turn by turn: the prompt h, the reasoning t, the response as later turns see it (r in) and
-as it is generated (r out). Here the trunk comes first, what all later turns see, and then the branches. Each token sees the
-same tokens in both; but long stretches of ours see the same, so fewer blocks of the mask are seen in part.
+The paper stores a conversation turn by turn: the prompt h, the reasoning t, the response as later turns see it (r in)
+and as it is generated (r out). Here the trunk comes first, what all later turns see, and then the branches. Each token
+sees the same tokens in both; but long stretches of ours see the same, so fewer blocks of the mask are seen in part.
 """
 
 from itertools import groupby

@@ -104,9 +104,8 @@ class Picture:
             from matplotlib.figure import Figure
             from matplotlib.patches import Rectangle
         except ImportError as error:
-            raise ValueError(
-                "--png: matplotlib is not installed: pip install 'flexreason[plot]'; --svg needs none"
-            ) from error
+            words = "matplotlib is not installed: pip install 'flexreason[plot]'; --svg needs none"
+            raise ValueError(f"--png: {words}") from error
         figure = Figure(figsize=(self.width / 100, self.height / 100), facecolor=LIGHT["paper"])
         axes: Any = figure.add_axes((0, 0, 1, 1))
         axes.set(xlim=(0, self.width), ylim=(self.height, 0))

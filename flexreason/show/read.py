@@ -1,4 +1,4 @@
-"""Conversations of a data set as scenes: encoded, with what whoever checks them should see; or refused, with the reason.
+"""Conversations of a data set as scenes: encoded, with what whoever checks them should see; or refused, with why.
 
 A refusal stops nothing: it is shown where it belongs, and the next conversation comes after it.
 """

@@ -1,4 +1,4 @@
-"""A conversation in a terminal: by turn, each part with what it is in the margin, so that nothing is said by colour alone.
+"""A conversation in a terminal: by turn, with what each part is in the margin, so that nothing is said by colour alone.
 
     turn 1 ─ message 3: 24 tokens, 19 of them as in turn 0 -> 16 trained ──────
         shared │ <user>2+3?<end><bot>
@@ -6,8 +6,8 @@
      reasoning ▌ <think>5+5</think>
       response ▌ 10<end>
 
-`▌` marks what is trained, `↵` a line break in the text. What is shared with the sample before is dimmed, and its middle is
-left out where it is long; everything else stands whole.
+`▌` marks what is trained, `↵` a line break in the text. What is shared with the sample before is dimmed, and its middle
+is left out where it is long; everything else stands whole.
 """
 
 import os

@@ -1,7 +1,7 @@
 """Token ids as the text that they stand for, a piece a token, so that the pieces joined are the text.
 
-A tokenizer cannot be asked for that: a character may be several tokens, and some tokenizers write the space before a word
-only where something stands before it.
+A tokenizer cannot be asked for that: a character may be several tokens, and some tokenizers write the space before a
+word only where something stands before it.
 
 >>> from flexreason.demo.material import make_tokenizer
 >>> tokenizer = make_tokenizer()
@@ -39,7 +39,7 @@ class Reader:
         return "".join(self.pieces(ids))
 
     def pieces(self, ids: Sequence[int]) -> list[str]:
-        """The text of each token. A character of several tokens stands at the first of them, and the others are empty."""
+        """The text of each token. A character of several tokens stands at the first of them; the others are empty."""
         pieces: list[str] = []
         while len(pieces) < len(ids):
             at = len(pieces)
