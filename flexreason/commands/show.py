@@ -205,8 +205,8 @@ def _as_page(options: argparse.Namespace, found: Iterator[Scene | RefusedScene])
         n_tokens += len(scene.layout) if isinstance(scene, Scene) else 0
         if n_tokens > MOST_PAGE_TOKENS:
             raise ValueError(
-                f"--html: {n_tokens:,} tokens are too many for a page, which holds {MOST_PAGE_TOKENS:,}; lower --limit, or "
-                "choose with --conversation"
+                f"--html: {n_tokens:,} tokens are too many for a page, which holds {MOST_PAGE_TOKENS:,}; lower --limit "
+                "or choose with --conversation"
             )
     if shown:
         page.write(options.html, page.page(shown))

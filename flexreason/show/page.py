@@ -31,12 +31,12 @@ def page(scenes: Sequence[Scene | RefusedScene], title: str = "What is trained o
     return fill(title, (HERE / "show.html").read_text(), {"conversations": conversations}, script)
 
 
-def fill(title: str, body: str, data: Any, script: str) -> str:
+def fill(title: str, body: str, data: Any, script: str, more_style: str = "") -> str:
     """A page with a style, data and script of its own. Data cannot end the element that they stand in."""
     in_script = json.dumps(data, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
     parts = {
         "title": html.escape(title),
-        "style": (HERE / "page.css").read_text(),
+        "style": (HERE / "page.css").read_text() + more_style,
         "body": body,
         "data": in_script.encode("utf-8", "replace").decode(),  # a lone surrogate cannot be written
         "script": script,
