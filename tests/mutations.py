@@ -713,9 +713,8 @@ def each_token_is_decoded_by_itself(original, self, ids):
     "flexreason.show.in_papers_order",
     "test_show.py::test_the_paper_and_ours_are_one_mask_permuted",
 )
-def answers_stand_before_reasoning(original, layout):
-    order = original(layout)
-    return order.flip(0)
+def the_papers_order_begins_with_the_last_turn(original, layout):
+    return original(layout).flip(0)
 
 
 @mutation(

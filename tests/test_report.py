@@ -608,7 +608,7 @@ def test_dirt_is_counted_by_kind_refused_or_trained(capsys, tmp_path, folder):
 def test_the_report_is_a_page(capsys, tmp_path, folder):
     path = write(tmp_path / "<b>.jsonl", [*CHATS * 3, *BAD])
     page = tmp_path / "report.html"
-    code, made = run_json(capsys, path, "--tokenizer", folder, "--html", page, "--length", 256)
+    _, made = run_json(capsys, path, "--tokenizer", folder, "--html", page, "--length", 256)
     html = page.read_text()
     held = json.loads(re.search(r'id="data">(.*?)</script>', html, re.DOTALL)[1])
     assert held == made

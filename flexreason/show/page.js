@@ -231,7 +231,7 @@ function drawSamples() {
 function partOf(part, at) {
   const kind = KINDS[part.kind];
   const row = element("div", `part ${kind}${part.trained ? " trained" : ""}${part.shared ? " shared" : ""}`);
-  row.append(element("label", "", kind));
+  row.append(element("span", "name", kind));
   const box = element("div");
   row.append(box);
   blocks(part.runs, at, box);

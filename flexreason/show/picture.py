@@ -82,6 +82,7 @@ class Picture:
             f"<title>{escape(printable(self.title))}</title>",
             f"<style>{' '.join(rules)} text {{ font-family: system-ui, sans-serif }}</style>",
         ]
+        lines.append('<rect class="paper" width="100%" height="100%" rx="6"/>')
         paths: dict[str, list[str]] = {}
         for s in self.squares:
             path = f"M{s.x:g} {s.y:g}h{s.width:g}v{s.height:g}h-{s.width:g}z"

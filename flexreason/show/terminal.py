@@ -80,10 +80,13 @@ class Terminal:
     # --- a conversation
 
     def legend(self) -> str:
+        """What colours and marks say, in a line if there is room."""
+        shared = "dim: as in the turn before" if self.colour else "=: as in the turn before"
         letters = "" if self.label > 1 else "p t r: "
+        names = [f"{letters}{' '.join(KINDS)}", f"{MARK} trained", f"{BREAK} line break", shared]
+        between = "  " if sum(map(len, names)) + 6 <= self.width else "\n"
         kinds = letters + " ".join(self.painted(kind, kind) for kind in KINDS)
-        shared = self.painted("dim: shared with the turn before", "dim") if self.colour else "=: as in the turn before"
-        return f"{kinds}   {MARK} trained   {BREAK} line break   {shared}"
+        return between.join([kinds, *names[1:3], self.painted(shared, "dim")])
 
     def draw(self, scene: Scene, only: Sequence[int] | None = None) -> Iterator[str]:
         """Lines of a conversation, or of some of its turns."""
