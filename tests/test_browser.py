@@ -38,6 +38,13 @@ LIT = """() => {
 }"""
 
 
+MIDDLE = """(index) => {
+  const boxes = document.querySelector(`#tree .block span[data-i="${index}"]`).getClientRects();
+  const {left, top, width, height} = boxes[boxes.length - 1];  // it may go over the end of a line
+  return [left + width / 2, top + height / 2];
+}"""
+
+
 class Tokenizer:
     """Words for ids; the first few ids are texts of a test's own."""
 
@@ -92,7 +99,7 @@ def test_what_lights_up_is_the_mask(opened, name):
         pairs += [(number, path[n - 1], path[n]) for n in range(1, len(path)) if turn.trained[n]]
     assert sorted({source for _, source, _ in pairs}) == sorted(set(layout.target_source.tolist()))
     for index in random.Random(0).sample(range(len(layout)), min(25, len(layout))):
-        tab.hover(f"#tree .block span[data-i='{index}']", position={"x": 9, "y": 6})
+        tab.mouse.move(*tab.evaluate(MIDDLE, index))
         lit = tab.evaluate(LIT)
         assert lit["here"] == [index]
         assert lit["sees"] == mask[index].nonzero()[:, 0].tolist()

@@ -3,12 +3,12 @@
 >>> import flexreason as fr
 >>> scene = Scene(fr.lay_out_turns([([1, 2], [10, 11], [20]), ([3], [12], [21])]))
 >>> for part in scene.turns[1].parts:
-...     print(part.kind, part.trained, part.shared, scene.text(1, part))
-prompt False True 1 2
-response False False 20
-prompt False False 3
-reasoning True False 12
-response True False 21
+...     print(part.kind, part.trained, part.shared, scene.text(1, part).split())
+prompt False True ['1', '2']
+response False False ['20']
+prompt False False ['3']
+reasoning True False ['12']
+response True False ['21']
 
 Shapes: S tokens of the layout, n tokens of one sample.
 """
