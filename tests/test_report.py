@@ -530,7 +530,7 @@ def test_an_empty_source_is_told_and_counted_and_stops_nothing(capsys, tmp_path,
 
 def test_every_refusal_is_written_where_it_is_asked_for(capsys, tmp_path, folder):
     """Three a class are named in words; in the file stand all."""
-    path, whole = write(tmp_path / "chats.jsonl", [CHATS[0], *BAD * 3]), write(tmp_path / "whole.json", [[]])
+    path, whole = write(tmp_path / "chats.jsonl", [CHATS[0], *BAD * 3]), write(tmp_path / "whole.json", [[[]]])
     for workers in (0, 1):
         given = ["--data", path, "--data", whole, "--tokenizer", folder, "--refused", tmp_path / "refused.jsonl"]
         code, made = run_json(capsys, *given, "--workers", workers)
@@ -572,7 +572,7 @@ def test_a_broken_file_is_told_and_stops_nothing(capsys, tmp_path, folder):
     assert "no such file" in capsys.readouterr().err
 
 
-def test_a_broken_or_empty_file_in_a_folder_stops_none_of_the_others(capsys, tmp_path, folder):
+def test_a_broken_or_empty_file_in_a_folder_stops_none_of_the_others(capsys, tmp_path, folder, tokenizer):
     data = tmp_path / "data"
     data.mkdir()
     write(data / "a.jsonl", CHATS[:2])
@@ -585,7 +585,7 @@ def test_a_broken_or_empty_file_in_a_folder_stops_none_of_the_others(capsys, tmp
     assert main(["report", str(data), "--tokenizer", folder]) == 1
     assert f"went on past {data / 'c.jsonl'}: nothing in it" in capsys.readouterr().out
     with pytest.raises(BadInput, match=r"b\.jsonl: cannot be read"):  # whoever trains is not to lose a file
-        list(Intake(data, EntryEncoder(None), skip_invalid=True))
+        list(Intake(data, EntryEncoder(tokenizer), skip_invalid=True))
 
 
 def test_dirt_is_counted_by_kind_refused_or_trained(capsys, tmp_path, folder):

@@ -35,7 +35,7 @@ CODE = re.compile(r"\x1b\[[0-9;]*m")
 
 AT_80 = """\
 chats.jsonl, line 1
-2 turns · 46 tokens in samples, 36 stored once (1.28 to 1) · 20 trained, 13 of
+2 turns · 41 tokens in samples, 34 stored once (1.21 to 1) · 16 trained, 11 of
 them reasoning
 
 turn 0 · message 1: 7 tokens -> 8 trained ──────────────────────────────────────
@@ -43,7 +43,7 @@ turn 0 · message 1: 7 tokens -> 8 trained ────────────�
  reasoning ▌ <think>easy</think>
   response ▌ 5<end>
 
-turn 1 · message 3: 17 tokens, 7 as in turn 0 -> 8 trained ─────────────────────
+turn 1 · message 3: 18 tokens, 7 as in turn 0 -> 8 trained ─────────────────────
    =prompt │ <user>2+3?<end><bot>
   response │ 5
     prompt │ <end><user>Twice?<end><bot>
@@ -67,7 +67,7 @@ def test_the_example_is_drawn_and_its_single_pass_is_exact(capsys, monkeypatch):
         "token", "turn", "role", "position", "until", "target",
     ]  # fmt: skip
     assert max(map(len, out.splitlines())) <= 104
-    assert "     bot ████████························" in out
+    assert "     bot ████························" in out
     losses = [line.split()[-1] for line in out.splitlines() if line.startswith(("  N samples", "  single pass"))]
     assert len(losses) == 2
     assert losses[0] == losses[1]
@@ -222,7 +222,7 @@ def test_no_line_is_wider_than_the_terminal_and_none_loses_text(tokenizer, width
 def test_control_characters_are_shown_and_not_sent(tokenizer):
     text = "a\x1b[2Jb\x07\x00\u202ec\u200bd\x9be\r"
     scene = Scene(fr.encode([{"role": "user", "content": text}, MESSAGES[1]], tokenizer), tokenizer, "\x1b[31mred")
-    out = "\n".join(drawn(scene))
+    out = "\n".join(drawn(scene, 200))
     assert not [c for c in out if not c.isprintable() and c != "\n"]
     assert "a⟨U+001B⟩[2Jb⟨U+0007⟩⟨U+0000⟩⟨U+202E⟩c⟨U+200B⟩d⟨U+009B⟩e⟨U+000D⟩" in out
     assert printable("né 漢字 🙂👩‍👧\n\t") == "né 漢字 🙂👩‍👧\n\t"

@@ -137,9 +137,9 @@ function spell(block) {
   const all = document.createDocumentFragment();
   for (const [start, end] of block.runs)
     for (let index = start; index < end; index++) {
-      const text = tokens.text(index, block.turn), span = element("span", "", text);
-      const newline = text.includes("\n");
-      span.base = `${tokens.added.has(index) ? "added" : ""}${newline ? " newline" : ""}`.trim();
+      const lines = tokens.text(index, block.turn).split("\n"), span = element("span", "", lines[0]);
+      for (const line of lines.slice(1)) span.append(element("i", "break"), `\n${line}`);
+      span.base = tokens.added.has(index) ? "added" : "";
       span.className = span.base;
       span.dataset.i = index;
       block.spans.push(span);

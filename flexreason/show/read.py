@@ -84,6 +84,7 @@ def _of_turns(messages: list[Any], encoded: Encoded) -> Iterator[Remark]:
 
 
 def _is_cut_off(reasoning: str) -> bool:
-    """Whether a text of several sentences, most of whose paragraphs end like sentences, does not."""
+    """Whether a text of several sentences ends without an end of one; equations have none."""
     text = reasoning.strip()
-    return len(text) >= LONG and bool(re.search(r"[.!?]\s", text)) and bool(re.search(r"[a-z,]$", text))
+    *sentences, last = re.split(r"[.!?:]\s|\n", text)
+    return len(text) >= LONG and bool(sentences) and "=" not in last and bool(re.search(r"[a-z,]$", last))

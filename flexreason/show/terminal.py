@@ -158,7 +158,7 @@ class Terminal:
             lines = [*first, *last]
             most = SHARED - 2
             words = f"… of {turn.n_shared:,} tokens as in turn {turn.number - 1} …"
-            yield from [*lines[:1], self._aside(words), *lines[-most:]]
+            yield from [*lines[:1], *self._aside(words), *lines[-most:]]
             return
         words = f"as in turn {turn.number - 1}"
         yield from lines if self.everything else self._middle_out(lines, SHARED, words, head=1)
@@ -169,10 +169,10 @@ class Terminal:
         head = most // 2 if head is None else head
         tail = most - head - 1
         left_out = self._aside(f"… {len(lines) - head - tail:,} lines left out, {words} …")
-        return [*lines[:head], left_out, *lines[len(lines) - tail :]]
+        return [*lines[:head], *left_out, *lines[len(lines) - tail :]]
 
-    def _aside(self, words: str) -> str:
-        return self.painted(" " * (self.label + 3) + words, "dim")
+    def _aside(self, words: str) -> list[str]:
+        return [self.painted(" " * (self.label + 3) + line, "dim") for line in _words(words, self.room)]
 
     def _spans(self, scene: Scene, turn: Turn, part: Part) -> Iterator[Span]:
         style = "dim" if part.shared else part.kind
