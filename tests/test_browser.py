@@ -12,8 +12,9 @@ import pytest
 import torch
 
 import flexreason as fr
+from flexreason.show.notes import RefusedScene, Remark, Spoken
 from flexreason.show.page import page
-from flexreason.show.scene import RefusedScene, Remark, Scene, Spoken
+from flexreason.show.scene import Scene
 from strategies import random_tree, random_turns
 
 WORDS = ("sum", "of", "the", "carry", "one", "answer", "question", "then", "twice", "so")

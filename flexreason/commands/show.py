@@ -25,10 +25,11 @@ from flexreason.proof import oracle
 from flexreason.proof.compare import compare, one_pass
 from flexreason.proof.float64 import true_float64
 from flexreason.show import page
+from flexreason.show.notes import RefusedScene
 from flexreason.show.paper import draw_paper, paper_picture
 from flexreason.show.picture import layout_picture
 from flexreason.show.read import scenes
-from flexreason.show.scene import RefusedScene, Scene
+from flexreason.show.scene import Scene
 from flexreason.show.table import fold_mask, folded
 from flexreason.show.terminal import Terminal, wants_colour
 from flexreason.show.texts import printable

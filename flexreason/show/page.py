@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from flexreason.show.scene import RefusedScene, Scene, Spoken, Turn
+from flexreason.show.notes import RefusedScene, Spoken
+from flexreason.show.scene import Scene, Turn
 from flexreason.show.texts import printable
 from flexreason.tree.blocks import BLOCK, block_mask
 from flexreason.tree.layout import Layout, begins_stretch

@@ -13,7 +13,8 @@ from flexreason.chat.messages import TRAINING_KEYS, take_apart
 from flexreason.chat.render import ConversationError
 from flexreason.data.files import BadInput, Conversation
 from flexreason.data.intake import EntryEncoder
-from flexreason.show.scene import RefusedScene, Remark, Scene, Spoken, spoken
+from flexreason.show.notes import RefusedScene, Remark, Spoken, spoken
+from flexreason.show.scene import Scene
 from flexreason.tree.merge import lay_out
 
 LONG = 80

@@ -13,8 +13,7 @@ response True False ['21']
 Shapes: S tokens of the layout, n tokens of one sample.
 """
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
@@ -22,6 +21,7 @@ from typing import Any
 
 import numpy as np
 
+from flexreason.show.notes import Remark, Spoken
 from flexreason.show.texts import MISSING, Reader
 from flexreason.tree.layout import Layout
 from flexreason.tree.sample import Role
@@ -54,43 +54,6 @@ class Turn:
     @property
     def n_trained(self) -> int:
         return int(self.trained.sum())
-
-
-@dataclass(frozen=True)
-class Remark:
-    """Something that whoever checks data should see."""
-
-    words: str
-    turn: int | None = None
-    message: int | None = None
-
-    @property
-    def where(self) -> str:
-        """The turn or the message that it is about, in words."""
-        if self.turn is None:
-            return "" if self.message is None else f"message {self.message}"
-        return f"turn {self.turn}" + ("" if self.message is None else f" (message {self.message})")
-
-
-@dataclass(frozen=True)
-class Spoken:
-    """A message as it was given, with all that is said in it."""
-
-    number: int
-    role: str
-    text: str
-    words: str = ""  # why it is shown
-
-
-def spoken(number: int, message: Any, words: str = "") -> Spoken:
-    """A message of any form, as far as it has one."""
-    if not isinstance(message, Mapping):
-        return Spoken(number, "?", str(message), words)
-    said = [message.get(key) for key in ("reasoning_content", "reasoning", "thinking", "content", "tool_calls")]
-    texts = [
-        text if isinstance(text, str) else json.dumps(text, ensure_ascii=False, default=str) for text in said if text
-    ]
-    return Spoken(number, str(message.get("role", "?")), "\n".join(texts), words)
 
 
 @dataclass(eq=False)
@@ -255,14 +218,3 @@ def _kinds(roles: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     read = np.where(is_reasoning & ((roles & Role.PROMPT) == 0), 1, 0)
     read = np.where((roles & Role.CONTEXT) != 0, 2, read)
     return read, np.where(is_reasoning, 1, 2)
-
-
-@dataclass(frozen=True)
-class RefusedScene:
-    """A conversation that cannot be encoded, with the reason at its message."""
-
-    where: str
-    reason: str
-    words: str
-    messages: Sequence[Spoken] = ()
-    message: int | None = None

@@ -13,11 +13,12 @@ is left out where it is long; everything else stands whole.
 import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby, pairwise
 from typing import TextIO
 
-from flexreason.show.scene import KINDS, Part, RefusedScene, Scene, Turn
+from flexreason.show.notes import RefusedScene
+from flexreason.show.scene import KINDS, Part, Scene, Turn
 from flexreason.show.texts import printable, width_of
 
 COLOURS = {
@@ -143,25 +144,22 @@ class Terminal:
             yield from lines if self.everything else self._middle_out(lines, MOST_LINES, ways)
 
     def _shared(self, scene: Scene, turn: Turn, parts: list[Part]) -> Iterator[str]:
-        """What is shared with the turn before: its beginning and its end."""
-        if not parts:
-            return
-        if self.everything or turn.n_shared <= 8 * self.room:
-            lines = [line for part in parts for line in self._margin(part, self._lines(self._spans(scene, turn, part)))]
-        else:  # no more than can be seen is even read
-            some = 2 * self.room
-            ends = [
-                Part(0, some, "prompt", False, True),
-                Part(turn.n_shared - some, turn.n_shared, "prompt", False, True),
-            ]
-            first, last = (self._margin(part, self._lines(self._spans(scene, turn, part))) for part in ends)
-            lines = [*first, *last]
-            most = SHARED - 2
-            words = f"… of {turn.n_shared:,} tokens as in turn {turn.number - 1} …"
-            yield from [*lines[:1], *self._aside(words), *lines[-most:]]
-            return
-        words = f"as in turn {turn.number - 1}"
-        yield from lines if self.everything else self._middle_out(lines, SHARED, words, head=1)
+        """What is shared with the turn before: its beginning and its end. No more than can be seen is even read."""
+
+        def drawn(start: int, end: int) -> list[str]:
+            clipped = [replace(p, start=max(p.start, start), end=min(p.end, end)) for p in parts]
+            some = (part for part in clipped if part.start < part.end)
+            return [line for part in some for line in self._margin(part, self._lines(self._spans(scene, turn, part)))]
+
+        n, ends = turn.n_shared, 2 * self.room
+        before = f"as in turn {turn.number - 1}"
+        if self.everything:
+            yield from drawn(0, n)
+        elif n <= 4 * ends:
+            yield from self._middle_out(drawn(0, n), SHARED, before, head=1)
+        else:
+            middle = self._aside(f"… of {n:,} tokens {before} …")
+            yield from [*drawn(0, ends)[:1], *middle, *drawn(n - ends, n)[2 - SHARED :]]
 
     def _middle_out(self, lines: list[str], most: int, words: str, head: int | None = None) -> list[str]:
         if len(lines) <= most:
