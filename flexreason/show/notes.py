@@ -1,4 +1,4 @@
-"""What is said of a conversation beside its tokens: what should be looked at, messages as they were given, a refusal."""
+"""What is said of a conversation beside its tokens: what to look at, messages as they were given, a refusal."""
 
 import json
 from collections.abc import Mapping, Sequence

@@ -28,7 +28,7 @@ HERE = Path(__file__).parent
 def page(scenes: Sequence[Scene | RefusedScene], title: str = "What is trained on") -> str:
     """The page, as HTML."""
     conversations = [_refused(scene) if isinstance(scene, RefusedScene) else _conversation(scene) for scene in scenes]
-    script = "".join((HERE / name).read_text() for name in ("page.js", "mask.js"))
+    script = "".join((HERE / name).read_text() for name in ("tokens.js", "views.js", "mask.js", "frame.js"))
     return fill(title, (HERE / "show.html").read_text(), {"conversations": conversations}, script)
 
 
