@@ -5,13 +5,20 @@ BIN := $(VENV)/bin
 OUT ?= benchmarks/results/here
 READY := $(VENV)/ready
 
-.PHONY: demo test test-all rehearse least mutations lint bench bench-all lock clean
+.PHONY: demo test test-browser test-all rehearse least mutations lint bench bench-all lock clean
 
 demo: $(READY)  ## see what it does
 	$(BIN)/flexreason demo
 
-test: $(READY)  ## what CI runs, with lint
-	$(BIN)/pytest -q -n 2
+test: $(READY)  ## what CI runs, with lint and test-browser; it says what it skips
+	$(BIN)/pytest -q -n 2 -rs
+
+test-browser: $(READY)  ## pages in a real headless Chromium: Debian's, which is installed where it is missing
+	@command -v chromium > /dev/null || { apt-get update -qq && DEBIAN_FRONTEND=noninteractive \
+	  apt-get install -y -qq --no-install-recommends chromium fonts-noto-core fonts-noto-color-emoji > /dev/null; } || \
+	  { echo "test-browser: there is no chromium here, and apt-get cannot install it (as root, on Debian);"; \
+	    echo "install it, and fonts for emoji and Arabic, so that the command chromium is found"; exit 1; }
+	$(BIN)/pytest -q --in-browser tests/test_browser.py
 
 test-all: $(READY)  ## also the slow, exhaustive tests, and many more random examples
 	HYPOTHESIS_PROFILE=thorough $(BIN)/pytest -q -n 2 -m "not gpu"

@@ -18,7 +18,7 @@ COMMANDS = {  # what each is for
     "demo": "train a small model from scratch in single passes, and let it answer",
     "models": "tell which models take rows exactly, or one model by name, path or class",
     "report": "say what is in your data, what one pass saves on it, and what is refused",
-    "show": "lay out one conversation, a small one or yours, and draw its mask",
+    "show": "show what is trained on in your conversations, in the terminal or as one page",
     "template": "say what a chat template does with reasoning, and show samples",
     "train": "train a model on every turn of your conversations",
     "verify": "hold one pass against the N samples on your own model and data",

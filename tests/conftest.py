@@ -31,7 +31,24 @@ def pytest_unconfigure():
 
 
 def pytest_addoption(parser):
+    parser.addoption("--in-browser", action="store_true", help="run the tests that need Chromium")
     parser.addoption("--rehearse", action="store_true", help="run the tests marked gpu on the CPU, at small sizes")
+
+
+@pytest.fixture(scope="session")
+def chromium(request):
+    """A real browser, headless. Asked for, it must be there."""
+    if not request.config.getoption("--in-browser"):
+        pytest.skip("needs a browser: make test-browser")
+    from playwright.sync_api import sync_playwright
+
+    found = shutil.which("chromium")
+    assert found, "--in-browser: there is no command chromium; make test-browser installs it on Debian"
+    quiet = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"]
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=found, args=[*quiet, "--disable-component-update"])
+        yield browser
+        browser.close()
 
 
 @pytest.fixture(scope="session")

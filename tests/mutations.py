@@ -689,6 +689,55 @@ def other_data_and_another_model_go_on(original, output, record, resume):
     return original(output, {**record, **same}, resume)
 
 
+# --- what is shown
+
+SHOWN = "what is shown is what is trained on"
+
+
+@mutation(SHOWN, "flexreason.show.Scene._parts", "test_show.py::test_parts_have_the_kinds_of_the_paper")
+def a_token_more_counts_as_prompt(original, self, path, n_prompt, trained, n_shared):
+    return original(self, path, n_prompt + 1, trained, n_shared)
+
+
+@mutation(
+    SHOWN,
+    "flexreason.show.Reader.pieces",
+    "test_show.py::test_text_is_whole_where_samples_part_within_a_character",
+)
+def each_token_is_decoded_by_itself(original, self, ids):
+    return [original(self, [token])[0] for token in ids]
+
+
+@mutation(
+    "the paper's mask and ours are one mask, permuted",
+    "flexreason.show.in_papers_order",
+    "test_show.py::test_the_paper_and_ours_are_one_mask_permuted",
+)
+def the_papers_order_begins_with_the_last_turn(original, layout):
+    return original(layout).flip(0)
+
+
+@mutation(
+    "a refusal is shown at its message, and the rest of the file all the same",
+    "flexreason.show.scenes",
+    "test_show.py::test_a_refusal_is_shown_at_its_message_and_stops_nothing",
+)
+def nothing_is_shown_behind_a_refusal(original, found, encoder):
+    for scene in original(found, encoder):
+        yield scene
+        if not hasattr(scene, "layout"):
+            return
+
+
+@mutation(
+    "a report goes on past files that cannot be read, and says so",
+    "flexreason.data.read_entries",
+    "test_report.py::test_a_broken_file_is_told_and_stops_nothing",
+)
+def a_broken_file_is_passed_in_silence(original, source, split="train", on_broken=None):
+    return original(source, split, on_broken and (lambda error: None))
+
+
 def main(words: list[str]) -> int:
     """Try the mutations that hold all words; 0 where tests noticed every one."""
     mutations = breaking.mutations_of(sys.modules[__name__])

@@ -1,6 +1,7 @@
 """`flexreason report`: every figure is that of a plain count, and nothing is left unsaid."""
 
 import json
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -15,6 +16,7 @@ import flexreason as fr
 from flexreason.cli import main
 from flexreason.commands.report import report
 from flexreason.data.figures import SIZES, Amount, Figures, dense, figures_of, shape_of
+from flexreason.data.files import BadInput
 from flexreason.data.intake import EntryEncoder, Intake, Item
 from flexreason.data.pack import Packer
 from flexreason.data.summary import Fill, Summary, bin_of
@@ -535,6 +537,104 @@ def test_an_empty_source_is_told_and_counted_and_stops_nothing(capsys, tmp_path,
     assert run_json(capsys, tmp_path / "folder", "--tokenizer", folder)[0] == 0
     assert main(["report", *empty, "--tokenizer", str(folder)]) == 2
     assert "nothing in it" in capsys.readouterr().err
+
+
+def test_every_refusal_is_written_where_it_is_asked_for(capsys, tmp_path, folder):
+    """Three a class are named in words; in the file stand all."""
+    path, whole = write(tmp_path / "chats.jsonl", [CHATS[0], *BAD * 3]), write(tmp_path / "whole.json", [[[]]])
+    for workers in (0, 1):
+        given = ["--data", path, "--data", whole, "--tokenizer", folder, "--refused", tmp_path / "refused.jsonl"]
+        code, made = run_json(capsys, *given, "--workers", workers)
+        lines = [json.loads(line) for line in (tmp_path / "refused.jsonl").read_text().splitlines()]
+        assert (code, len(lines)) == (1, made["refused"]["number"])
+        assert Counter(line["reason"] for line in lines) == {
+            reason: found["number"] for reason, found in made["refused"]["classes"].items()
+        }
+        assert max(found["number"] for found in made["refused"]["classes"].values()) > 3
+        of_file = [line for line in lines if line["source"] == path]
+        assert [line["line"] for line in of_file] == list(range(2, len(BAD) * 3 + 2))
+        assert [line["message"] for line in of_file if line["reason"] == "bad message"] == [2, 2, 2]
+        assert all(line["words"] and path not in line["words"] for line in of_file)
+        assert [(line["line"], line["entry"]) for line in lines if line["source"] == whole] == [(None, 0)]
+
+
+def test_a_broken_file_is_told_and_stops_nothing(capsys, tmp_path, folder):
+    good, broken = write(tmp_path / "good.jsonl", CHATS), tmp_path / "broken.jsonl"
+    broken.write_bytes((json.dumps(CHATS[0]) + "\n").encode() * 3000 + b"\xff\xfe\n")
+    nowhere = str(tmp_path / "nowhere.jsonl")
+    for workers in (0, 1):
+        given = [nowhere, broken, good, "--tokenizer", folder, "--workers", workers]
+        code, made = run_json(capsys, *given)
+        assert (code, made["ok"]) == (1, False)
+        sizes = [source["read"] for source in made["sources"]]
+        assert sizes[0] == 0
+        assert 0 < sizes[1] <= 3000  # what stands before
+        assert sizes[2] == len(CHATS)
+        first, second = made["refused"]["files"]
+        assert "nowhere.jsonl: no such file" in first
+        assert "broken.jsonl: cannot be read" in second
+    assert main(["report", *map(str, given)]) == 1
+    out = capsys.readouterr().out
+    assert "nowhere.jsonl: no such file or folder\n" in out
+    assert "broken.jsonl: cannot be read" in out
+    assert "Not read, or not to the end: 2 files" in out
+    assert run_json(capsys, *given, "--skip-invalid")[0] == 0
+    assert main(["report", nowhere, "--tokenizer", folder]) == 2
+    assert "no such file" in capsys.readouterr().err
+
+
+def test_a_broken_or_empty_file_in_a_folder_stops_none_of_the_others(capsys, tmp_path, folder, tokenizer):
+    data = tmp_path / "data"
+    data.mkdir()
+    write(data / "a.jsonl", CHATS[:2])
+    (data / "b.jsonl").write_bytes(b"\xff\xff\n")
+    (data / "c.jsonl").write_text("")
+    write(data / "d.jsonl", CHATS[2:4])
+    code, made = run_json(capsys, data, "--tokenizer", folder)
+    assert (code, made["read"]) == (1, 4)
+    assert ["b.jsonl" in words for words in made["refused"]["files"]] == [True]
+    assert main(["report", str(data), "--tokenizer", folder]) == 1
+    assert f"went on past {data / 'c.jsonl'}: nothing in it" in capsys.readouterr().out
+    with pytest.raises(BadInput, match=r"b\.jsonl: cannot be read"):  # whoever trains is not to lose a file
+        list(Intake(data, EntryEncoder(tokenizer), skip_invalid=True))
+
+
+def test_dirt_is_counted_by_kind_refused_or_trained(capsys, tmp_path, folder):
+    cut, empty = answer("<think>so"), answer("")
+    chats = [[user("a"), cut, user("b"), cut, user("c"), empty], [user("a"), empty], [user("a"), answer("b")]]
+    path = write(tmp_path / "chats.jsonl", [{"messages": chat} for chat in chats])
+    accept = ["--accept", "empty-message"]
+    for more, cut_off, empties in (
+        ([], {"refused": 2, "accepted": 0}, {"refused": 2, "accepted": 0}),
+        (accept, {"refused": 2, "accepted": 0}, {"refused": 1, "accepted": 1}),
+        ([*accept, "--accept", "unclosed-reasoning"], {"refused": 0, "accepted": 2}, {"refused": 0, "accepted": 2}),
+    ):
+        for workers in (0, 1):
+            _, made = run_json(capsys, path, "--tokenizer", folder, *more, "--workers", workers)
+            assert made["refused"]["dirty"] == {"empty-message": empties, "unclosed-reasoning": cut_off}
+    main(["report", path, "--tokenizer", folder, *accept])
+    assert "Dirty answers, empty-message: 1 refused and 1 accepted (" in capsys.readouterr().out
+
+
+def test_the_report_is_a_page(capsys, tmp_path, folder):
+    path = write(tmp_path / "<b>.jsonl", [*CHATS * 3, *BAD])
+    page = tmp_path / "report.html"
+    _, made = run_json(capsys, path, "--tokenizer", folder, "--html", page, "--length", 256)
+    html = page.read_text()
+    held = json.loads(re.search(r'id="data">(.*?)</script>', html, re.DOTALL)[1])
+    assert held == made
+    body = html.partition("<body>")[2].partition('<script type="application/json"')[0]
+    assert re.findall(r"https?://|url\(|<link|<img", html) == []
+    assert "<b>.jsonl" not in body
+    assert "&lt;b&gt;.jsonl" in body
+    for words in (f"{made['all']['ratio']:.2f} to 1", f"{made['refused']['number']:,}", "no JSON"):
+        assert words in body
+    bars = dict(re.findall(r"<title>tree, tokens from ([\d,]+): ([\d,]+)</title>", body))
+    shown = {int(at.replace(",", "")): int(n) for at, n in bars.items() if n != "0"}
+    assert shown == {int(at): n for at, n in made["all"]["histograms"]["tree"].items()}
+    empty = write(tmp_path / "bad.jsonl", BAD)
+    assert main(["report", empty, "--tokenizer", folder, "--html", str(page)]) == 1
+    assert "What is refused" in page.read_text()
 
 
 def test_a_limit_is_said(capsys, tmp_path, folder):

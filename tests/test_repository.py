@@ -33,6 +33,7 @@ LAYERS = {  # what a folder may import, beside itself
     "patching": {"model", "proof"},
     "chat": {"tree"},
     "data": {"tree", "tools", "chat"},
+    "show": {"tree", "chat", "data"},
     "train": {"tree", "tools", "attention", "model", "proof", "patching", "chat", "data"},
     "bench": {"tree", "tools", "attention", "model", "proof", "patching", "chat", "data"},
     "demo": {"tree", "tools", "attention", "model", "proof", "patching", "chat", "data", "train"},
@@ -73,8 +74,13 @@ def imports(source):
     return own, others - set(sys.stdlib_module_names)
 
 
+LOOK = "show.look"
+"""`layout.show()` imports it when it is called: a layout knows that it can be shown, and nothing of how."""
+
+
 def imports_of(module):
-    return imports(MODULES[module].read_text())
+    own, others = imports(MODULES[module].read_text())
+    return own - ({LOOK} if module == "tree.layout" else set()), others
 
 
 def layer(module):

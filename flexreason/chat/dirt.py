@@ -12,7 +12,8 @@ as it is written.
 
 import argparse
 import re
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 
 from flexreason.chat.messages import REASONING_FIELDS, Message, did_you_mean
 from flexreason.chat.render import ConversationError
@@ -124,8 +125,8 @@ def with_reasoning_before(message: Message, closing: str) -> Message:
     return answer.changed(**{REASONING_FIELDS[0]: reasoning.strip("\n")})
 
 
-def refuse(message: Message, number: int, pairs: Sequence[Pair], accept: frozenset[str]) -> None:
-    """Raise if an answer is dirty in a way that is not accepted."""
+def find(message: Message, number: int, pairs: Sequence[Pair]) -> ConversationError | None:
+    """What an answer would be refused for as dirty."""
     error: type[ConversationError]
     if pair := unclosed(message.text, pairs):
         error, words = UnclosedReasoning, f"its content begins with {pair[0]} and never closes it"
@@ -134,6 +135,13 @@ def refuse(message: Message, number: int, pairs: Sequence[Pair], accept: frozens
     elif not (message.functions or (message.reasoning + message.response).strip()):
         error, words = EmptyMessage, "it has no reasoning, no content and no calls"
     else:
-        return
-    if error.reason not in accept:
-        raise error(f"{words}; mend it, say train: false, or accept {error.reason} (--accept, accept=)", number)
+        return None
+    return error(f"{words}; mend it, say train: false, or accept {error.reason} (--accept, accept=)", number)
+
+
+def refuse(dirty: Mapping[int, ConversationError], accept: frozenset[str]) -> None:
+    """Raise for the first dirty answer that is not accepted. The error knows of all dirt of the conversation."""
+    for error in dirty.values():
+        if error.reason not in accept:
+            error.dirty = dict(Counter(other.reason for other in dirty.values()))
+            raise error

@@ -9,7 +9,7 @@ what a template does.
 import logging
 from array import array
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from flexreason.chat import dirt
@@ -27,7 +27,7 @@ from flexreason.chat.survey import Turns
 from flexreason.chat.template import PROBE_TOOL, Template
 from flexreason.chat.tokens import Running, Tokens, joined
 from flexreason.chat.turns import Turn
-from flexreason.tree.layout import Layout
+from flexreason.tree.layout import TOKENIZERS, Layout
 from flexreason.tree.merge import lay_out
 from flexreason.tree.sample import Role, Sample
 
@@ -83,6 +83,9 @@ class Encoded:
     texts: list[Turn]
     render_seconds: float
     renderings: int
+    dirty: dict[int, str] = field(
+        default_factory=dict
+    )  # messages that are accepted though they are dirty, and the reason
 
 
 class Encoder:
@@ -135,7 +138,9 @@ class Encoder:
         return self._templates[key]
 
     def layout(self, messages: Any, tools: Any = None, turns: Any = None) -> Layout:
-        return lay_out(self.encoded(messages, tools, turns).samples)
+        layout = lay_out(self.encoded(messages, tools, turns).samples)
+        TOKENIZERS[layout] = self.tokenizer
+        return layout
 
     def encoded(self, messages: Any, tools: Any = None, turns: Any = None) -> Encoded:
         """The samples of a conversation, and how they were found."""
@@ -144,7 +149,7 @@ class Encoder:
         with frozen_clock():
             render = Renderer(self.tokenizer, function_tools(tools), self.options)
             template, finder = self._template(render)
-            own = self._in_form(render, template, checked, set(trained))
+            own, dirty = self._in_form(render, template, checked, set(trained))
             past = [message.without_reasoning() for message in own] if self.history == "content" else own
             before = [message.as_dict for message in past]
             answered = [self._turn(render, finder, before[:number], own[number], number) for number in trained]
@@ -152,13 +157,15 @@ class Encoder:
         samples = self._tokenize(answered, trained, stretches)
         how = [turn.how for turn in answered]
         self._tell(set(how))
-        return Encoded(samples, how, trained, answered, render.seconds, render.n_calls)
+        return Encoded(samples, how, trained, answered, render.seconds, render.n_calls, dirty)
 
     def _in_form(
         self, render: Renderer, template: Template, messages: list[Message], trained: set[int]
-    ) -> list[Message]:
-        """The messages as the template takes them. Raises where one that is trained on is dirty."""
+    ) -> tuple[list[Message], dict[int, str]]:
+        """The messages as the template takes them, and those that are accepted though they are dirty. Raises where one
+        that is trained on is dirty."""
         in_form: list[Message] = []
+        dirty: dict[int, ConversationError] = {}
         pairs, end = dirt.pairs_with(template.markers), template.prompt_end
         for number, message in enumerate(messages):
             message = message.without(*TRAINING_KEYS)
@@ -168,10 +175,11 @@ class Encoder:
                     prompt = render.attempt([earlier.as_dict for earlier in in_form], True) or ""
                     if dirt.opened_by(prompt, end, half):
                         message = dirt.with_reasoning_before(message, half[1])
-                if number in trained:
-                    dirt.refuse(message, number, pairs, self.accept)
+                if number in trained and (found := dirt.find(message, number, pairs)):
+                    dirty[number] = found
             in_form.append(template.in_form(message))
-        return in_form
+        dirt.refuse(dirty, self.accept)
+        return in_form, {number: found.reason for number, found in dirty.items()}
 
     def _turn(
         self, render: Renderer, finder: Turns, before: list[dict[str, Any]], message: Message, number: int

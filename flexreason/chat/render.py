@@ -9,10 +9,11 @@ size is refused. What goes wrong is raised as one of the `ConversationError`s be
 import contextvars
 import inspect
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import datetime
 from functools import lru_cache
+from types import MappingProxyType
 from typing import Any
 
 from flexreason.chat.bounds import OutOfBounds, bounded, huge_product
@@ -34,6 +35,8 @@ class ConversationError(ValueError):
     """A conversation, template or tokenizer that cannot be encoded exactly; `reason` names the class it belongs to."""
 
     reason = "cannot be encoded"
+    dirty: Mapping[str, int] = MappingProxyType({})
+    """How many dirty answers of each reason the conversation has, where it is refused for one."""
 
     def __init__(self, text: str, message: int | None = None) -> None:
         self.text, self.message = text, message

@@ -9,8 +9,8 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Iterable, Iterator
-from contextlib import nullcontext, suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,10 +18,12 @@ from typing import Any
 
 from flexreason.data import options as of_data
 from flexreason.data.figures import Figures, Shape, figures_of, shape_of
-from flexreason.data.files import BadInput, Conversation, EmptySource, count_entries, read_all
-from flexreason.data.intake import EntryEncoder, Intake, Refusals, Refused, start_workers
+from flexreason.data.files import BadInput, Conversation, EmptySource, count_entries, place_of, read_all
+from flexreason.data.intake import EntryEncoder, Intake, Refusal, Refusals, Refused, start_workers
 from flexreason.data.summary import Summary
 from flexreason.load import load_tokenizer
+from flexreason.show.page import write
+from flexreason.show.report import report_page
 from flexreason.tree.blocks import BLOCK
 
 __all__ = ["DataReport", "Figures", "Source", "Summary", "figures_of", "report"]
@@ -36,6 +38,7 @@ class Source:
     n_read: int
     refusals: Refusals
     summary: Summary
+    passed: list[BadInput]  # files in it that cannot be read on, or in which nothing is, and why
 
 
 @dataclass
@@ -53,6 +56,19 @@ class DataReport:
         return [source.name for source in self.sources if not source.n_read]
 
     @property
+    def broken(self) -> list[BadInput]:
+        """Why files cannot be read, or not to their end."""
+        return [error for source in self.sources for error in source.passed if not isinstance(error, EmptySource)]
+
+    @property
+    def dirty(self) -> dict[str, dict[str, int]]:
+        """Answers of each kind of dirt: in conversations that are refused, and trained all the same."""
+        kinds = sorted({*self.refusals.dirty, *self.summary.dirty})
+        return {
+            kind: {"refused": self.refusals.dirty.get(kind, 0), "accepted": self.summary.dirty[kind]} for kind in kinds
+        }
+
+    @property
     def n_read(self) -> int:
         return sum(source.n_read for source in self.sources)
 
@@ -66,9 +82,10 @@ def report(
     split: str = "train",
     workers: int = 0,
     limit: int | None = None,
+    on_refused: Callable[[Refusal], None] | None = None,
 ) -> DataReport:
-    """Go over all sources. Refused conversations, and sources without any, are counted and stop nothing. Raises where
-    all sources are empty.
+    """Go over all sources. Refused conversations, sources without any and files that cannot be read are counted and
+    stop nothing. Raises where nothing can be read.
 
     Args:
         sources: Files, folders, data sets' names, or entries at hand.
@@ -78,6 +95,7 @@ def report(
         split: Of data sets.
         workers: Processes that encode.
         limit: The most conversations to read of each source.
+        on_refused: Told of every conversation that is refused.
     """
     start, sources = time.perf_counter(), list(sources)
     for source in sources:
@@ -87,8 +105,18 @@ def report(
     pool = start_workers(workers, encoder, then) if workers else None
     with pool or nullcontext(), _progress(sources, limit) as bar:
         for source in sources:
+            passed: list[BadInput] = []
             intake = Intake(
-                source, encoder, split=split, skip_invalid=True, limit=limit, workers=workers, then=then, pool=pool
+                source,
+                encoder,
+                split=split,
+                skip_invalid=True,
+                limit=limit,
+                workers=workers,
+                then=then,
+                pool=pool,
+                on_refused=on_refused,
+                on_broken=passed.append,
             )
             summary, n_shown = Summary(length, shape), 0
             with suppress(Refused, EmptySource):  # refused are all of them; the refusals say so
@@ -99,9 +127,11 @@ def report(
                     n_shown = intake.n_read
             name = str(source) if isinstance(source, str | Path) else "entries"
             form = intake.format or "of no known kind"
-            by_source.append(Source(name, form, intake.n_read, intake.refusals, summary))
+            by_source.append(Source(name, form, intake.n_read, intake.refusals, summary, passed))
     refusals = Refusals.together(source.refusals for source in by_source)
     data_report = DataReport(all_of_them, by_source, refusals, time.perf_counter() - start)
+    if data_report.broken and not data_report.n_read:
+        raise data_report.broken[0]
     if sources and not data_report.n_read:
         raise EmptySource(f"{', '.join(data_report.empty)}: nothing in it")
     return data_report
@@ -111,7 +141,7 @@ def _look_at(source: Any, encoder: EntryEncoder, split: str) -> None:
     """Raise where there is nothing to read, or no tokenizer for it: before all the rest, not after an hour."""
     if not isinstance(source, str | Path) and iter(source) is source:
         return  # what is looked at would be gone
-    entries = read_all(source, encoder.format, split)
+    entries = read_all(source, encoder.format, split, on_broken=lambda error: None)  # it will be told
     first = None
     with suppress(EmptySource):
         first = next((entry for entry in entries if isinstance(entry, Conversation)), None)
@@ -142,6 +172,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--turns", choices=("last",), help="train on the last turn only")
     parser.add_argument("--workers", type=int, default=0, help="processes that encode; changes nothing but the time")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--refused", type=Path, metavar="FILE", help="write every refusal there, as a line of JSON")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="write it as one page with plots, for a browser")
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw it too; needs flexreason[plot]")
 
 
@@ -152,17 +184,22 @@ def run(options: argparse.Namespace) -> int:
     shape = None if options.model is None else shape_of(options.model)
     tokenizer, notes = (None, []) if options.tokenizer is None else load_tokenizer(options.tokenizer)
     encoder = of_data.encoder_of(options, tokenizer, turns=options.turns)
-    data_report = report(
-        options.data,
-        encoder,
-        options.length,
-        shape=shape,
-        split=options.split or of_data.SPLIT,
-        workers=options.workers,
-        limit=options.limit,
-    )
+    with _refusals_to(options.refused) as on_refused:
+        data_report = report(
+            options.data,
+            encoder,
+            options.length,
+            shape=shape,
+            split=options.split or of_data.SPLIT,
+            workers=options.workers,
+            limit=options.limit,
+            on_refused=on_refused,
+        )
     left = data_report.summary.conversations
-    ok = bool(left) and (options.skip_invalid or not (data_report.refusals.total or data_report.empty))
+    wrong = data_report.refusals.total or data_report.empty or data_report.broken
+    ok = bool(left) and (options.skip_invalid or not wrong)
+    if options.html is not None:
+        write(options.html, report_page(_as_dict(data_report, options, notes, ok)))
     if options.plot is not None and left:
         plot(data_report.summary, options.plot)
     if options.json:
@@ -182,8 +219,27 @@ def _check(options: argparse.Namespace) -> None:
     of_data.check(options)
     if options.workers < 0:
         raise ValueError(f"--workers: expected 0 or more, found {options.workers}")
-    if options.plot is not None and not options.plot.parent.is_dir():
-        raise ValueError(f"--plot: there is no folder {options.plot.parent}")
+    for name in ("plot", "html", "refused"):
+        path = getattr(options, name)
+        if path is not None and not path.parent.is_dir():
+            raise ValueError(f"--{name}: there is no folder {path.parent}")
+
+
+@contextmanager
+def _refusals_to(path: Path | None) -> Iterator[Callable[[Refusal], None] | None]:
+    """Writes each refusal to a file as it comes: there may be more of them than memory holds."""
+    if path is None:
+        yield None
+        return
+    with path.open("w", encoding="utf-8") as file:
+
+        def write_line(refusal: Refusal) -> None:
+            source, kind, number = place_of(refusal.where)
+            line = {"source": source, "line": None, kind or "line": number, "message": refusal.message}
+            line |= {"reason": refusal.reason, "words": refusal.words}
+            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+        yield write_line
 
 
 def _as_dict(data_report: DataReport, options: argparse.Namespace, notes: list[str], ok: bool) -> dict[str, Any]:
@@ -213,6 +269,8 @@ def _as_dict(data_report: DataReport, options: argparse.Namespace, notes: list[s
             "classes": {
                 reason: {"number": n, "examples": refusals.examples[reason]} for reason, n in refusals.counts.items()
             },
+            "dirty": data_report.dirty,
+            "files": [str(error) for error in data_report.broken],
         },
         "all": data_report.summary.as_dict(),
         "seconds": data_report.seconds,
@@ -238,7 +296,7 @@ def _words(data_report: DataReport, options: argparse.Namespace, notes: list[str
     how = "as told" if options.format else "detected"
     for source in data_report.sources:
         if not source.n_read:
-            yield f"{source.name}: nothing in it"
+            yield from map(str, source.passed or (f"{source.name}: nothing in it",))
             continue
         refused = f", {source.refusals.total:,} refused" if source.refusals.total else ""
         line = f"{source.name}: {source.format} ({how}), {source.n_read:,} read{refused}"
@@ -246,6 +304,7 @@ def _words(data_report: DataReport, options: argparse.Namespace, notes: list[str
             tokens = source.summary.in_samples.tokens, source.summary.in_trees.tokens
             line += f"; tokens {tokens[0]:,} in samples, {tokens[1]:,} in trees, {source.summary.ratio:.2f} to 1"
         yield line
+        yield from (f"  went on past {error}" for error in source.passed)
     yield from notes
     yield ""
     if data_report.summary.conversations:
@@ -256,6 +315,11 @@ def _words(data_report: DataReport, options: argparse.Namespace, notes: list[str
         yield from data_report.refusals.lines()
     else:
         yield "No conversation is refused."
+    for kind, counts in data_report.dirty.items():
+        words = " and ".join(f"{n:,} {what}" for what, n in counts.items() if n)
+        yield f"Dirty answers, {kind}: {words} (docs/templates.md#dirty-answers)."
+    if data_report.broken:
+        yield f"Not read, or not to the end: {len(data_report.broken):,} files, named above."
     if data_report.empty:
         yield f"{len(data_report.empty):,} of {len(data_report.sources):,} sources have nothing in them."
     if options.limit is not None:

@@ -1,24 +1,38 @@
-"""Lay out one conversation and draw its mask. Without --data a small one, which is also held against the N samples on a
-tiny model; with --data one of yours, as your tokenizer's chat template renders it.
+"""Show what is trained on: your conversations as your tokenizer's chat template renders them, each turn with what it is
+sent and what is trained. Without data a small example, which is also held against the N samples on a tiny model.
+
+    flexreason show chats.jsonl --tokenizer ./tokenizer
+    flexreason show chats.jsonl --tokenizer ./tokenizer --conversation 7 --mask
+    flexreason show chats.jsonl --tokenizer ./tokenizer --html chats.html
+    flexreason show --paper
 """
 
 import argparse
-import json
 import shutil
-from collections.abc import Callable
-from itertools import islice, pairwise
+import sys
+from collections.abc import Iterator
+from itertools import chain, islice
+from pathlib import Path
 from typing import Any
 
 import torch
 
 import flexreason as fr
-from flexreason.chat import dirt
+from flexreason.data import options as of_data
+from flexreason.data.files import BadInput, Conversation, read_all
+from flexreason.load import load_tokenizer
 from flexreason.proof import oracle
 from flexreason.proof.compare import compare, one_pass
 from flexreason.proof.float64 import true_float64
-from flexreason.tree.draw import role_name
-from flexreason.tree.layout import begins_stretch
-from flexreason.tree.sample import Sample
+from flexreason.show import page
+from flexreason.show.notes import RefusedScene
+from flexreason.show.paper import draw_paper, paper_picture
+from flexreason.show.picture import layout_picture
+from flexreason.show.read import scenes
+from flexreason.show.scene import Scene
+from flexreason.show.table import fold_mask, folded
+from flexreason.show.terminal import Terminal, wants_colour
+from flexreason.show.texts import printable
 
 CONVERSATION = [  # (what the user says, what the model thinks, what it answers)
     ("usr 2+3 ? bot", "so 5 /think", "5 end"),
@@ -26,37 +40,227 @@ CONVERSATION = [  # (what the user says, what the model thinks, what it answers)
     ("usr ok bot", "", "bye end"),
 ]
 
-IN_FULL = 120
-"""Tokens up to which every token is drawn; in longer conversations a stretch of them is a line."""
+SHOWN = 3
+"""Conversations that a terminal shows unless more are asked for."""
 
-WIDTH = 64
-"""Cells of a folded mask."""
+PAGE_TOKENS = 100_000
+"""Tokens that a page holds at least, before no further conversation is added unless more are asked for."""
+
+MOST_PAGE_TOKENS = 1_000_000
+"""Tokens that a page can hold."""
+
+TREE_LINES = 200
+"""Lines of --tree."""
+
+OF_DATA = ("conversation", "turn", "all", "tree", "mask", "html")
+"""Options of this command that say nothing without data."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--data", metavar="FILE", help="conversations: a file, a folder or a data set's name")
-    parser.add_argument("--tokenizer", metavar="T", help="with its chat template: a folder, tokenizer.json or name")
-    dirt.add_argument(parser)
-    parser.add_argument("--conversation", type=int, default=0, metavar="N", help="which one, counted from 0")
-    parser.add_argument("--seed", type=int, default=0, help="of the tiny model's random weights, without --data")
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    files = parser.add_argument("data", nargs="+", action="extend", metavar="FILE", help="the same as --data FILE")
+    files.required = False  # nargs="*" would not take files that stand behind options
+    of_data.add_arguments(parser, limit=f"the most conversations to show; {SHOWN} in a terminal if not given")
+    parser.add_argument("--conversation", type=int, metavar="N", help="show this one alone, counted from 0")
+    parser.add_argument("--turn", metavar="N or N-M", help="show these turns alone")
+    parser.add_argument("--all", action="store_true", help="leave nothing out, however long")
+    parser.add_argument("--tree", action="store_true", help="the tree as a table: a line for each stretch of tokens")
+    parser.add_argument("--mask", action="store_true", help="who sees whom")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="write all of it as one page, for a browser")
+    parser.add_argument("--paper", action="store_true", help="five turns in the paper's order beside ours")
+    parser.add_argument("--svg", type=Path, metavar="FILE", help="draw the mask of a small conversation, or --paper")
+    parser.add_argument("--png", type=Path, metavar="FILE", help="the same; needs flexreason[plot]")
+    parser.add_argument("--seed", type=int, default=0, help="of the tiny model's random weights, without data")
 
 
 def run(options: argparse.Namespace) -> int:
     width = shutil.get_terminal_size((100, 24)).columns
-    if options.data is not None:
-        return _yours(options, width)
-    if options.tokenizer is not None or options.conversation or options.accept:
-        raise ValueError("--tokenizer, --conversation and --accept say how to read --data, which is not given")
-    return _example(options.seed, width)
+    _check(options)
+    if options.paper:
+        return _paper(options, width)
+    if options.data is None:
+        return _example(options, width)
+    return _yours(options, width)
 
 
-def _example(seed: int, width: int) -> int:
+def _check(options: argparse.Namespace) -> None:
+    of_data.check(options)
+    if options.data is None:
+        for name in OF_DATA:
+            if getattr(options, name) not in (None, False):
+                raise ValueError(f"--{name} says how to show --data FILE, which is not given")
+    elif options.paper:
+        raise ValueError("--paper draws five turns of its own; show FILE without it, or --paper without FILE")
+    if options.conversation is not None and options.conversation < 0:
+        raise ValueError(f"--conversation: expected a number from 0 on, found {options.conversation}")
+    for name in ("html", "svg", "png"):
+        path = getattr(options, name)
+        if path is not None and not path.parent.is_dir():
+            raise ValueError(f"--{name}: there is no folder {path.parent}")
+
+
+# --- conversations of yours
+
+
+def _yours(options: argparse.Namespace, width: int) -> int:
+    tokenizer, notes = (None, []) if options.tokenizer is None else load_tokenizer(options.tokenizer)
+    encoder = of_data.encoder_of(options, tokenizer)
+    found = scenes(_chosen(options, tokenizer), encoder)
+    for note in notes:
+        print(f"{options.tokenizer}: {note}", file=sys.stderr)
+    if options.html is not None:
+        shown = _as_page(options, found)
+    elif options.svg is not None or options.png is not None:
+        shown = _as_picture(options, found)
+    else:
+        shown = _in_terminal(options, found, width)
+    if not shown:
+        number = options.conversation or 0
+        raise ValueError(f"{', '.join(options.data)}: there is no conversation {number}; they are counted from 0")
+    refused = [scene for scene in shown if isinstance(scene, RefusedScene)]
+    if len(refused) == len(shown):
+        first = refused[0]
+        raise ValueError(f"{first.where}: refused, {first.reason}: {first.words}")
+    return 1 if refused and not options.skip_invalid else 0
+
+
+def _chosen(options: argparse.Namespace, tokenizer: Any) -> Iterator[Conversation | BadInput]:
+    """The conversations that are asked for, of all sources one after the other."""
+    split = options.split or of_data.SPLIT
+    found = chain.from_iterable(read_all(source, options.format, split) for source in options.data)
+    start = options.conversation or 0
+    for conversation in islice(found, start, None if options.conversation is None else start + 1):
+        if tokenizer is None and isinstance(conversation, Conversation) and conversation.samples is None:
+            raise ValueError(f"{conversation.where}: messages need a tokenizer with a chat template; give --tokenizer")
+        yield conversation
+
+
+def _in_terminal(
+    options: argparse.Namespace, found: Iterator[Scene | RefusedScene], width: int
+) -> list[Scene | RefusedScene]:
+    terminal = Terminal(width, wants_colour(), everything=options.all)
+    limit = options.limit or SHOWN
+    shown = list(islice(found, limit))
+    if any(isinstance(scene, Scene) for scene in shown) and not (options.tree or options.mask):
+        print(terminal.legend(), end="\n\n")
+    for number, scene in enumerate(shown):
+        if number:
+            print()
+        if isinstance(scene, RefusedScene):
+            lines = terminal.draw_refused(scene)
+        elif options.tree or options.mask:
+            lines = _tree_and_mask(options, scene, width)
+        else:
+            lines = terminal.draw(scene, _turns(options.turn, len(scene.turns)))
+        for line in lines:
+            print(line)
+    if options.conversation is None and next(found, None) is not None:
+        print(f"\nMore follow: --limit N shows more than {limit}, --conversation N one, --html FILE a page of them.")
+    return shown
+
+
+def _turns(text: str | None, n: int) -> list[int] | None:
+    """The turns that are asked for: "3" or "3-5"."""
+    if text is None:
+        return None
+    first, _, last = text.partition("-")
+    if not first.isdigit() or not (last or first).isdigit():
+        raise ValueError(f"--turn: expected a number or two, such as 3 or 3-5, found {text!r}")
+    start, end = int(first), int(last or first)
+    if not start <= end < n:
+        raise ValueError(f"--turn {text}: the conversation has {n} turns, counted from 0")
+    return list(range(start, end + 1))
+
+
+def _tree_and_mask(options: argparse.Namespace, scene: Scene, width: int) -> Iterator[str]:
+    """The tree as a table, and who sees whom."""
+    yield from (printable(scene.where), scene.sizes)
+
+    def decode(ids: list[int]) -> str:
+        return printable(scene.reader.text(ids)).replace("\n", "↵").replace("\t", " ").strip("\n")
+
+    if options.tree:
+        lines = folded(scene.layout, decode, width).splitlines()
+        kept = lines if options.all else lines[: TREE_LINES + 1]
+        yield from ("", *kept)
+        if len(lines) > len(kept):
+            yield f"… {len(lines) - len(kept):,} stretches more; --all prints them, --html FILE draws the tree"
+    if options.mask:
+        side = -(-len(scene.layout) // max(16, min(len(scene.layout), width - 10)))
+        yield from ("", "Each token sees its ancestors (visible(q, kv) <=> kv <= q < until[kv]):")
+        if side > 1:
+            yield f"a cell is {side} x {side} tokens: █ all visible, ▒ some, · none"
+        yield ""
+        for index, line in enumerate(fold_mask(scene.layout, side).splitlines()):
+            yield f"{index * side:>8} {line}"
+
+
+def _as_page(options: argparse.Namespace, found: Iterator[Scene | RefusedScene]) -> list[Scene | RefusedScene]:
+    shown: list[Scene | RefusedScene] = []
+    n_tokens, more = 0, False
+    for scene in found:
+        if len(shown) == options.limit or (options.limit is None and n_tokens >= PAGE_TOKENS):
+            more = True
+            break
+        shown.append(scene)
+        n_tokens += len(scene.layout) if isinstance(scene, Scene) else 0
+        if n_tokens > MOST_PAGE_TOKENS:
+            raise ValueError(
+                f"--html: {n_tokens:,} tokens are too many for a page, which holds {MOST_PAGE_TOKENS:,}; lower --limit "
+                "or choose with --conversation"
+            )
+    if shown:
+        page.write(options.html, page.page(shown))
+        kib = options.html.stat().st_size / 1024
+        conversations = "1 conversation" if len(shown) == 1 else f"{len(shown):,} conversations"
+        n_refused = sum(isinstance(scene, RefusedScene) for scene in shown)
+        refused = f", {n_refused:,} refused" if n_refused else ""
+        print(f"{options.html}: {conversations}{refused}, {n_tokens:,} tokens, {kib:,.0f} KiB; open it in a browser")
+        if more:
+            print("More conversations follow: --limit N puts more of them on the page, --conversation N one.")
+    return shown
+
+
+# --- pictures
+
+
+def _as_picture(options: argparse.Namespace, found: Iterator[Scene | RefusedScene]) -> list[Scene | RefusedScene]:
+    shown = list(islice(found, 1))
+    for scene in shown:
+        if isinstance(scene, Scene):
+            _draw(options, layout_picture(scene.layout, scene.texts))
+    return shown
+
+
+def _paper(options: argparse.Namespace, width: int) -> int:
+    if options.svg is None and options.png is None:
+        print(draw_paper(width))
+    else:
+        _draw(options, paper_picture())
+    return 0
+
+
+def _draw(options: argparse.Namespace, picture: Any) -> None:
+    for path, write in ((options.svg, picture.write_svg), (options.png, picture.write_png)):
+        if path is not None:
+            write(path)
+            print(path)
+
+
+# --- the example
+
+
+def _example(options: argparse.Namespace, width: int) -> int:
     words = list(dict.fromkeys(" ".join(part for turn in CONVERSATION for part in turn).split()))
 
     def encode(text: str) -> list[int]:
         return [words.index(word) for word in text.split()]
 
     layout = fr.lay_out_turns([(encode(h), encode(t), encode(r)) for h, t, r in CONVERSATION])
+
+    if options.svg is not None or options.png is not None:
+        _draw(options, layout_picture(layout, [words[token] for token in layout.input_ids.tolist()]))
+        return 0
 
     print("A conversation of three turns, with reasoning in the first two, is three training sequences:\n")
     for i, sample in enumerate(fr.unmerge(layout)):
@@ -69,7 +273,7 @@ def _example(seed: int, width: int) -> int:
     for token, line in zip(layout.input_ids.tolist(), fr.draw_mask(layout).splitlines(), strict=True):
         print(f"{words[token]:>8} {line}")
 
-    model = _tiny_model(len(words), seed)
+    model = _tiny_model(len(words), options.seed)
     row = fr.collate([layout], block_size=1)  # no padding: a conversation this small is all there is
     with true_float64():
         samples = oracle.n_samples(model, fr.unmerge(layout))
@@ -99,118 +303,3 @@ def _tiny_model(vocabulary: int, seed: int) -> Any:
         head_dim=8,
     )
     return Qwen3ForCausalLM(config).double()
-
-
-# --- a conversation of yours
-
-
-def _yours(options: argparse.Namespace, width: int) -> int:
-    from flexreason.load import load_tokenizer
-
-    tokenizer = None if options.tokenizer is None else load_tokenizer(options.tokenizer)[0]
-    where, layout = _read(options, tokenizer)
-
-    def decode(ids: list[int]) -> str:
-        if tokenizer is None:
-            return " ".join(map(str, ids))
-        return json.dumps(tokenizer.decode(ids), ensure_ascii=False)[1:-1].replace('\\"', '"')
-
-    sequences = "1 training sequence" if layout.n_samples == 1 else f"{layout.n_samples} training sequences"
-    print(f"{where}:\n{sequences} of {layout.sample_tokens} tokens in all\n")
-    for turn, sample in enumerate(fr.unmerge(layout)):
-        sizes = f"{len(sample.prompt_ids)} -> {len(sample.target_ids)} tokens"
-        print(f"  turn {turn}, {sizes}:  {_sides(sample, decode, width - len(sizes) - 14)}")
-    fewer = layout.sample_tokens / len(layout)
-    print(f"\nStored once each, these are {len(layout)} tokens ({fewer:.2f} times fewer):\n")
-    in_full = len(layout) <= IN_FULL
-    if in_full:
-        print(fr.draw_layout(layout, lambda token: decode([token]), width=width))
-    else:
-        print(folded(layout, decode, width))
-    print("\nEach token sees its ancestors (visible(q, kv) <=> kv <= q < until[kv]):\n")
-    side = 1 if in_full else -(-len(layout) // WIDTH)
-    if side > 1:
-        print(f"  a cell is {side} x {side} tokens: █ all visible, ▒ some, · none\n")
-    for index, line in zip(range(0, len(layout), side), fold_mask(layout, side).splitlines(), strict=True):
-        label = decode([int(layout.input_ids[index])]) if in_full else str(index)
-        print(f"{label:>12} {line}")
-    return 0
-
-
-def _read(options: argparse.Namespace, tokenizer: Any) -> tuple[str, fr.Layout]:
-    """Where the conversation that was asked for stands, and its layout."""
-    from flexreason.data.files import read_conversations
-
-    if options.conversation < 0:
-        raise ValueError(f"--conversation: expected a number from 0 on, found {options.conversation}")
-    conversation = next(islice(read_conversations(options.data), options.conversation, None), None)
-    if conversation is None:
-        raise ValueError(f"{options.data}: there is no conversation {options.conversation}; they are counted from 0")
-    if conversation.samples is not None:
-        return conversation.where, fr.lay_out(conversation.samples)
-    if tokenizer is None:
-        raise ValueError(f"{options.data}: messages need a tokenizer with a chat template; give --tokenizer")
-    of_template = {"accept": options.accept or (), **conversation.options}
-    return conversation.where, fr.encode(conversation.messages, tokenizer, conversation.tools, **of_template)
-
-
-def _sides(sample: Sample, decode: Callable[[list[int]], str], width: int) -> str:
-    """A sample as prompt -> target, each shortened in the middle where they do not fit."""
-    prompt, target = decode(list(sample.prompt_ids)), decode(list(sample.target_ids))
-    room = max(16, (width - 6) // 2)
-    if len(prompt) + len(target) + 6 > width:
-        prompt, target = shortened(prompt, max(room, width - 6 - len(target))), shortened(target, room)
-    return f"{prompt}  ->  {target}"
-
-
-def shortened(text: str, width: int) -> str:
-    """A text with its middle left out where it is longer than `width`.
-
-    >>> shortened("What is 2 + 3, and what is it times 4?", 20)
-    'What is  ... imes 4?'
-    """
-    if len(text) <= width:
-        return text
-    behind = (width - 5) // 2
-    return f"{text[: width - 5 - behind]} ... {text[len(text) - behind :]}"
-
-
-def folded(layout: fr.Layout, decode: Callable[[list[int]], str], width: int = 100) -> str:
-    """A layout with a line a stretch: tokens one behind the other on one path, of one turn and role."""
-    text_width = max(24, width - 56)
-    position, until = layout.position_ids, layout.until
-    starts = [*begins_stretch(position, until, layout.turn, layout.role).nonzero()[:, 0].tolist(), len(layout)]
-    targets = torch.bincount(layout.target_source, minlength=len(layout))
-    lines = [["index", "tokens", "turn", "role", "position", "until", "targets", "text"]]
-    for start, end in pairwise(starts):
-        turn, role, n_targets = int(layout.turn[start]), role_name(int(layout.role[start])), targets[start:end].sum()
-        text = shortened(decode(layout.input_ids[start:end].tolist()), text_width)
-        cells = (start, end - start, turn, role, int(position[start]), int(until[start]), int(n_targets), text)
-        lines.append([str(cell) for cell in cells])
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)][:-1]
-    return "\n".join("  ".join([*map(str.rjust, line, widths), line[-1]]) for line in lines)
-
-
-def fold_mask(layout: fr.Layout, side: int) -> str:
-    """What `draw_mask` draws, a cell for side x side tokens, without the S x S mask: from each block's least and
-    largest `until`.
-
-    >>> layout = fr.lay_out_turns([([1], [2], [3]), ([4], [5], [6])])
-    >>> print(fold_mask(layout, 2))
-    ▒···
-    █▒··
-    ▒▒▒·
-    ▒·▒█
-    """
-    blocks = layout.until.split(side)
-    least, largest = [int(block.min()) for block in blocks], [int(block.max()) for block in blocks]
-
-    def cell(i: int, j: int) -> str:  # queries i, keys j
-        start, end = i * side, min((i + 1) * side, len(layout))
-        if j > i:
-            return "·"
-        if least[j] >= end and (j < i or end - start == 1):
-            return "█"
-        return "▒" if j == i or largest[j] > start else "·"
-
-    return "\n".join("".join(cell(i, j) for j in range(len(blocks))) for i in range(len(blocks)))

@@ -20,6 +20,7 @@ how near measured times come to it.
 """
 
 import re
+from collections import Counter
 from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
@@ -66,6 +67,7 @@ class Figures:
     part_pairs: int
     too_long: list[list[int]]  # turn, tokens and targets of every sample that is longer than a row, and in no part
     how: dict[str, int]  # how many turns were found in which way
+    dirty: dict[str, int] = field(default_factory=dict)  # answers of each kind of dirt, which are trained all the same
     seconds: float = field(default=0.0, compare=False)  # that encoding took
     render_seconds: float = field(default=0.0, compare=False)  # of these, in the template
 
@@ -123,6 +125,7 @@ def figures_of(item: Item, length: int, parts: Split | None = None) -> Figures:
         part_pairs=sum(map(_pairs, parts.parts)),
         too_long=[[turn, sizes[turn], len(samples[turn].target_ids)] for turn in parts.dropped],
         how={kind: how.count(kind) for kind in sorted(set(how))},
+        dirty=dict(Counter(item.encoded.dirty.values())),
         seconds=item.seconds,
         render_seconds=item.encoded.render_seconds,
     )

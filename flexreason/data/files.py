@@ -16,7 +16,8 @@ The format is that of the first entry, unless one is named; every `Conversation`
 """
 
 import json
-from collections.abc import Iterable, Iterator
+import re
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -95,23 +96,28 @@ def read_conversations(
 
 
 def read_all(
-    source: str | Path | Iterable[Any], format: str | None = None, split: str = "train"
+    source: str | Path | Iterable[Any],
+    format: str | None = None,
+    split: str = "train",
+    on_broken: Callable[[BadInput], None] | None = None,
 ) -> Iterator[Conversation | BadInput]:
     """The same, but an entry that is no conversation is given as an error, in its place. Raises where nothing can be
-    read."""
+    read; `on_broken` is told instead of a file that cannot be read on, or that is empty beside others."""
     if format is not None and format not in FORMATS:
         raise BadInput(f"format: expected one of {', '.join(FORMATS)}, found {format!r}")
     number = 0
-    for conversation in _together(_parsed(source, format, split)):
+    for conversation in _together(_parsed(source, format, split, on_broken)):
         yield replace(conversation, number=number) if isinstance(conversation, Conversation) else conversation
         number += 1
     if number == 0:
         raise EmptySource(f"{source if isinstance(source, str | Path) else 'the source'}: nothing in it")
 
 
-def _parsed(source: Any, format: str | None, split: str) -> Iterator[tuple[Conversation | BadInput, Any]]:
+def _parsed(
+    source: Any, format: str | None, split: str, on_broken: Callable[[BadInput], None] | None
+) -> Iterator[tuple[Conversation | BadInput, Any]]:
     """Every entry as a conversation, and the conversation that a tokenized sample says it is of."""
-    for where, entry in read_entries(source, split):
+    for where, entry in read_entries(source, split, on_broken):
         try:
             if isinstance(entry, BadInput):
                 raise entry
@@ -157,8 +163,21 @@ def count_entries(source: Any) -> int | None:
         return sum(chunk.count(b"\n") for chunk in iter(lambda: file.read(1 << 20), b""))
 
 
-def read_entries(source: str | Path | Iterable[Any], split: str = "train") -> Iterator[tuple[str, Any]]:
+def read_entries(
+    source: str | Path | Iterable[Any], split: str = "train", on_broken: Callable[[BadInput], None] | None = None
+) -> Iterator[tuple[str, Any]]:
     """(where it stands, entry) for each entry, as they lie in the source; a line that is no JSON is a BadInput."""
+    try:
+        yield from _entries(source, split, on_broken)
+    except BadInput as error:
+        if on_broken is None:
+            raise
+        on_broken(error)
+
+
+def _entries(
+    source: str | Path | Iterable[Any], split: str, on_broken: Callable[[BadInput], None] | None
+) -> Iterator[tuple[str, Any]]:
     if not isinstance(source, str | Path):
         table = hasattr(source, "features")
         for number, entry in enumerate(source):
@@ -168,7 +187,7 @@ def read_entries(source: str | Path | Iterable[Any], split: str = "train") -> It
     if path.is_file():
         yield from _from_file(path)
     elif path.is_dir():
-        yield from _from_folder(path, split)
+        yield from _from_folder(path, split, on_broken)
     elif path.suffix.lower() in FILES or str(source).startswith((".", "/", "~")) or str(source).count("/") > 1:
         raise BadInput(f"{source}: no such file or folder")
     else:
@@ -223,7 +242,7 @@ def _json_document(path: Path) -> list[Any] | None:
     return whole if isinstance(whole, list) else [whole]
 
 
-def _from_folder(path: Path, split: str) -> Iterator[tuple[str, Any]]:
+def _from_folder(path: Path, split: str, on_broken: Callable[[BadInput], None] | None) -> Iterator[tuple[str, Any]]:
     if any((path / name).exists() for name in ("dataset_info.json", "state.json", "dataset_dict.json")):
         data = _datasets(path).load_from_disk(str(path))
         if hasattr(data, "keys"):
@@ -238,7 +257,16 @@ def _from_folder(path: Path, split: str) -> Iterator[tuple[str, Any]]:
     if not files:
         raise BadInput(f"{path}: no .jsonl, .json or .parquet file in it, and no data set saved by datasets")
     for file in files:
-        yield from _from_file(file)
+        n_read = 0
+        try:
+            for n_read, entry in enumerate(_from_file(file), start=1):  # noqa: B007 (told where there is none)
+                yield entry
+            if on_broken is not None and not n_read:
+                raise EmptySource(f"{file}: nothing in it")
+        except BadInput as error:
+            if on_broken is None:
+                raise
+            on_broken(error)
 
 
 def _datasets(source: Any) -> Any:
@@ -279,6 +307,16 @@ def detect(entry: Any, where: str) -> str:
         f"{where}: neither messages, nor conversations, nor prompt and completion, nor prompt_ids and target_ids among "
         f"its keys: {', '.join(map(str, entry)) or 'none'}"
     )
+
+
+def place_of(where: str) -> tuple[str, str | None, int | None]:
+    """What a `where` says: the source, what is counted in it, and the number.
+
+    >>> place_of("chats.jsonl, line 7"), place_of("entry 3")
+    (('chats.jsonl', 'line', 7), ('', 'entry', 3))
+    """
+    found = re.fullmatch(r"(?:(.*), )?(line|entry|row) (\d+)", where, re.DOTALL)
+    return (found[1] or "", found[2], int(found[3])) if found else (where, None, None)
 
 
 def _check_kind(entry: Any, format: str, where: str) -> None:

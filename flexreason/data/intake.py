@@ -90,12 +90,36 @@ class Item:
     seconds: float = 0.0  # that encoding and laying out took
 
 
+@dataclass(frozen=True)
+class Refusal:
+    """One conversation that is refused."""
+
+    where: str  # "chats.jsonl, line 7"
+    message: int | None  # its number in the conversation, where it is one message's fault
+    reason: str  # the class of reasons
+    words: str
+    dirty: Mapping[str, int] = field(default_factory=dict)  # answers of each kind of dirt in it
+
+    @classmethod
+    def of(cls, error: ConversationError, where: str | None) -> "Refusal":
+        """What is refused by an error; one in reading begins with where it is."""
+        if where is None:
+            where, _, words = str(error).partition(": ")
+            return cls(where, error.message, error.reason, words or where)
+        return cls(where, error.message, error.reason, error.text, dict(error.dirty))
+
+    def __str__(self) -> str:
+        message = "" if self.message is None else f"message {self.message}: "
+        return f"{self.where}: {message}{self.words}" if self.words != self.where else self.words
+
+
 @dataclass
 class Refusals:
     """Refused conversations by class of reasons: how many there are of each, and where the first of them stand."""
 
     counts: dict[str, int] = field(default_factory=dict)
     examples: dict[str, list[str]] = field(default_factory=dict)
+    dirty: dict[str, int] = field(default_factory=dict)  # answers of each kind of dirt in them
 
     def add(self, reason: str, words: str) -> None:
         self.counts[reason] = self.counts.get(reason, 0) + 1
@@ -103,11 +127,16 @@ class Refusals:
         if len(named) < EXAMPLES:
             named.append(words)
 
+    def count_dirt(self, dirty: Mapping[str, int]) -> None:
+        for kind, count in dirty.items():
+            self.dirty[kind] = self.dirty.get(kind, 0) + count
+
     @classmethod
     def together(cls, all_of: Iterable["Refusals"]) -> "Refusals":
         """The refusals of several sources."""
         whole = cls()
         for refusals in all_of:
+            whole.count_dirt(refusals.dirty)
             for reason, count in refusals.counts.items():
                 whole.counts[reason] = whole.counts.get(reason, 0) + count
                 named = whole.examples.setdefault(reason, [])
@@ -150,6 +179,8 @@ class Intake:
         workers: Processes that encode; 0 for none but this one. Their number changes nothing but the time.
         then: Makes of an `Item` what is given out; in the worker, so that only this is sent back.
         pool: The workers, where several sources share what `start_workers` started.
+        on_refused: Told of every conversation that is refused.
+        on_broken: Told of every file that cannot be read on, which then stops nothing.
     """
 
     def __init__(
@@ -163,12 +194,14 @@ class Intake:
         workers: int = 0,
         then: Callable[[Item], Any] | None = None,
         pool: ProcessPoolExecutor | None = None,
+        on_refused: Callable[[Refusal], None] | None = None,
+        on_broken: Callable[[BadInput], None] | None = None,
     ) -> None:
         if workers < 0:
             raise ValueError(f"workers: expected 0 or more, found {workers}")
         self.source, self.encoder, self.split = source, encoder, split
         self.skip_invalid, self.limit, self.workers, self.then = skip_invalid, limit, workers, then
-        self.pool = pool
+        self.pool, self.on_refused, self.on_broken = pool, on_refused, on_broken
         self.refusals = Refusals()
         self.n_read = 0
         self.format: str | None = encoder.format
@@ -177,7 +210,10 @@ class Intake:
         for refused, taken in self._encoded():
             self.n_read += 1
             if refused:
-                self.refusals.add(*taken)
+                self.refusals.add(taken.reason, str(taken))
+                self.refusals.count_dirt(taken.dirty)
+                if self.on_refused is not None:
+                    self.on_refused(taken)
             elif not self.refusals.total or self.skip_invalid:
                 yield taken
         if self.refusals.total and (not self.skip_invalid or self.refusals.total == self.n_read):
@@ -194,7 +230,7 @@ class Intake:
             yield from (_take(self.encoder, self.then, conversation) for conversation in read)
 
     def _read(self) -> Iterator[Conversation | BadInput]:
-        for conversation in read_all(self.source, self.encoder.format, self.split):
+        for conversation in read_all(self.source, self.encoder.format, self.split, self.on_broken):
             if isinstance(conversation, Conversation):
                 self.format = self.format or conversation.format
             yield conversation
@@ -203,7 +239,7 @@ class Intake:
 def _take(
     encoder: EntryEncoder, then: Callable[[Item], Any] | None, conversation: Conversation | BadInput
 ) -> tuple[bool, Any]:
-    """(False, what `then` makes of the Item), or where it is refused (True, (class of reasons, words))."""
+    """(False, what `then` makes of the Item), or where it is refused (True, its Refusal)."""
     start = time.perf_counter()
     try:
         if isinstance(conversation, BadInput):
@@ -211,8 +247,7 @@ def _take(
         encoded = encoder.encoded(conversation)
         item = Item(conversation, encoded, _laid_out(encoded, conversation), time.perf_counter() - start)
     except ConversationError as error:
-        where = "" if isinstance(conversation, BadInput) else f"{conversation.where}: "
-        return True, (error.reason, f"{where}{error}")
+        return True, Refusal.of(error, None if isinstance(conversation, BadInput) else conversation.where)
     return False, item if then is None else then(item)
 
 

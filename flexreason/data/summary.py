@@ -95,6 +95,7 @@ class Summary:
         self.too_long = self.with_too_long = 0  # samples longer than a row; conversations that have some
         self.examples: list[str] = []
         self.how: Counter[str] = Counter()
+        self.dirty: Counter[str] = Counter()  # of answers that are trained all the same
         self.seconds = self.render_seconds = 0.0
         self.sample_lengths: Counter[int] = Counter()  # longest samples of conversations, by bin
         self.tree_lengths: Counter[int] = Counter()
@@ -128,6 +129,7 @@ class Summary:
             named = figures.too_long[: EXAMPLES - len(self.examples)]
             self.examples += [f"{figures.where}: turn {turn}, {tokens:,} tokens" for turn, tokens, _ in named]
         self.how.update(figures.how)
+        self.dirty.update(figures.dirty)
         self.seconds += figures.seconds
         self.render_seconds += figures.render_seconds
         self.sample_lengths[bin_of(figures.longest_sample)] += 1
@@ -188,6 +190,14 @@ class Summary:
                 "longest_sample": dict(sorted(self.sample_lengths.items())),
                 "tree": dict(sorted(self.tree_lengths.items())),
                 "turns": {at: self.turns[at][0] for at in sorted(self.turns)},
+            },
+            "speed_up_by_turns": {
+                shape.name: {
+                    at: shape.work(samples) / shape.work(one)
+                    for at, (_, samples, one) in sorted(self.turns.items())
+                    if one.tokens
+                }
+                for shape in self.shapes
             },
         }
 

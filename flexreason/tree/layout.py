@@ -24,6 +24,8 @@ Shapes: S tokens, T targets.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -95,6 +97,23 @@ class Layout:
             f"of {self.sample_tokens} tokens)"
         )
 
+    def show(self, tokenizer: Any = None, *, html: str | None = None) -> None:
+        """Print what is trained on, or write it as a page to the file `html`.
+
+        The tokenizer is that of `fr.encode`, if the layout comes from there; without one tokens are shown as ids.
+
+        >>> lay_out_turns([([1, 2], [10], [20])]).show()  # doctest: +ELLIPSIS
+        prompt reasoning response ...
+        """
+        from flexreason.show.look import show
+
+        show(self, tokenizer, html)
+
+    def _repr_html_(self) -> str:
+        from flexreason.show.look import as_html
+
+        return as_html(self)
+
     @property
     def n_samples(self) -> int:
         return int(self.target_turn.max()) + 1
@@ -111,6 +130,10 @@ class Layout:
 
     def to(self, device: torch.device | str) -> "Layout":
         return Layout(**{f.name: getattr(self, f.name).to(device) for f in fields(self)})
+
+
+TOKENIZERS: WeakKeyDictionary[Layout, Any] = WeakKeyDictionary()
+"""What layouts were encoded with, where that is known, so that they can be shown as text."""
 
 
 def lay_out_turns(turns: Sequence[tuple[Ids, Ids, Ids]]) -> Layout:

@@ -1,0 +1,66 @@
+"""A layout as a table with a line a stretch, and its mask folded: what a terminal can show of any layout.
+
+Shapes: S tokens.
+"""
+
+from collections.abc import Callable
+from itertools import pairwise
+
+import torch
+
+from flexreason.tree.draw import role_name
+from flexreason.tree.layout import Layout, begins_stretch
+
+
+def shortened(text: str, width: int) -> str:
+    """A text with its middle left out where it is longer than `width`.
+
+    >>> shortened("What is 2 + 3, and what is it times 4?", 20)
+    'What is  ... imes 4?'
+    """
+    if len(text) <= width:
+        return text
+    behind = (width - 5) // 2
+    return f"{text[: width - 5 - behind]} ... {text[len(text) - behind :]}"
+
+
+def folded(layout: Layout, decode: Callable[[list[int]], str], width: int = 100) -> str:
+    """A layout with a line a stretch: tokens one behind the other on one path, of one turn and role."""
+    text_width = max(24, width - 56)
+    position, until = layout.position_ids, layout.until
+    starts = [*begins_stretch(position, until, layout.turn, layout.role).nonzero()[:, 0].tolist(), len(layout)]
+    targets = torch.bincount(layout.target_source, minlength=len(layout))
+    lines = [["index", "tokens", "turn", "role", "position", "until", "targets", "text"]]
+    for start, end in pairwise(starts):
+        turn, role, n_targets = int(layout.turn[start]), role_name(int(layout.role[start])), targets[start:end].sum()
+        text = shortened(decode(layout.input_ids[start:end].tolist()), text_width)
+        cells = (start, end - start, turn, role, int(position[start]), int(until[start]), int(n_targets), text)
+        lines.append([str(cell) for cell in cells])
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)][:-1]
+    return "\n".join("  ".join([*map(str.rjust, line, widths), line[-1]]) for line in lines)
+
+
+def fold_mask(layout: Layout, side: int) -> str:
+    """What `draw_mask` draws, a cell for side x side tokens, without the S x S mask: from each block's least and
+    largest `until`.
+
+    >>> from flexreason import lay_out_turns
+    >>> layout = lay_out_turns([([1], [2], [3]), ([4], [5], [6])])
+    >>> print(fold_mask(layout, 2))
+    ▒···
+    █▒··
+    ▒▒▒·
+    ▒·▒█
+    """
+    blocks = layout.until.split(side)
+    least, largest = [int(block.min()) for block in blocks], [int(block.max()) for block in blocks]
+
+    def cell(i: int, j: int) -> str:  # queries i, keys j
+        start, end = i * side, min((i + 1) * side, len(layout))
+        if j > i:
+            return "·"
+        if least[j] >= end and (j < i or end - start == 1):
+            return "█"
+        return "▒" if j == i or largest[j] > start else "·"
+
+    return "\n".join("".join(cell(i, j) for j in range(len(blocks))) for i in range(len(blocks)))
