@@ -9,6 +9,9 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from flexreason.sources import must_be_there
+from flexreason.telling import stage
+
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 
 WEIGHTS = ("*.safetensors", "*.bin", "*.safetensors.index.json")
@@ -25,6 +28,13 @@ def load_model(name: str, dtype: str, device: str, seed: int, trust_remote_code:
         raise ValueError(f"device {device!r} cannot be used here: {str(error).splitlines()[0]}") from error
     if where.type == "meta":
         raise ValueError("device 'meta' holds no weights")
+    must_be_there(name)
+    with stage(f"loading {name}"):
+        model, notes = _loaded(name, dtype, seed, trust_remote_code)
+        return model.to(where).eval(), notes
+
+
+def _loaded(name: str, dtype: str, seed: int, trust_remote_code: bool) -> tuple[Any, list[str]]:
     path, notes = Path(name), []
     bare = path.is_file() or (path.is_dir() and not any(any(path.glob(pattern)) for pattern in WEIGHTS))
     try:
@@ -43,7 +53,7 @@ def load_model(name: str, dtype: str, device: str, seed: int, trust_remote_code:
                 notes.append(f"weights are random that the checkpoint lacks: {len(missing)} ({missing[0]}, ...)")
     except Exception as error:  # whatever a config, a checkpoint or code that comes with it may raise
         raise ValueError(f"{name} cannot be loaded as a causal language model: {error}") from error
-    return model.to(where).eval(), notes
+    return model, notes
 
 
 def option_of(text: str) -> tuple[str, Any]:
@@ -66,6 +76,7 @@ def load_tokenizer(source: str) -> tuple[Any, list[str]]:
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     path = Path(source)
+    must_be_there(source)
     try:
         if is_bare(source):
             return stand_in(path.read_text()), [

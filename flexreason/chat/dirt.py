@@ -14,9 +14,10 @@ import argparse
 import re
 from collections.abc import Iterable, Sequence
 
-from flexreason.chat.messages import REASONING_FIELDS, Message, did_you_mean
+from flexreason.chat.messages import REASONING_FIELDS, Message
 from flexreason.chat.render import ConversationError
 from flexreason.chat.template import KNOWN_MARKERS, Markers
+from flexreason.nearest import did_you_mean
 
 Pair = tuple[str, str]
 

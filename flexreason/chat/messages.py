@@ -4,13 +4,12 @@ Reasoning stands in a field (`reasoning_content`, `reasoning`, `thinking`) or in
 very beginning of the content. What stands elsewhere in a text is text.
 """
 
-import difflib
 import json
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 from flexreason.chat.render import BadMessage
+from flexreason.nearest import did_you_mean
 
 REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
 
@@ -203,12 +202,6 @@ def _check_calls(number: int, calls: Any) -> None:
         if arguments is not None and not isinstance(arguments, dict):
             kind = type(arguments).__name__
             raise BadMessage(f"tool_calls[{at}]: expected arguments as an object or its JSON, found {kind}", number)
-
-
-def did_you_mean(name: Any, known: Iterable[str]) -> str:
-    """A hint at the name that is nearest to a wrong one, if any is near."""
-    near = difflib.get_close_matches(name.lower(), known, n=1) if isinstance(name, str) else []
-    return f"; did you mean {near[0]!r}?" if near else ""
 
 
 def json_words(error: Exception) -> str:

@@ -14,6 +14,8 @@ from pathlib import Path
 from textwrap import indent
 from typing import Any
 
+from flexreason.telling import aside, each, stage
+
 STEPS, TO_COMPARE = 1400, 1000
 
 MARK = ".flexreason-demo"
@@ -59,7 +61,8 @@ def run(options: argparse.Namespace) -> int:
     claim(options.out)
 
     def say(text: str) -> None:
-        print(text, file=sys.stderr if options.json else sys.stdout, flush=True)
+        with aside():
+            print(text, file=sys.stderr if options.json else sys.stdout, flush=True)
 
     goals: list[Goal] = []
     with one_thread():
@@ -72,6 +75,10 @@ def run(options: argparse.Namespace) -> int:
     if options.json:
         print(json.dumps(figures))
     return 0 if all(goal.met for goal in goals) else 1
+
+
+def when_stopped(options: argparse.Namespace) -> str:
+    return f"{options.out} is unfinished, and the same command begins anew"
 
 
 def claim(out: Path) -> None:
@@ -184,7 +191,8 @@ def beside_the_samples(data: Any, out: Path, steps: int, seed: int, device: str,
 
     batches = data.batches(steps, seed)
     single, many = (fit(start(out, seed, device), way, batches) for way in (SINGLE_PASS, N_SAMPLES))
-    pairs = list(zip(single, many, strict=True))
+    words = "the first steps, in single passes and on the N samples"
+    pairs = list(each(zip(single, many, strict=True), words, steps, "steps"))
     single_s, many_s = (sum(step.seconds for step in steps) for steps in zip(*pairs, strict=True))
     say(f"\nThe same loss as on the N samples, {steps} steps from the same weights:\n")
     rows = [[f"step {n}", f"{a.loss:.6f}", f"{b.loss:.6f}"] for n, (a, b) in enumerate(pairs, start=1)]
@@ -243,7 +251,8 @@ def ask(data: Any, out: Path, device: str, say: Any) -> tuple[int, int, float]:
     model: Any = AutoModelForCausalLM.from_pretrained(out / "run" / "model")
     model.to(device)
     tokenizer = AutoTokenizer.from_pretrained(out / "run" / "model")
-    answered = answers.answer(model, tokenizer, data.held_out)
+    with stage("answering"):
+        answered = answers.answer(model, tokenizer, data.held_out)
     save_conversations(out / "answers.jsonl", answered)
     right, asked = answers.right(answered, data.held_out)
     say(f"\n{asked} questions that begin as none before did, each with the model's own earlier answers, such as:\n")

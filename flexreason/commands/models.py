@@ -16,11 +16,14 @@ import torch
 import transformers
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from flexreason import telling
+from flexreason.interrupt import deaf
 from flexreason.model.refuse import reason_against_config
 from flexreason.proof.evidence import LIST, evidence_of_class, listed, structure_of
 from flexreason.proof.selftest import UNTESTED, check, said, unpatched
 from flexreason.proof.source import source_of
 from flexreason.proof.tiny import causal_classes, class_of, default_config
+from flexreason.sources import OLD, class_like, is_cached, must_be_there
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -105,6 +108,10 @@ def find(model: str) -> tuple[PreTrainedConfig, type[PreTrainedModel], bool]:
     cls = getattr(transformers, model, None)
     if isinstance(cls, type) and getattr(cls, "config_class", None):
         return default_config(cls), cls, True
+    if "/" not in model and not Path(model).exists() and model not in OLD and not is_cached(model):
+        if near := class_like(model):
+            raise ValueError(f"{model}: no class of transformers, no file and no folder; did you mean {near}?")
+    must_be_there(model)
     try:
         config = transformers.AutoConfig.from_pretrained(model)
     except (OSError, ValueError) as error:
@@ -140,10 +147,11 @@ def _scan_command(options: argparse.Namespace) -> int:
     if unknown := [name for name in names if not getattr(getattr(transformers, name, None), "config_class", None)]:
         raise ValueError(f"--only: transformers has no model of the name {', '.join(unknown)}")
     entries: dict[str, Any] = {}
-    for name, entry in scan(names):
+    for name, entry in telling.each(scan(names), "testing all classes", len(names), "classes"):
         entries[name] = entry
         line = f"{len(entries):>4}/{len(names)} {time.monotonic() - start:5.0f} s  {name:<44} {entry['verdict']}"
-        print(f"{line:<100}  {entry['reason']}"[:240], file=sys.stderr, flush=True)
+        with telling.aside():
+            print(f"{line:<100}  {entry['reason']}"[:240], file=sys.stderr, flush=True)
     written = {
         "transformers": transformers.__version__,
         "torch": torch.__version__.partition("+")[0],
@@ -177,7 +185,8 @@ def scan(names: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
         if worker is None:
             here, there = context.Pipe()
             worker = context.Process(target=_serve, args=(there,), daemon=True)
-            worker.start()
+            with deaf():
+                worker.start()
             there.close()
         here.send(name)
         try:
@@ -225,9 +234,13 @@ def entry_of(name: str) -> dict[str, Any]:
 
 def write(written: dict[str, Any]) -> None:
     """Make this the list, from now on."""
-    LIST.write_text(json.dumps(written, indent=1) + "\n")
+    texts = {LIST: json.dumps(written, indent=1) + "\n"}
     if TABLE.parent.is_dir():  # in a checkout
-        TABLE.write_text(table(written))
+        texts[TABLE] = table(written)
+    for path, text in texts.items():
+        path.with_name(f"{path.name}.unfinished").write_text(text)
+    for path in texts:  # all of them, or none
+        path.with_name(f"{path.name}.unfinished").replace(path)
     listed.cache_clear()
 
 

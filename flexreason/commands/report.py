@@ -7,7 +7,6 @@ conversation that is refused. Goes over everything, and keeps none of it.
 
 import argparse
 import json
-import sys
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import nullcontext, suppress
@@ -22,6 +21,7 @@ from flexreason.data.files import BadInput, Conversation, EmptySource, count_ent
 from flexreason.data.intake import EntryEncoder, Intake, Refusals, Refused, start_workers
 from flexreason.data.summary import Summary
 from flexreason.load import load_tokenizer
+from flexreason.telling import stage
 from flexreason.tree.blocks import BLOCK
 
 __all__ = ["DataReport", "Figures", "Source", "Summary", "figures_of", "report"]
@@ -85,7 +85,7 @@ def report(
     all_of_them, by_source = Summary(length, shape), []
     then = partial(figures_of, length=length)
     pool = start_workers(workers, encoder, then) if workers else None
-    with pool or nullcontext(), _progress(sources, limit) as bar:
+    with pool or nullcontext(), _progress(sources, limit) as going:
         for source in sources:
             intake = Intake(
                 source, encoder, split=split, skip_invalid=True, limit=limit, workers=workers, then=then, pool=pool
@@ -95,7 +95,7 @@ def report(
                 for figures in intake:
                     all_of_them.add(figures)
                     summary.add(figures)
-                    bar.update(intake.n_read - n_shown)
+                    going.add(intake.n_read - n_shown)
                     n_shown = intake.n_read
             name = str(source) if isinstance(source, str | Path) else "entries"
             form = intake.format or "of no known kind"
@@ -120,13 +120,10 @@ def _look_at(source: Any, encoder: EntryEncoder, split: str) -> None:
 
 
 def _progress(sources: list[Any], limit: int | None) -> Any:
-    """A bar on a terminal's stderr."""
-    from tqdm import tqdm
-
     counts = [count_entries(source) for source in sources]
     known = [count for count in counts if count is not None]
     total = sum(min(count, limit or count) for count in known) if len(known) == len(counts) else None
-    return tqdm(total=total, unit=" conversations", disable=None, leave=False, file=sys.stderr)
+    return stage("encoding", total, "conversations")
 
 
 # --- the command

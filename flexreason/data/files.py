@@ -21,8 +21,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from flexreason.chat.messages import did_you_mean, json_words
+from flexreason.chat.messages import json_words
 from flexreason.chat.render import ConversationError
+from flexreason.nearest import did_you_mean, near_file
+from flexreason.sources import is_path, unreachable
 from flexreason.tree.sample import Sample
 
 DATA = "conversations: a .jsonl, .json or .parquet file, a folder, a data set's name"
@@ -169,8 +171,13 @@ def read_entries(source: str | Path | Iterable[Any], split: str = "train") -> It
         yield from _from_file(path)
     elif path.is_dir():
         yield from _from_folder(path, split)
-    elif path.suffix.lower() in FILES or str(source).startswith((".", "/", "~")) or str(source).count("/") > 1:
-        raise BadInput(f"{source}: no such file or folder")
+    elif is_path(str(source)):
+        raise BadInput(f"{source}: no such file or folder{near_file(source) or '; give one that is there'}")
+    elif why := unreachable():
+        raise BadInput(
+            f"{source}: no such file or folder, and no hub can be asked for a data set of this name ({why})"
+            f"{near_file(source) or '; give a file or a folder'}"
+        )
     else:
         yield from _entries_of(_loaded_set(source, str(source), split=split, streaming=True), str(source))
 

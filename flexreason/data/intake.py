@@ -32,6 +32,7 @@ from flexreason.data.files import (
     read_all,
     without_none,
 )
+from flexreason.interrupt import deaf
 from flexreason.tree.layout import Layout
 from flexreason.tree.merge import lay_out
 
@@ -231,7 +232,21 @@ def start_workers(
     """Processes for Intakes with this encoder and `then`. They take seconds to start, so several Intakes may share
     them."""
     context = multiprocessing.get_context("spawn")  # a fork would inherit torch's and the tokenizer's threads
-    return ProcessPoolExecutor(workers, context, _begin, (encoder, then))
+    return _Workers(workers, context, _begin, (encoder, then))
+
+
+class _Workers(ProcessPoolExecutor):
+    """Processes that leave Ctrl-C to us, and are ended by it at once."""
+
+    def submit(self, *args: Any, **kwargs: Any) -> Any:
+        with deaf():  # which is when they are started
+            return super().submit(*args, **kwargs)
+
+    def __exit__(self, kind: type[BaseException] | None, *about: Any) -> bool | None:
+        if kind is not None and issubclass(kind, KeyboardInterrupt):
+            for process in dict(self._processes or {}).values():
+                process.terminate()
+        return super().__exit__(kind, *about)
 
 
 def _in_processes(pool: ProcessPoolExecutor, workers: int, read: Iterator[Any]) -> Iterator[tuple[bool, Any]]:

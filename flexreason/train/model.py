@@ -10,6 +10,7 @@ from transformers import AutoTokenizer
 
 import flexreason as fr
 from flexreason.load import load_model
+from flexreason.sources import must_be_there
 from flexreason.train.settings import Settings
 
 
@@ -31,6 +32,7 @@ def tokenizer_of(settings: Settings) -> Any:
     name = settings.tokenizer or settings.model
     path = Path(name)
     try:
+        must_be_there(name)
         return AutoTokenizer.from_pretrained(
             str(path.parent) if path.is_file() else name, trust_remote_code=settings.trust_remote_code
         )

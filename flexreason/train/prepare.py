@@ -15,13 +15,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from flexreason.data import splitting
 from flexreason.data.documents import Documents, write_documents
 from flexreason.data.figures import Figures, figures_of
 from flexreason.data.files import count_entries
 from flexreason.data.intake import EntryEncoder, Intake, Item, Refusals
+from flexreason.telling import each, stage
 from flexreason.train.record import content_hash, key_of, write_whole
 from flexreason.tree.layout import Layout
 
@@ -74,7 +73,8 @@ def prepare(
     Rank 0 encodes. The others wait until the last file appears: that may take hours, and no barrier of a process group
     waits for so long.
     """
-    hashes = {source: content_hash(source) for source in sources}
+    with stage("reading the data for their hash"):
+        hashes = {source: content_hash(source) for source in sources}
     how: dict[str, Any] = {"split": split, "length": length, "too_long": too_long, "skip_invalid": skip_invalid}
     key = key_of(hashes, encoder, how)
     path, start = folder / key, time.monotonic()
@@ -113,7 +113,7 @@ def _encode(
             then = partial(_parts, length)
             intake = Intake(source, encoder, split=split, skip_invalid=skip_invalid, workers=workers, then=then)
             intakes.append(intake)
-            for figures, parts in tqdm(intake, f"encoding {source}", count_entries(source), disable=None, leave=False):
+            for figures, parts in each(intake, f"encoding {source}", count_entries(source), "conversations"):
                 long.extend([figures.where, *sample] for sample in figures.too_long)
                 figures_file.write(json.dumps(figures.as_dict()) + "\n")
                 for part in parts:

@@ -17,10 +17,10 @@ from typing import Any
 
 from flexreason.chat.dirt import REASONS, accepted
 from flexreason.chat.encode import HISTORIES
-from flexreason.chat.messages import did_you_mean
 from flexreason.data.documents import WEIGHTINGS
 from flexreason.data.files import DATA
 from flexreason.data.intake import OURS
+from flexreason.nearest import did_you_mean, near_file
 
 PRECISIONS = ("auto", "fp32", "bf16", "bf16-weights", "fp16")
 CHOICES = {
@@ -204,7 +204,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise ValueError(f"{path}: cannot be read: {error}") from error
+        hint = near_file(path) if isinstance(error, FileNotFoundError) else ""
+        raise ValueError(f"{path}: cannot be read: {error}{hint}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: no YAML: {error}") from error
     if not isinstance(values, dict):

@@ -26,6 +26,7 @@ from flexreason.data.rows import Rows, RowStream
 from flexreason.model.hooks import find_patch, find_root
 from flexreason.model.loss import REQUEST, Request
 from flexreason.model.refuse_rows import vocabulary_of
+from flexreason.telling import stage
 from flexreason.train import record
 from flexreason.train.filling import Filled, FilledStream, Filling
 from flexreason.train.sums import Sums, total_weight
@@ -231,13 +232,14 @@ class RowTraining(Base):
         run = Path(self._get_output_dir(trial=args[0] if args else kwargs.get("trial")))
         folder = run / f"checkpoint-{self.state.global_step}"
         try:
-            if self.args.should_save:
-                (folder / record.SEAL).unlink(missing_ok=True)
-            super()._save_checkpoint(model, *args, **kwargs)
-            self.accelerator.wait_for_everyone()
-            if self.args.should_save:
-                record.seal(folder)
-                record.keep_latest(run, self.keep, self.state.best_model_checkpoint)
+            with stage(f"saving {folder.name}"):
+                if self.args.should_save:
+                    (folder / record.SEAL).unlink(missing_ok=True)
+                super()._save_checkpoint(model, *args, **kwargs)
+                self.accelerator.wait_for_everyone()
+                if self.args.should_save:
+                    record.seal(folder)
+                    record.keep_latest(run, self.keep, self.state.best_model_checkpoint)
         except Exception as error:  # a full disk is an OSError, or an error of safetensors' or torch's own
             last = next(reversed(record.whole_checkpoints(run)), None)
             raise Broken(
