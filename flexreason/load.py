@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from flexreason.sources import must_be_there
+from flexreason.sources import why_missing
 from flexreason.telling import stage
 
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
@@ -28,7 +28,8 @@ def load_model(name: str, dtype: str, device: str, seed: int, trust_remote_code:
         raise ValueError(f"device {device!r} cannot be used here: {str(error).splitlines()[0]}") from error
     if where.type == "meta":
         raise ValueError("device 'meta' holds no weights")
-    must_be_there(name)
+    if why := why_missing(name):
+        raise ValueError(f"{name} cannot be loaded as a causal language model: {why}")
     with stage(f"loading {name}"):
         model, notes = _loaded(name, dtype, seed, trust_remote_code)
         return model.to(where).eval(), notes
@@ -76,7 +77,8 @@ def load_tokenizer(source: str) -> tuple[Any, list[str]]:
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     path = Path(source)
-    must_be_there(source)
+    if why := why_missing(source):
+        raise ValueError(f"{source}: cannot be loaded as a tokenizer or a template: {why}")
     try:
         if is_bare(source):
             return stand_in(path.read_text()), [

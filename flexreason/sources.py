@@ -26,24 +26,24 @@ def is_path(source: str) -> bool:
     return source.startswith((".", "/", "~")) or source.count("/") > 1 or source.lower().endswith(FILES)
 
 
-def must_be_there(source: str) -> None:
-    """Raise where nothing of this name can be found: no file, no folder, and no hub that knows it can be reached."""
+def why_missing(source: str) -> str:
+    """Why nothing of this name can be found, and what was probably meant: no file, no folder, and no hub that knows it
+    can be asked. Nothing where it is there, or where only a hub can tell."""
     if Path(source).exists():
-        return
+        return ""
     if is_path(source):
-        raise ValueError(f"{source}: no such file or folder{near_file(source) or '; give one that is there'}")
+        return f"no such file or folder{near_file(source) or '; give one that is there'}"
     if is_cached(source):
-        return
+        return ""
     if "/" not in source and source not in OLD and (cls := class_like(source)):
-        raise ValueError(
-            f"{source}: expected a folder, a config.json or a name on the hub (OWNER/NAME); a model is needed here, and "
-            f"{cls} is a class: flexreason models {cls} tells about it"
+        return (
+            f"expected a folder, a config.json or a name on the hub (OWNER/NAME); {cls} is a class, of which "
+            f"flexreason models {cls} tells"
         )
     if why := unreachable():
-        raise ValueError(
-            f"{source}: no such file or folder, and no hub can be asked ({why}){near_file(source)}; give a folder, or "
-            "load it once where the hub can be reached"
-        )
+        hint = near_file(source) or "; give a folder, or load it once where the hub can be reached"
+        return f"no such file or folder, and no hub can be asked ({why}){hint}"
+    return ""
 
 
 def class_like(name: str) -> str | None:

@@ -23,7 +23,7 @@ from flexreason.proof.evidence import LIST, evidence_of_class, listed, structure
 from flexreason.proof.selftest import UNTESTED, check, said, unpatched
 from flexreason.proof.source import source_of
 from flexreason.proof.tiny import causal_classes, class_of, default_config
-from flexreason.sources import OLD, class_like, is_cached, must_be_there
+from flexreason.sources import class_like, why_missing
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -108,10 +108,9 @@ def find(model: str) -> tuple[PreTrainedConfig, type[PreTrainedModel], bool]:
     cls = getattr(transformers, model, None)
     if isinstance(cls, type) and getattr(cls, "config_class", None):
         return default_config(cls), cls, True
-    if "/" not in model and not Path(model).exists() and model not in OLD and not is_cached(model):
-        if near := class_like(model):
-            raise ValueError(f"{model}: no class of transformers, no file and no folder; did you mean {near}?")
-    must_be_there(model)
+    if why := why_missing(model):
+        near = f"; did you mean {cls_name}?" if (cls_name := class_like(model)) and "/" not in model else f": {why}"
+        raise ValueError(f"{model}: no class of transformers, and no config to be found{near}")
     try:
         config = transformers.AutoConfig.from_pretrained(model)
     except (OSError, ValueError) as error:

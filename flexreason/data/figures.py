@@ -25,7 +25,7 @@ from torch import nn
 
 from flexreason.data.intake import Item
 from flexreason.data.splitting import Split, in_storage, seen_from, split
-from flexreason.sources import must_be_there
+from flexreason.sources import why_missing
 from flexreason.tree.layout import Layout
 from flexreason.tree.sample import Role, Sample
 
@@ -199,7 +199,8 @@ def shape_of(source: str) -> Shape:
     """The shape of a model by name, folder or config.json; its weights are not read."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    must_be_there(source)
+    if why := why_missing(source):
+        raise ValueError(f"{source}: the shapes of a causal language model cannot be read from it: {why}")
     try:
         config = AutoConfig.from_pretrained(source)
         with torch.device("meta"):

@@ -10,7 +10,7 @@ from transformers import AutoTokenizer
 
 import flexreason as fr
 from flexreason.load import load_model
-from flexreason.sources import must_be_there
+from flexreason.sources import why_missing
 from flexreason.train.settings import Settings
 
 
@@ -31,8 +31,9 @@ def tokenizer_of(settings: Settings) -> Any:
         return None
     name = settings.tokenizer or settings.model
     path = Path(name)
+    if why := why_missing(name):
+        raise ValueError(f"tokenizer: {name} cannot be loaded: {why}")
     try:
-        must_be_there(name)
         return AutoTokenizer.from_pretrained(
             str(path.parent) if path.is_file() else name, trust_remote_code=settings.trust_remote_code
         )
