@@ -53,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return command(options.command).run(options)
     except KeyboardInterrupt:
         if arguments is None:
-            signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second one would only stop this one line
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # another one would only stop this one line
         if os.environ.get("RANK", "0") == "0":
             print(f"flexreason {name}: stopped; {what_is_left(options)}", file=sys.stderr)
         return STOPPED
@@ -63,6 +63,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, OSError, NotImplementedError) as error:
         print(f"flexreason {name}: {error}", file=sys.stderr)
         return MEND
+    finally:
+        if arguments is None:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # all is done, and Python's own end is no moment to stop at
 
 
 def parse(words: list[str], name: str | None) -> argparse.Namespace:

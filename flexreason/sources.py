@@ -41,7 +41,8 @@ def why_missing(source: str) -> str:
             f"flexreason models {cls} tells"
         )
     if why := unreachable():
-        hint = near_file(source) or "; give a folder, or load it once where the hub can be reached"
+        near, otherwise = near_file(source), "; give a folder, or load it once where the hub can be reached"
+        hint = near if "did you mean" in near else otherwise
         return f"no such file or folder, and no hub can be asked ({why}){hint}"
     return ""
 

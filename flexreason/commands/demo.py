@@ -1,5 +1,8 @@
 """Train a small model from scratch in single passes, and let it answer: arithmetic with follow-ups on earlier answers,
 a byte-level tokenizer whose template drops reasoning from history, no download, under three minutes on two cores.
+
+    flexreason demo
+    flexreason demo --compare --steps 20 --held-out 5
 """
 
 import argparse
@@ -38,7 +41,9 @@ WANTED_SAME = 1e-3
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--out", type=Path, default=Path("flexreason-demo"), help="folder for all files (%(default)s)")
+    parser.add_argument(
+        "--output", dest="out", type=Path, default=Path("flexreason-demo"), help="folder for all files (%(default)s)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the data, their order and the first weights")
     parser.add_argument("--steps", type=int, help=f"of training ({STEPS}, or {TO_COMPARE} a way to compare)")
     parser.add_argument(
@@ -84,9 +89,9 @@ def when_stopped(options: argparse.Namespace) -> str:
 def claim(out: Path) -> None:
     """Make the folder the demo's own: files of an earlier demo are written over, and other files are refused."""
     if out.exists() and not out.is_dir():
-        raise ValueError(f"--out: expected a folder, found a file: {out}")
+        raise ValueError(f"--output: expected a folder, found a file: {out}")
     if out.is_dir() and any(out.iterdir()) and not (out / MARK).exists():
-        raise ValueError(f"--out: {out} holds files that are not the demo's; give another folder")
+        raise ValueError(f"--output: {out} holds files that are not the demo's; give another folder")
     out.mkdir(parents=True, exist_ok=True)
     (out / MARK).touch()
 

@@ -1,4 +1,9 @@
-"""Which models take rows exactly: the list of transformers' classes, one model by name or path, or a new scan."""
+"""Which models take rows exactly: the list of transformers' classes, one model by name or path, or a new scan.
+
+flexreason models Qwen3ForCausalLM
+flexreason models ./config.json
+flexreason models --scan --only Qwen3ForCausalLM LlamaForCausalLM
+"""
 
 import argparse
 import json

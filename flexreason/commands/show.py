@@ -1,5 +1,8 @@
 """Lay out one conversation and draw its mask. Without --data a small one, which is also held against the N samples on a
 tiny model; with --data one of yours, as your tokenizer's chat template renders it.
+
+    flexreason show
+    flexreason show --data chats.jsonl --tokenizer ./tokenizer --conversation 2
 """
 
 import argparse

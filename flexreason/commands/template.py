@@ -1,5 +1,8 @@
 """Say in plain words what a chat template does with reasoning, show the samples of one small conversation, and list
 what the template cannot do. Takes a tokenizer (folder, tokenizer.json or name) or a bare template (.jinja).
+
+    flexreason template Qwen/Qwen3-0.6B
+    flexreason template ./chat_template.jinja --option enable_thinking=false
 """
 
 import argparse

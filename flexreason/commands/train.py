@@ -20,6 +20,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("config", nargs="?", help="a YAML file of settings")
     add_options(parser)
+    parser.add_argument(
+        "--option", action="append", metavar="NAME=VALUE", help="of the template, as other commands say"
+    )
     parser.add_argument("--json", action="store_true", help="print the outcome as JSON")
 
 

@@ -20,6 +20,7 @@ from flexreason.chat.encode import HISTORIES
 from flexreason.data.documents import WEIGHTINGS
 from flexreason.data.files import DATA
 from flexreason.data.intake import OURS
+from flexreason.data.options import template_options
 from flexreason.nearest import did_you_mean, near_file
 
 PRECISIONS = ("auto", "fp32", "bf16", "bf16-weights", "fp16")
@@ -257,4 +258,6 @@ def from_options(options: argparse.Namespace) -> Settings:
                 raise ValueError(f"{name}: {value!r} is no value: {error}") from error
         if value is not None:
             values[name] = value
+    if of_template := template_options(getattr(options, "option", None) or ()):
+        values["template"] = {**(values.get("template") or {}), **of_template}
     return from_mapping(values, str(options.config or "options"))
