@@ -25,9 +25,11 @@ def load_model(name: str, dtype: str, device: str, seed: int, trust_remote_code:
         where = torch.device(device)
         torch.empty(0, device=where)
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device {device!r} cannot be used here: {str(error).splitlines()[0]}") from error
+        raise ValueError(
+            f"device {device!r} cannot be used here: {str(error).splitlines()[0]}; use cpu, or one that is there"
+        ) from error
     if where.type == "meta":
-        raise ValueError("device 'meta' holds no weights")
+        raise ValueError("device 'meta' holds no weights; use cpu or cuda")
     if why := why_missing(name):
         raise ValueError(f"{name} cannot be loaded as a causal language model: {why}")
     with stage(f"loading {name}"):
@@ -53,7 +55,10 @@ def _loaded(name: str, dtype: str, seed: int, trust_remote_code: bool) -> tuple[
             if missing := sorted(loading["missing_keys"]):
                 notes.append(f"weights are random that the checkpoint lacks: {len(missing)} ({missing[0]}, ...)")
     except Exception as error:  # whatever a config, a checkpoint or code that comes with it may raise
-        raise ValueError(f"{name} cannot be loaded as a causal language model: {error}") from error
+        raise ValueError(
+            f"{name} cannot be loaded as a causal language model: {error}; give a folder, a config.json or a "
+            "name on the hub"
+        ) from error
     return model, notes
 
 
@@ -90,7 +95,9 @@ def load_tokenizer(source: str) -> tuple[Any, list[str]]:
             return PreTrainedTokenizerFast(tokenizer_file=str(path)), ["no tokenizer_config.json beside it"]
         return AutoTokenizer.from_pretrained(source), []
     except (OSError, ValueError, KeyError, ImportError) as error:
-        raise ValueError(f"{source}: cannot be loaded as a tokenizer or a template: {error}") from error
+        raise ValueError(
+            f"{source}: cannot be loaded as a tokenizer or a template: {error}; give a folder, a name or a .jinja"
+        ) from error
 
 
 TAG = re.compile(r"<[|\uff5c]?/?[\w▁.:-]+[|\uff5c]?>|\[/?[A-Z_]{3,}\]")

@@ -9,6 +9,7 @@ A `raise` that cannot be read is an error here, so that nothing is left out unse
 
 import ast
 import builtins
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,8 +20,14 @@ from flexreason.cli import EXIT_CODES
 PACKAGE = Path(flexreason.__file__).parent
 INDEX = PACKAGE.parent / "docs" / "errors.md"
 
-NO_MESSAGES = {"KeyboardInterrupt", "SystemExit", "AttributeError", "IndexError"}
+NO_MESSAGES = {"KeyboardInterrupt", "TimeoutError", "SystemExit", "AttributeError", "IndexError"}
 """What is raised for Python, or for the way out: it is not read by people, or has the words of Python itself."""
+
+OPTIONS = {"cli.py", "parsing.py"}
+"""Where messages are handed to argparse's own way out."""
+
+REASONS = {"proof/tiny.py", "proof/selftest.py", "bench/steps.py", "bench/batches.py"}
+"""Files whose exceptions are read as reasons: why a model is not known to be exact, or why a way is left out."""
 
 GATHERED = {"Refused"}
 """Exceptions that make their message themselves, of others."""
@@ -43,28 +50,52 @@ def exceptions() -> set[str]:
 EXCEPTIONS = exceptions()
 
 
+IMPERATIVES = (
+    "accept|add|another|mark|ask|call|change|choose|drop|evaluate|give|install|keep|leave|load|look|make|mend|model.|move"
+    "|number|pass|pip|run|say|set|shorten|split|start|take|train|try|turn|unpack|use|verify"
+)
+
+NEXT = re.compile(
+    rf"(?i)\b(expected|did you mean|needs?|may help|missing|takes another)\b|\(--\w"
+    rf"|(^|[;:,.?(=-] (or |and |so |then |instead )*)({IMPERATIVES})\b"
+)
+"""Words of what to do next."""
+
+
 @dataclass(frozen=True, order=True)
 class Message:
     text: str
     module: str
+    is_explained: bool = False  # part of a message, or a message with such a part, which says what to do
 
     @property
     def room(self) -> str:
         return self.module.split("/")[0] if "/" in self.module else "tools"
 
+    @property
+    def says_what_to_do(self) -> bool:
+        return self.is_explained or bool(NEXT.search(self.text))
+
 
 def messages_of(source: str, module: str) -> Iterator[Message]:
     """The messages of one module."""
     tree = ast.parse(source)
+    name_constants(tree)
     functions = {node.name: node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
     for node in ast.walk(tree):
         if isinstance(node, ast.Raise) and node.exc is not None:
-            yield from (Message(text, module) for text in _raised(node.exc, functions, module))
+            is_explained = _has_reason(node.exc) or module in REASONS
+            yield from (Message(text, module, is_explained) for text in _raised(node.exc, functions, module))
         elif isinstance(node, ast.FunctionDef):
-            yield from (Message(text, module) for text in _given(node))
-        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "error":
-            if module in ("cli.py", "parsing.py"):  # what is wrong with options ends in argparse's own way
-                yield from (Message(text, module) for text in _texts(node.args[0]))
+            yield from (Message(text, module, is_explained) for text, is_explained in _given(node))
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith(".error") and module in OPTIONS:
+            yield from (Message(text, module, True) for text in _texts(node.args[0]))  # which names --help
+
+
+def _has_reason(exception: ast.expr) -> bool:
+    """Whether it hands on why: words of another message, or of what was probably meant."""
+    names = {node.id for node in ast.walk(exception) if isinstance(node, ast.Name)}
+    return bool(names & {"why", "remedy", "against", "words", "hint", "near", "did_you_mean", "near_file"})
 
 
 def _raised(exception: ast.expr, functions: dict[str, ast.FunctionDef], module: str) -> list[str]:
@@ -81,7 +112,7 @@ def _raised(exception: ast.expr, functions: dict[str, ast.FunctionDef], module: 
     return found
 
 
-def _given(function: ast.FunctionDef) -> list[str]:
+def _given(function: ast.FunctionDef) -> list[tuple[str, bool]]:
     """What a function gives to be raised: an exception, or a reason."""
     kind = ast.unparse(function.returns) if function.returns else ""
     is_reason = kind.startswith("Reason") or (kind == "str" and (ast.get_docstring(function) or "").startswith("Why"))
@@ -89,11 +120,11 @@ def _given(function: ast.FunctionDef) -> list[str]:
     for node in ast.walk(function):
         value = node.value if isinstance(node, ast.Return) else None
         if isinstance(value, ast.Call) and ast.unparse(value.func) == kind and kind in EXCEPTIONS:
-            found += _texts(value.args[0])
+            found += [(text, _has_reason(value)) for text in _texts(value.args[0])]
         elif is_reason and value is not None:
             parts = value.elts if isinstance(value, ast.Tuple) else [value]
             texts = [text for part in parts for text in _texts(part)]
-            found += ["; ".join(texts)] if texts else []
+            found += [("; ".join(texts), kind == "str")] if texts else []
     return found
 
 
@@ -105,7 +136,21 @@ def _texts(node: ast.expr) -> list[str]:
     return [" ".join(text.split())] if text.count(" ") > 1 or ":" in text else []
 
 
+CONSTANTS: dict[str, str] = {}
+"""Texts that have names, such as what can be done about several things."""
+
+
+def name_constants(tree: ast.Module) -> None:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
+            CONSTANTS.update({name.id: node.value.value for name in node.targets if isinstance(name, ast.Name)})
+
+
 def _text(node: ast.expr) -> str:
+    if isinstance(node, ast.FormattedValue):
+        node = node.value
+    if isinstance(node, ast.Name) and node.id.isupper():
+        return CONSTANTS.get(node.id, "…")
     if isinstance(node, ast.Constant):
         return node.value if isinstance(node.value, str) else "…"
     if isinstance(node, ast.JoinedStr):
@@ -116,10 +161,10 @@ def _text(node: ast.expr) -> str:
 
 
 def all_messages() -> list[Message]:
-    found = set()
-    for path in sorted(PACKAGE.rglob("*.py")):
-        found |= set(messages_of(path.read_text(), path.relative_to(PACKAGE).as_posix()))
-    return sorted(found)
+    sources = {path.relative_to(PACKAGE).as_posix(): path.read_text() for path in sorted(PACKAGE.rglob("*.py"))}
+    for source in sources.values():  # first of all files: they import each other's
+        name_constants(ast.parse(source))
+    return sorted({message for module, source in sources.items() for message in messages_of(source, module)})
 
 
 ROOMS = {  # in the order in which somebody meets them
@@ -131,9 +176,9 @@ ROOMS = {  # in the order in which somebody meets them
     "data": ("Data", "Files, entries and their formats, and how they become rows: [report.md](report.md)."),
     "chat": (
         "Messages and templates",
-        "A conversation that is refused, by the number of the message. What a template does, and what is refused of it: "
-        "[templates.md](templates.md). `flexreason template TOKENIZER` shows it; `--skip-invalid` goes on without such "
-        "conversations, and lists them.",
+        "A conversation that is refused, by the number of the message. What a template does, and what is refused of "
+        "it: [templates.md](templates.md). `flexreason template TOKENIZER` shows it; `--skip-invalid` goes on without "
+        "such conversations, and lists them.",
     ),
     "model": (
         "Models and rows",

@@ -29,6 +29,15 @@ OURS = {
 }  # fmt: skip
 """Arguments of apply_chat_template that would change what a sample is."""
 
+OTHER = "; set tokenizer.chat_template to another one"
+"""What can be done about a template."""
+
+ALONE = "; say train: false in this message, or set tokenizer.chat_template to another one"
+"""What can be done about a message that a template does not take apart."""
+
+MEND = "; change the message to what the template takes, or leave the conversation out"
+"""What can be done where a template raises: by its own words, as it means to."""
+
 
 class ConversationError(ValueError):
     """A conversation, template or tokenizer that cannot be encoded exactly; `reason` names the class it belongs to."""
@@ -108,7 +117,7 @@ class Renderer:
 
     def __init__(self, tokenizer: Any, tools: list[Any] | None, options: dict[str, Any]) -> None:
         if taken := sorted(OURS & set(options)):
-            raise ConversationError(f"{taken[0]} is not an option of the template; encode decides it")
+            raise ConversationError(f"{taken[0]} is not an option of the template, and encode decides it; leave it out")
         self.tokenizer, self.tools, self.options = tokenizer, tools, options
         self.source = template_source(tokenizer, tools, options)
         self.n_calls, self.seconds = 0, 0.0
@@ -124,7 +133,7 @@ class Renderer:
             number = self._first_failing(messages, str(error)) if blame is None else blame
             role = messages[number].get("role") if number < len(messages) else None
             about = f" ({role})" if role else ""
-            raise TemplateRaised(f"the chat template raises{about}: {_words(error)}", number) from error
+            raise TemplateRaised(f"the chat template raises{about}: {_words(error)}{MEND}", number) from error
 
     def plain(self, messages: Messages, prompt: bool) -> str:
         start = time.perf_counter()
@@ -134,7 +143,7 @@ class Renderer:
                     messages, tools=self.tools, add_generation_prompt=prompt, tokenize=False, **self.options
                 )
         except OutOfBounds as error:
-            raise TemplateRunsAway(f"the chat template was stopped: {error}") from None
+            raise TemplateRunsAway(f"the chat template was stopped: {error}{OTHER}") from None
         finally:
             self.n_calls += 1
             self.seconds += time.perf_counter() - start
@@ -142,7 +151,7 @@ class Renderer:
             raise TemplateRaised(f"expected text of the chat template, found {type(text).__name__}")
         if len(text) > LONGEST:
             raise TemplateRunsAway(
-                f"the chat template was stopped: it made {len(text)} characters, more than {LONGEST}"
+                f"the chat template was stopped: it made {len(text)} characters, more than {LONGEST}{OTHER}"
             )
         return text
 
@@ -190,18 +199,18 @@ def _words(error: BaseException) -> str:
 def _check_source(source: str) -> None:
     """Raise where a template is no jinja, or one whose samples nobody can know; and let it ask our clock."""
     if product := huge_product(source):
-        raise TemplateRunsAway(f"the chat template was stopped before it ran: it computes {product!r}")
+        raise TemplateRunsAway(f"the chat template was stopped before it ran: it computes {product!r}{OTHER}")
     try:
         with bounded():
             compiled = _compiled(source)
     except ImportError:
         raise
     except OutOfBounds as error:
-        raise TemplateRunsAway(f"the chat template was stopped while it was compiled: {error}") from None
+        raise TemplateRunsAway(f"the chat template was stopped while it was compiled: {error}{OTHER}") from None
     except Exception as error:
         line = getattr(error, "lineno", None)
         where = f", line {line}" if line else ""
-        raise NoTemplate(f"the chat template is no valid jinja{where}: {_words(error)}") from error
+        raise NoTemplate(f"the chat template is no valid jinja{where}: {_words(error)}{OTHER}") from error
     if drawn := _dice(source):
         raise TemplateThrowsDice(
             f"the chat template draws at random ({drawn}): each rendering is another one, and there is no telling what "

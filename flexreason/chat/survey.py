@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from flexreason.chat.messages import REASONING_FIELDS, Message, marked_arguments
-from flexreason.chat.render import ConversationError, Messages, NoStopToken, NotAligned, NotRendered, Renderer
+from flexreason.chat.render import ALONE, ConversationError, Messages, NoStopToken, NotAligned, NotRendered, Renderer
 from flexreason.chat.seam import Seam, find_seam, says_something
 from flexreason.chat.template import MARK, Stop, Template, user
 from flexreason.chat.texts import common_suffix, places_of
@@ -152,7 +152,7 @@ class _Survey:
             return None
         raise NotRendered(
             "the chat template looks into the texts of this message, at their length or their words, and renders "
-            "others otherwise: what is its own and what the message's cannot be told apart",
+            f"others otherwise: what is its own and what the message's cannot be told apart{ALONE}",
             self.number,
         )
 
@@ -174,9 +174,10 @@ class _Survey:
         for slot in marked.wanted:
             if slot in "rc" and shown.count(marked.marks[slot]) > 1:
                 kind = "reasoning" if slot == "r" else "content"
-                raise NotAligned(f"the chat template renders the {kind} of this message more than once", self.number)
+                words = f"the chat template renders the {kind} of this message more than once{ALONE}"
+                raise NotAligned(words, self.number)
         if max(places.values()) < 0:
-            raise NotRendered("the chat template renders nothing of this message", self.number)
+            raise NotRendered(f"the chat template renders nothing of this message{ALONE}", self.number)
         first = min(at for at in places.values() if at >= 0)
         body, kept, stop = self._cut(shown, whole, max(places.values()))
         if not known:
@@ -257,7 +258,7 @@ class _Survey:
     def _no_seam(self, known: str, lead: str) -> NotAligned:
         return NotAligned(
             f"the chat template's prompt ends with {known[-60:]!r}, and this message begins with {lead[-60:]!r}: "
-            "neither goes on from the other, so what the model must generate here is unknown",
+            f"neither goes on from the other, so what the model must generate here is unknown{ALONE}",
             self.number,
         )
 
@@ -338,12 +339,12 @@ class _Survey:
         if any(text is None or mark not in text for text in texts):
             raise NotAligned(
                 "the chat template renders the messages before this one differently once it is there, and does not "
-                "show where they end",
+                f"show where they end{ALONE}",
                 self.number,
             )
         tails = [self._joined(text.rpartition(mark)[2]) for text in texts if text is not None]
         if not self.prompt.endswith(tails[0]) or (filled is None and not self.whole.endswith(tails[2])):
-            raise NotAligned("the chat template looks into the text before this message", self.number)
+            raise NotAligned(f"the chat template looks into the text before this message{ALONE}", self.number)
         return tails[0], tails[1], tails[2]
 
     def _append(self, message: dict[str, Any], mark: str) -> dict[str, Any]:
@@ -403,7 +404,7 @@ class _Survey:
 
     def _not_rendered(self, lost: list[str]) -> ConversationError:
         what = "content" if lost[0] == "c" else "tool call" if lost[0][0] == "n" else "tool call's arguments"
-        return NotRendered(f"the chat template does not render the {what} of this message", self.number)
+        return NotRendered(f"the chat template does not render the {what} of this message{ALONE}", self.number)
 
 
 def _has_arguments(function: dict[str, Any]) -> bool:

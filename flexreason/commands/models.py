@@ -24,6 +24,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from flexreason import telling
 from flexreason.interrupt import deaf
 from flexreason.model.refuse import reason_against_config
+from flexreason.nearest import did_you_mean
 from flexreason.proof.evidence import LIST, evidence_of_class, listed, structure_of
 from flexreason.proof.selftest import UNTESTED, check, said, unpatched
 from flexreason.proof.source import source_of
@@ -119,9 +120,11 @@ def find(model: str) -> tuple[PreTrainedConfig, type[PreTrainedModel], bool]:
     try:
         config = transformers.AutoConfig.from_pretrained(model)
     except (OSError, ValueError) as error:
-        raise ValueError(f"{model}: no class of transformers, and no config to be found: {str(error)[:300]}") from error
+        raise ValueError(
+            f"{model}: no class of transformers, and no config to be found: {str(error)[:300]}; give a folder"
+        ) from error
     except Exception as error:  # whatever a config's own checks raise
-        raise ValueError(f"{model}: its config cannot be used: {said(error)}") from error
+        raise ValueError(f"{model}: its config cannot be used: {said(error)}; mend the config.json") from error
     return config, class_of(config), False
 
 
@@ -134,12 +137,14 @@ def _must_build(model: str, config: PreTrainedConfig, cls: type[PreTrainedModel]
     for key in SIZES:
         value = getattr(text, key, None)
         if isinstance(value, int) and value < 1:
-            raise ValueError(f"{model}: its config cannot be used: {key} is {value}")
+            raise ValueError(f"{model}: its config cannot be used: {key} is {value}; expected at least 1")
     try:
         with torch.random.fork_rng(devices=[]), torch.device("meta"):
             cls(config)
     except Exception as error:  # whatever a class raises
-        raise ValueError(f"{model}: {cls.__name__} cannot be built from its config: {said(error)}") from error
+        raise ValueError(
+            f"{model}: {cls.__name__} cannot be built from its config: {said(error)}; mend the config.json"
+        ) from error
 
 
 def _numbers(entry: dict[str, Any]) -> str:
@@ -149,7 +154,10 @@ def _numbers(entry: dict[str, Any]) -> str:
 def _scan_command(options: argparse.Namespace) -> int:
     names, start = list(options.only) or causal_classes(), time.monotonic()
     if unknown := [name for name in names if not getattr(getattr(transformers, name, None), "config_class", None)]:
-        raise ValueError(f"--only: transformers has no model of the name {', '.join(unknown)}")
+        raise ValueError(
+            "--only: expected classes of transformers, found "
+            f"{', '.join(unknown)}{did_you_mean(unknown[0], causal_classes())}"
+        )
     entries: dict[str, Any] = {}
     for name, entry in telling.each(scan(names), "testing all classes", len(names), "classes"):
         entries[name] = entry

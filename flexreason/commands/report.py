@@ -103,7 +103,7 @@ def report(
     refusals = Refusals.together(source.refusals for source in by_source)
     data_report = DataReport(all_of_them, by_source, refusals, time.perf_counter() - start)
     if sources and not data_report.n_read:
-        raise EmptySource(f"{', '.join(data_report.empty)}: nothing in it")
+        raise EmptySource(f"{', '.join(data_report.empty)}: nothing in it; expected at least one conversation")
     return data_report
 
 
@@ -116,7 +116,7 @@ def _look_at(source: Any, encoder: EntryEncoder, split: str) -> None:
     with suppress(EmptySource):
         first = next((entry for entry in entries if isinstance(entry, Conversation)), None)
     if encoder.tokenizer is None and first is not None and first.format != "samples":
-        raise BadInput(f"{source}: of the kind {first.format}; --tokenizer is needed to encode it")
+        raise BadInput(f"{source}: of the kind {first.format}; give the --tokenizer to encode it with")
 
 
 def _progress(sources: list[Any], limit: int | None) -> Any:
@@ -180,7 +180,7 @@ def _check(options: argparse.Namespace) -> None:
     if options.workers < 0:
         raise ValueError(f"--workers: expected 0 or more, found {options.workers}")
     if options.plot is not None and not options.plot.parent.is_dir():
-        raise ValueError(f"--plot: there is no folder {options.plot.parent}")
+        raise ValueError(f"--plot: there is no folder {options.plot.parent}; make it first")
 
 
 def _as_dict(data_report: DataReport, options: argparse.Namespace, notes: list[str], ok: bool) -> dict[str, Any]:

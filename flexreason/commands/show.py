@@ -49,7 +49,7 @@ def run(options: argparse.Namespace) -> int:
     if options.data is not None:
         return _yours(options, width)
     if options.tokenizer is not None or options.conversation or options.accept:
-        raise ValueError("--tokenizer, --conversation and --accept say how to read --data, which is not given")
+        raise ValueError("--tokenizer, --conversation and --accept say how to read --data; give it too")
     return _example(options.seed, width)
 
 
@@ -148,7 +148,10 @@ def _read(options: argparse.Namespace, tokenizer: Any) -> tuple[str, fr.Layout]:
         raise ValueError(f"--conversation: expected a number from 0 on, found {options.conversation}")
     conversation = next(islice(read_conversations(options.data), options.conversation, None), None)
     if conversation is None:
-        raise ValueError(f"{options.data}: there is no conversation {options.conversation}; they are counted from 0")
+        raise ValueError(
+            f"{options.data}: there is no conversation {options.conversation}; expected a number from 0 on, "
+            "and below theirs"
+        )
     if conversation.samples is not None:
         return conversation.where, fr.lay_out(conversation.samples)
     if tokenizer is None:

@@ -207,7 +207,9 @@ def shape_of(source: str) -> Shape:
             model = AutoModelForCausalLM.from_config(config)
         return _shape(source, model, config.get_text_config())
     except Exception as error:  # whatever a config may raise
-        raise ValueError(f"{source}: the shapes of a causal language model cannot be read from it: {error}") from error
+        raise ValueError(
+            f"{source}: the shapes of a causal language model cannot be read from it: {error}; leave --model out"
+        ) from error
 
 
 def _shape(name: str, model: Any, config: Any) -> Shape:
@@ -247,5 +249,5 @@ def _is_list(module: nn.Module) -> bool:
 def _top_k(config: Any) -> int:
     numbers = [value for key, value in config.to_dict().items() if TOP_K.search(key) and isinstance(value, int)]
     if not numbers:
-        raise ValueError("its config does not say how many experts a token goes through")
+        raise ValueError("its config does not say how many experts a token goes through; expected num_experts_per_tok")
     return numbers[0]

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from flexreason.attention.registry import TreeRow, find_decoder
+from flexreason.attention.registry import INSTEAD, TreeRow, find_decoder
 from flexreason.model import head
 from flexreason.model.hooks import apply_patch, unpatch
 from flexreason.model.refuse import (
@@ -182,7 +182,7 @@ def _errors(model: PreTrainedModel, row: Row, samples: oracle.Reference, backend
             apply_patch(model, backend)
             return compare(one_pass(model, row), samples)
     except Exception as error:
-        raise _Wrong(said(error)) from error
+        raise _Wrong(said(error).removesuffix(INSTEAD)) from error  # whoever is told of it is told that too
     finally:
         unpatch(model)
 

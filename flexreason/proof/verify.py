@@ -258,7 +258,8 @@ class _Comparison:
         first, second = (self.run_samples(self.model, [shortest], gradients=False) for _ in range(2))
         if not math.isfinite(first.loss_sum):
             raise NoVerdict(
-                f"the loss of a sample alone is {first.loss_sum} in the untouched model; nothing to compare"
+                f"the loss of a sample alone is {first.loss_sum} in the untouched model; nothing to compare. Look "
+                "at its weights and dtype"
             )
         differ = relative_l2(second.logprobs, first.logprobs)
         if differ > 64 * torch.finfo(torch.float32 if self.dtype == torch.float64 else self.dtype).eps:
@@ -304,7 +305,10 @@ class _Comparison:
             reference = oracle.n_samples(model, told, gradients=gradients and not self.forward_only)
         for number, logprobs in enumerate(reference.logprobs):
             if not bool(logprobs.isfinite().all()):
-                raise NoVerdict(f"sample {number} has a loss that is not finite in the untouched model")
+                raise NoVerdict(
+                    f"sample {number} has a loss that is not finite in the untouched model; look at its "
+                    "weights and dtype, or use float64"
+                )
         return reference
 
 
@@ -367,7 +371,10 @@ class Error:
 def limits_from(own: Error, rounding: float) -> Limits:
     """How far one pass may be off in a dtype in which the samples themselves are off by `own`, or by `rounding`."""
     if own.gradients is not None and not own.gradients < DROWNED:
-        raise NoVerdict(f"the samples' own gradients are {own.gradients:.1e} off in {own.dtype}: rounding drowns them")
+        raise NoVerdict(
+            f"the samples' own gradients are {own.gradients:.1e} off in {own.dtype}: rounding drowns them; use "
+            "--dtype float32 or float64"
+        )
     loss, logprobs = max(own.loss, own.logprobs, rounding), max(own.logprobs, rounding)
     groups = {group: GROUP_FACTOR * max(error, rounding) for group, error in own.groups.items()}
     return Limits(FACTOR * loss, FACTOR * logprobs, FACTOR * max(own.gradients or 0.0, rounding), groups)

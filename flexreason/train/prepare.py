@@ -82,7 +82,10 @@ def prepare(
         if rank == 0:
             _encode(path, hashes, encoder, workers, **how)
         elif not path.exists() and time.monotonic() > start + AT_MOST:
-            raise ValueError(f"output: no sign of the first process in {path}; all processes must share this folder")
+            raise ValueError(
+                f"output: no sign of the first process in {path}; all processes must share this folder; give "
+                "one that they do"
+            )
         else:
             time.sleep(WAIT)
     prepared = json.loads((path / "prepared.json").read_text())
@@ -134,10 +137,10 @@ def _encode(
             + f"\nUse length: {-(-longest // 128) * 128}, or too_long: drop to leave these samples out"
         )
     if not n_documents:
-        raise ValueError("data: nothing is left to train on; every sample is longer than a row")
+        raise ValueError("data: nothing is left to train on; every sample is longer than a row; use a larger length")
     for source, before in hashes.items():
         if content_hash(source) != before:
-            raise ValueError(f"{source}: has changed while it was read")
+            raise ValueError(f"{source}: has changed while it was read; start again")
     prepared = Prepared(
         folder=path,
         key=path.name,
@@ -187,6 +190,7 @@ def choose_for_evaluation(documents: Documents, share: float, seed: int) -> tupl
         (evaluation if draw < share else train).append(number)
     if not train or not evaluation:
         raise ValueError(
-            f"evaluation: a share of {share} of the conversations leaves nothing to train or to evaluate on"
+            f"evaluation: a share of {share} of the conversations leaves nothing to train or to evaluate on; "
+            "choose another, or give data of their own"
         )
     return Subset(documents, train), Subset(documents, evaluation)

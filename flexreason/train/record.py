@@ -141,13 +141,15 @@ def go_on_from(output: Path, record: dict[str, Any], resume: str) -> str | None:
     whole = whole_checkpoints(folder)
     if not path.exists():
         if whole:
-            raise ValueError(f"output: there are checkpoints in {folder}, and no run.json says of what")
+            raise ValueError(
+                f"output: there are checkpoints in {folder}, and no run.json says of what; give another output"
+            )
         return None
     before = json.loads(path.read_text())
     if not whole and FINISHED not in before:
         return None
     if resume == "never":
-        raise ValueError(f"output: {output} holds a run already; resume: auto goes on with it")
+        raise ValueError(f"output: {output} holds a run already; use resume: auto to go on with it, or another output")
     _refuse(output, _differences(before, record))
     return FINISHED if FINISHED in before else str(whole[-1])
 

@@ -187,14 +187,17 @@ def _plan(settings: Settings, say: Callable[[str], None]) -> _Plan:
 def _check_output(folder: Path, sources: Sequence[str], rank: int) -> None:
     for source in sources:
         if Path(source).is_dir() and folder.resolve().is_relative_to(Path(source).resolve()):
-            raise ValueError(f"output: {folder} is inside the data, {source}, and would be read as data next time")
+            raise ValueError(
+                f"output: {folder} is inside the data, {source}, and would be read as data next time; give a "
+                "folder elsewhere"
+            )
     probe = folder / f".writable-{rank}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe.write_text("")
         probe.unlink()
     except OSError as error:
-        raise ValueError(f"output: {folder} cannot be written to: {error}") from error
+        raise ValueError(f"output: {folder} cannot be written to: {error}; give another folder") from error
 
 
 # --- the data
@@ -256,7 +259,8 @@ def _check_vocabulary(model: nn.Module, data: Prepared, evaluation: Prepared | N
     largest = max(data.largest_id, evaluation.largest_id if evaluation else 0)
     if largest >= vocabulary:
         raise ValueError(
-            f"data: token {largest} is in it, and the model's vocabulary has {vocabulary}: made for another model?"
+            f"data: token {largest} is in it, and the model's vocabulary has {vocabulary}: made for another model? "
+            "Give its own tokenizer"
         )
 
 
