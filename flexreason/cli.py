@@ -60,6 +60,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # whoever read the output, such as head, has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return WRONG
+    except ImportError as error:
+        if (error.name or "").partition(".")[0] not in ("transformers", "torch"):
+            raise
+        print(
+            f"flexreason {name}: {error}. This flexreason may be older than what it stands on; "
+            "pip install --upgrade flexreason, or see flexreason --version and its requirements",
+            file=sys.stderr,
+        )
+        return MEND
     except (ValueError, OSError, NotImplementedError) as error:
         print(f"flexreason {name}: {error}", file=sys.stderr)
         return MEND

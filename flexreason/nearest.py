@@ -2,7 +2,7 @@
 
 import difflib
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +58,16 @@ def nearest(name: Any, known: Iterable[str], closeness: float = 0.6) -> str | No
 
 def _plain(name: str) -> str:
     return re.sub(r"[-_\s]+", "_", name.strip("-_ ").lower())
+
+
+def misspelt(name: str, known: Collection[str]) -> str | None:
+    """The known name that this one is, but for a slip; None for a name of its own, however like another one it is.
+
+    >>> misspelt("enable_thinkng", ["enable_thinking"]), misspelt("thinking", ["enable_thinking"])
+    ('enable_thinking', None)
+    """
+    near = [] if name in known else difflib.get_close_matches(_plain(name), known, n=1, cutoff=0.9)
+    return near[0] if near else None
 
 
 def did_you_mean(name: Any, known: Iterable[str]) -> str:

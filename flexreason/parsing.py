@@ -45,7 +45,6 @@ class Parser(argparse.ArgumentParser):
             return f"; did you mean {near}?"
         for action in self._actions:
             if not action.option_strings and nearest(name, [action.dest]):
-                return (
-                    f"; {action.dest} is given without a name: {self.prog} {str(action.metavar or action.dest).upper()}"
-                )
+                positional = str(action.metavar or action.dest).upper()
+                return f"; {positional} is given without a name, as {self.prog} {positional}"
         return ""

@@ -108,7 +108,7 @@ def slow_model(tmp_path_factory):
     folder = tmp_path_factory.mktemp("slow")
     write_model(folder / "model")
     config = json.loads((folder / "model" / "config.json").read_text())
-    wider = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 8, "layer_types": None}
+    wider = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 8, "layer_types": None}
     (folder / "model" / "config.json").write_text(json.dumps({**config, **wider}))
     write_data(folder / "data.jsonl")
     return folder

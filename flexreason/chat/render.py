@@ -16,6 +16,7 @@ from functools import lru_cache
 from typing import Any
 
 from flexreason.chat.bounds import OutOfBounds, bounded, huge_product
+from flexreason.nearest import misspelt
 
 Messages = list[dict[str, Any]]
 
@@ -122,6 +123,9 @@ class Renderer:
         self.source = template_source(tokenizer, tools, options)
         self.n_calls, self.seconds = 0, 0.0
         _check_source(self.source)
+        for name in options:
+            if near := misspelt(name, _variables(self.source)):
+                raise ConversationError(f"the chat template has no option {name!r}; did you mean {near!r}?")
 
     def __call__(self, messages: Messages, prompt: bool, blame: int | None = None) -> str:
         """The text; errors blame message `blame`, or the first with which the rendering fails."""
@@ -225,6 +229,14 @@ def _compiled(source: str) -> Any:
     from transformers.utils import chat_template_utils
 
     return chat_template_utils._compile_jinja_template(source)
+
+
+@lru_cache(maxsize=64)
+def _variables(source: str) -> frozenset[str]:
+    """What a template takes from outside. Other options mean nothing to it."""
+    from jinja2 import meta
+
+    return frozenset(meta.find_undeclared_variables(_compiled(source).environment.parse(source)))
 
 
 @lru_cache(maxsize=64)

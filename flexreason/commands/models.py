@@ -25,7 +25,14 @@ from flexreason import telling
 from flexreason.interrupt import deaf
 from flexreason.model.refuse import reason_against_config
 from flexreason.nearest import did_you_mean
-from flexreason.proof.evidence import LIST, evidence_of_class, listed, structure_of
+from flexreason.proof.evidence import (
+    LIST,
+    evidence_of_class,
+    listed,
+    newly_refused,
+    since_the_list,
+    structure_of,
+)
 from flexreason.proof.selftest import UNTESTED, check, said, unpatched
 from flexreason.proof.source import source_of
 from flexreason.proof.tiny import causal_classes, class_of, default_config
@@ -61,8 +68,9 @@ def _overview(options: argparse.Namespace) -> int:
     for verdict, names in sorted(by_verdict.items()):
         print(f"{verdict}: {len(names)}\n  " + "\n  ".join(names))
     print(f"with transformers {the_list['transformers']}, torch {the_list['torch']}")
-    if (here := transformers.__version__) != the_list["transformers"]:
-        print(f"here is transformers {here}: a class whose files are others there is tested when it is first patched")
+    if since := since_the_list():
+        print(f"The transformers here is {since} than that. The list holds for all classes whose code is the same in")
+        print("both; any other is tested once, when it is first patched or named here.")
     return 0
 
 
@@ -72,6 +80,8 @@ def _tell(options: argparse.Namespace) -> int:
     if not is_default:
         _must_build(options.model, config, cls)
     result = evidence_of_class(cls, config)
+    if newly := newly_refused(cls, config, result):
+        result = replace(result, reason="; ".join(newly))
     against = reason_against_config(cls, config) if result.verdict == "exact" else None
     if against and not is_default:
         result = replace(result, verdict="refused", reason="; ".join(against), chunked=None)
@@ -193,27 +203,29 @@ def scan(names: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
     """Every class in turn, in a process of its own that is replaced when a class crashes it or takes too long."""
     context = multiprocessing.get_context("spawn")
     worker = None
-    for name in names:
-        if worker is None:
-            here, there = context.Pipe()
-            worker = context.Process(target=_serve, args=(there,), daemon=True)
-            with deaf():
-                worker.start()
-            there.close()
-        here.send(name)
-        try:
-            if not here.poll(PATIENCE):
-                raise TimeoutError(f"it took longer than {PATIENCE:.0f} s")
-            yield name, here.recv()
-        except (EOFError, TimeoutError, ConnectionError) as error:
+    try:
+        for name in names:
+            if worker is None:
+                here, there = context.Pipe()
+                worker = context.Process(target=_serve, args=(there,), daemon=True)
+                with deaf():
+                    worker.start()
+                there.close()
+            here.send(name)
+            try:
+                if not here.poll(PATIENCE):
+                    raise TimeoutError(f"it took longer than {PATIENCE:.0f} s")
+                yield name, here.recv()
+            except (EOFError, TimeoutError, ConnectionError) as error:
+                worker.kill()
+                worker.join()
+                reason = str(error) or f"it ended the process that tried it (exit code {worker.exitcode})"
+                worker = None
+                yield name, {"verdict": UNTESTED, "reason": reason, "special": [], "unpatched": {}}
+    finally:
+        if worker is not None:
             worker.kill()
             worker.join()
-            reason = str(error) or f"it ended the process that tried it (exit code {worker.exitcode})"
-            worker = None
-            yield name, {"verdict": UNTESTED, "reason": reason, "special": [], "unpatched": {}}
-    if worker is not None:
-        worker.kill()
-        worker.join()
 
 
 def _serve(connection: Any) -> None:

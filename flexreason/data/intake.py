@@ -257,9 +257,11 @@ def _in_processes(pool: ProcessPoolExecutor, workers: int, read: Iterator[Any]) 
         while waiting:
             yield from waiting.popleft().result()
             waiting.extend(pool.submit(_take_each, chunk) for chunk in itertools.islice(chunks, 1))
-    finally:  # whoever stops early need not wait for all chunks
-        for future in waiting:
-            future.cancel()
+    except BaseException as stop:
+        if not isinstance(stop, KeyboardInterrupt):  # which ends the processes, and all that waits with them
+            for future in waiting:  # whoever stops early need not wait for all chunks
+                future.cancel()
+        raise
 
 
 _step: Callable[[Any], tuple[bool, Any]]
