@@ -44,9 +44,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; 0 only when it did its job."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     name = next((word for word in words if word in COMMANDS), None)
-    options = argparse.Namespace()
+    title, options = f"flexreason {name or ''}".strip(), argparse.Namespace()
     try:
-        with telling.of(f"flexreason {name}"):
+        with telling.of(title):
             with telling.stage("importing torch and transformers") as importing:
                 importing.pause = 8.0  # every command begins so: it is worth a plain line only where it is slow
                 options = parse(words, name)
@@ -55,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if arguments is None:
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # another one would only stop this one line
         if os.environ.get("RANK", "0") == "0":
-            print(f"flexreason {name}: stopped; {what_is_left(options)}", file=sys.stderr)
+            print(f"{title}: stopped; {what_is_left(options)}", file=sys.stderr)
         return STOPPED
     except BrokenPipeError:  # whoever read the output, such as head, has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -63,14 +63,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ImportError as error:
         if (error.name or "").partition(".")[0] not in ("transformers", "torch"):
             raise
-        print(
-            f"flexreason {name}: {error}. This flexreason may be older than what it stands on; "
-            "pip install --upgrade flexreason, or see flexreason --version and its requirements",
-            file=sys.stderr,
-        )
+        older = "this flexreason may be older than what it stands on: pip install --upgrade flexreason"
+        print(f"{title}: {error}; {older}", file=sys.stderr)
         return MEND
     except (ValueError, OSError, NotImplementedError) as error:
-        print(f"flexreason {name}: {error}", file=sys.stderr)
+        print(f"{title}: {error}", file=sys.stderr)
         return MEND
     finally:
         if arguments is None:

@@ -89,11 +89,12 @@ def load_tokenizer(source: str) -> tuple[Any, list[str]]:
             return stand_in(path.read_text()), [
                 "a bare template: rendered with a stand-in tokenizer, whose special tokens are the tags in the template"
             ]
-        if path.is_file():
-            if (path.parent / "tokenizer_config.json").exists():
-                return AutoTokenizer.from_pretrained(str(path.parent)), []
-            return PreTrainedTokenizerFast(tokenizer_file=str(path)), ["no tokenizer_config.json beside it"]
-        return AutoTokenizer.from_pretrained(source), []
+        with stage(f"loading the tokenizer {source}"):
+            if path.is_file():
+                if (path.parent / "tokenizer_config.json").exists():
+                    return AutoTokenizer.from_pretrained(str(path.parent)), []
+                return PreTrainedTokenizerFast(tokenizer_file=str(path)), ["no tokenizer_config.json beside it"]
+            return AutoTokenizer.from_pretrained(source), []
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise ValueError(
             f"{source}: cannot be loaded as a tokenizer or a template: {error}; give a folder, a name or a .jinja"

@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 
 import flexreason.cli as cli
+from breaking import break_what_is_asked
 from terminal import is_empty
 
 
@@ -96,6 +97,7 @@ def until_steps(log, steps):
 
 
 def main(folder, moments, words):
+    break_what_is_asked()
     cli.command(words[0])
     import transformers.models.auto.modeling_auto  # noqa: F401
 

@@ -1,5 +1,6 @@
 """The command line as a user meets it."""
 
+import argparse
 import inspect
 import json
 import re
@@ -251,3 +252,39 @@ def test_every_exit_code_is_given_by_a_real_command(folder, tmp_path):
         (2, ["train", "--lr", "1"]),
     ):
         assert in_pipe(command_of(words)).code == code, words
+
+
+def test_what_transformers_no_longer_has_is_told_in_words(monkeypatch, capsys):
+    def run(options):
+        from transformers import ThereWasOnceSuchAThing  # noqa: F401
+
+    monkeypatch.setattr(command("show"), "run", run)
+    assert main(["show"]) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert "ThereWasOnceSuchAThing" in line
+    assert "pip install --upgrade flexreason" in line
+
+
+def test_roles_that_are_nearly_named_are_told(folder, monkeypatch, tmp_path, capsys):
+    for wrong, meant in (("assistent", "assistant"), ("bot", "assistant"), ("human", "user"), ("User", "user")):
+        messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
+        messages.insert(0 if meant == "user" else 1, {"role": wrong, "content": "."})
+        path = tmp_path / "chats.jsonl"
+        path.write_text(json.dumps({"messages": messages}) + "\n")
+        assert main(["report", str(path), "--tokenizer", str(folder / "tokenizer")]) == 1
+        assert f"did you mean {meant!r}?" in capsys.readouterr().out
+
+
+def test_options_of_a_template_are_given_alike_in_every_command():
+    """train, which has them as a setting, takes them as the others do, too."""
+    from flexreason.train.settings import from_options
+
+    parser = argparse.ArgumentParser()
+    command("train").add_arguments(parser)
+    needed = ["--model", "m", "--data", "d", "--output", "o"]
+    given = ["--template", "{a: 1, b: 2}", "--option", "b=3", "--option", "c=true"]
+    assert from_options(parser.parse_args([*needed, *given])).template == {"a": 1, "b": 3, "c": True}
+    for name in ("verify", "bench", "report", "template", "train"):
+        parser = argparse.ArgumentParser()
+        command(name).add_arguments(parser)
+        assert "--option" in parser._option_string_actions, name

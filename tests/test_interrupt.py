@@ -160,6 +160,33 @@ def test_a_second_one_stops_at_once():
     assert done.stdout.split("\n") == ["True", "at once", "True", ""]
 
 
+def test_a_process_that_is_started_deaf_does_not_hear_it():
+    from flexreason.interrupt import deaf
+
+    waiting = [sys.executable, "-c", "print('here', flush=True)\nimport time\ntime.sleep(60)"]
+    with deaf():
+        helper = subprocess.Popen(waiting, stdout=subprocess.PIPE, text=True)
+    other = subprocess.Popen(waiting, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    for process in (helper, other):
+        assert process.stdout.readline() == "here\n"
+        process.send_signal(signal.SIGINT)
+    other.wait(10)
+    assert helper.poll() is None
+    helper.kill()
+    for process in (helper, other):
+        process.communicate()
+
+
+def test_one_that_comes_while_a_helper_is_started_is_heard():
+    from flexreason.interrupt import deaf
+
+    with pytest.raises(KeyboardInterrupt):  # noqa: SIM117 - it comes at the end of the inner block
+        with deaf():
+            os.kill(os.getpid(), signal.SIGINT)
+            survived = True
+    assert survived
+
+
 def test_a_handler_of_somebody_else_is_left_alone():
     from flexreason.interrupt import Interrupt
 
