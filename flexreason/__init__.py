@@ -10,26 +10,25 @@ Everything else that is public is listed below by what it is for.
 
 from typing import TYPE_CHECKING, Any
 
-from flexreason.data.collator import Collator
-from flexreason.data.pack import Packer
-from flexreason.data.rows import Rows, RowStream
-from flexreason.data.splitting import split
-from flexreason.tree.blocks import block_mask
-from flexreason.tree.draw import draw_layout, draw_mask
-from flexreason.tree.layout import Layout, lay_out_turns, unmerge
-from flexreason.tree.mask import dense_mask, mask_mod
-from flexreason.tree.merge import lay_out
-from flexreason.tree.row import collate
-from flexreason.tree.sample import Role, Sample
-
 if TYPE_CHECKING:
     from flexreason.chat.encode import encode
+    from flexreason.data.collator import Collator
     from flexreason.data.intake import EntryEncoder
+    from flexreason.data.pack import Packer
+    from flexreason.data.rows import Rows, RowStream
+    from flexreason.data.splitting import split
     from flexreason.model.logprobs import token_logprobs
     from flexreason.patching import patch, unpatch
     from flexreason.proof.verify import verify
     from flexreason.train.sums import total_weight
     from flexreason.train.trainer import RowTrainer
+    from flexreason.tree.blocks import block_mask
+    from flexreason.tree.draw import draw_layout, draw_mask
+    from flexreason.tree.layout import Layout, lay_out_turns, unmerge
+    from flexreason.tree.mask import dense_mask, mask_mod
+    from flexreason.tree.merge import lay_out
+    from flexreason.tree.row import collate
+    from flexreason.tree.sample import Role, Sample
 
 __version__ = "0.1.0.dev0"
 
@@ -76,14 +75,36 @@ _NEEDS_TRANSFORMERS = {
     "total_weight": "flexreason.train.sums",
     "verify": "flexreason.proof.verify",
 }
-"""These names are imported when they are first asked for, since transformers takes seconds to import."""
+
+_NEEDS_TORCH = {
+    "Sample": "flexreason.tree.sample",
+    "Layout": "flexreason.tree.layout",
+    "Role": "flexreason.tree.sample",
+    "lay_out": "flexreason.tree.merge",
+    "lay_out_turns": "flexreason.tree.layout",
+    "unmerge": "flexreason.tree.layout",
+    "dense_mask": "flexreason.tree.mask",
+    "block_mask": "flexreason.tree.blocks",
+    "mask_mod": "flexreason.tree.mask",
+    "draw_layout": "flexreason.tree.draw",
+    "draw_mask": "flexreason.tree.draw",
+    "split": "flexreason.data.splitting",
+    "collate": "flexreason.tree.row",
+    "Collator": "flexreason.data.collator",
+    "Packer": "flexreason.data.pack",
+    "Rows": "flexreason.data.rows",
+    "RowStream": "flexreason.data.rows",
+}
+
+_HOMES = {**_NEEDS_TORCH, **_NEEDS_TRANSFORMERS}
+"""All names are imported when they are first asked for. The command line is there at once, and so is its Ctrl-C."""
 
 
 def __getattr__(name: str) -> Any:
-    if name in _NEEDS_TRANSFORMERS:
+    if name in _HOMES:
         from importlib import import_module
 
-        return getattr(import_module(_NEEDS_TRANSFORMERS[name]), name)
+        return getattr(import_module(_HOMES[name]), name)
     raise AttributeError(f"module 'flexreason' has no attribute {name!r}")
 
 

@@ -9,6 +9,9 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from flexreason.sources import why_missing
+from flexreason.telling import stage
+
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 
 WEIGHTS = ("*.safetensors", "*.bin", "*.safetensors.index.json")
@@ -22,9 +25,19 @@ def load_model(name: str, dtype: str, device: str, seed: int, trust_remote_code:
         where = torch.device(device)
         torch.empty(0, device=where)
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device {device!r} cannot be used here: {str(error).splitlines()[0]}") from error
+        raise ValueError(
+            f"device {device!r} cannot be used here: {str(error).splitlines()[0]}; use cpu, or one that is there"
+        ) from error
     if where.type == "meta":
-        raise ValueError("device 'meta' holds no weights")
+        raise ValueError("device 'meta' holds no weights; use cpu or cuda")
+    if why := why_missing(name):
+        raise ValueError(f"{name} cannot be loaded as a causal language model: {why}")
+    with stage(f"loading {name}"):
+        model, notes = _loaded(name, dtype, seed, trust_remote_code)
+        return model.to(where).eval(), notes
+
+
+def _loaded(name: str, dtype: str, seed: int, trust_remote_code: bool) -> tuple[Any, list[str]]:
     path, notes = Path(name), []
     bare = path.is_file() or (path.is_dir() and not any(any(path.glob(pattern)) for pattern in WEIGHTS))
     try:
@@ -42,8 +55,11 @@ def load_model(name: str, dtype: str, device: str, seed: int, trust_remote_code:
             if missing := sorted(loading["missing_keys"]):
                 notes.append(f"weights are random that the checkpoint lacks: {len(missing)} ({missing[0]}, ...)")
     except Exception as error:  # whatever a config, a checkpoint or code that comes with it may raise
-        raise ValueError(f"{name} cannot be loaded as a causal language model: {error}") from error
-    return model.to(where).eval(), notes
+        raise ValueError(
+            f"{name} cannot be loaded as a causal language model: {error}; give a folder, a config.json or a "
+            "name on the hub"
+        ) from error
+    return model, notes
 
 
 def option_of(text: str) -> tuple[str, Any]:
@@ -66,18 +82,23 @@ def load_tokenizer(source: str) -> tuple[Any, list[str]]:
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     path = Path(source)
+    if why := why_missing(source):
+        raise ValueError(f"{source}: cannot be loaded as a tokenizer or a template: {why}")
     try:
         if is_bare(source):
             return stand_in(path.read_text()), [
                 "a bare template: rendered with a stand-in tokenizer, whose special tokens are the tags in the template"
             ]
-        if path.is_file():
-            if (path.parent / "tokenizer_config.json").exists():
-                return AutoTokenizer.from_pretrained(str(path.parent)), []
-            return PreTrainedTokenizerFast(tokenizer_file=str(path)), ["no tokenizer_config.json beside it"]
-        return AutoTokenizer.from_pretrained(source), []
+        with stage(f"loading the tokenizer {source}"):
+            if path.is_file():
+                if (path.parent / "tokenizer_config.json").exists():
+                    return AutoTokenizer.from_pretrained(str(path.parent)), []
+                return PreTrainedTokenizerFast(tokenizer_file=str(path)), ["no tokenizer_config.json beside it"]
+            return AutoTokenizer.from_pretrained(source), []
     except (OSError, ValueError, KeyError, ImportError) as error:
-        raise ValueError(f"{source}: cannot be loaded as a tokenizer or a template: {error}") from error
+        raise ValueError(
+            f"{source}: cannot be loaded as a tokenizer or a template: {error}; give a folder, a name or a .jinja"
+        ) from error
 
 
 TAG = re.compile(r"<[|\uff5c]?/?[\w▁.:-]+[|\uff5c]?>|\[/?[A-Z_]{3,}\]")

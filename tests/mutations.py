@@ -738,6 +738,61 @@ def a_broken_file_is_passed_in_silence(original, source, split="train", on_broke
     return original(source, split, on_broken and (lambda error: None))
 
 
+# --- commands that talk
+
+STOPPED = "a run that is stopped says in truth what there is to go on from, and has it"
+
+
+@mutation(
+    STOPPED,
+    "flexreason.train.what_is_left",
+    "test_interrupt.py::test_a_command_that_is_interrupted_says_so_in_a_line_and_leaves_nothing_broken[train]",
+)
+def there_is_always_a_checkpoint_to_go_on_from(original, settings):
+    return f"the same command goes on from {settings.output}/checkpoints/checkpoint-1"
+
+
+@mutation(
+    STOPPED,
+    "flexreason.train.Progress._heed",
+    "test_interrupt.py::test_a_run_interrupted_again_and_again_ends_as_one_that_was_not",
+)
+def a_run_is_stopped_without_a_checkpoint(original, self, step, control):
+    original(self, step, control)
+    control.should_save = False
+
+
+@mutation(
+    "helpers leave Ctrl-C to the command that they help",
+    "flexreason.interrupt.deaf",
+    "test_interrupt.py::test_a_process_that_is_started_deaf_does_not_hear_it",
+)
+def helpers_hear_it_too(original):
+    return contextlib.nullcontext()
+
+
+@mutation(
+    "the time that is left is counted from what was done here",
+    "flexreason.telling.Stage.left",
+    "test_telling.py::test_what_went_on_before_a_run_was_resumed_does_not_count_for_the_time_left",
+)
+def what_was_done_before_counts(original, self, now=None):
+    skipped, self.skipped = self.skipped, 0
+    try:
+        return original(self, now)
+    finally:
+        self.skipped = skipped
+
+
+@mutation(
+    "a misspelt option of a template is refused, and none that is only like another",
+    "flexreason.nearest.misspelt",
+    "test_encode.py::test_an_option_of_the_template_that_is_misspelt_is_refused_and_one_that_means_nothing_to_it_is_not",
+)
+def options_that_are_only_alike_are_misspelt(original, name, known):
+    return original(name, known) or next((one for one in known if name not in known and name in one), None)
+
+
 def main(words: list[str]) -> int:
     """Try the mutations that hold all words; 0 where tests noticed every one."""
     mutations = breaking.mutations_of(sys.modules[__name__])

@@ -1,19 +1,36 @@
 """The command line as a user meets it."""
 
+import argparse
 import inspect
+import json
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+import transformers
 
 import flexreason
-from flexreason.cli import COMMANDS, command, main
+from flexreason.cli import COMMANDS, EXIT_CODES, command, main
+from flexreason.commands.models import find
+from terminal import command_of, in_pipe
+from training import write_data, write_model
+
+DOCS = Path(flexreason.__file__).parents[1] / "docs"
 
 
-def test_the_command_is_installed():
+def test_the_version_is_what_a_report_of_a_fault_needs():
     done = subprocess.run([sys.executable, "-m", "flexreason", "--version"], capture_output=True, text=True, check=True)
-    assert done.stdout == f"flexreason {flexreason.__version__}\n"
+    told = dict(line.split(" ", 1) for line in done.stdout.splitlines())
+    assert told["flexreason"] == flexreason.__version__
+    assert told["python"].startswith(".".join(map(str, sys.version_info[:3])))
+    assert told["torch"] == torch.__version__
+    assert told["transformers"] == transformers.__version__
+    assert {"trl", "peft", "accelerate"} < told.keys()
+    assert ("cpu" in told["device"]) != torch.cuda.is_available()
 
 
 def test_an_unknown_command_is_no_success():
@@ -41,16 +58,20 @@ def test_every_command_says_what_it_is_for(name, capsys):
     with pytest.raises(SystemExit) as stop:
         main([name, "--help"])
     assert stop.value.code == 0
-    assert f"usage: flexreason {name} " in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"usage: flexreason {name} " in said
+    assert all(f"    {example}\n" in said for example in examples(name))
 
 
 def test_what_the_user_can_mend_is_one_line_and_2(monkeypatch, capsys):
-    def run(options):
-        raise ValueError("--data: there is no such file")
+    for kind in (ValueError, FileNotFoundError, NotImplementedError):
 
-    monkeypatch.setattr(command("show"), "run", run)
-    assert main(["show"]) == 2
-    assert capsys.readouterr().err == "flexreason show: --data: there is no such file\n"
+        def run(options, kind=kind):
+            raise kind("--data: there is no such file")
+
+        monkeypatch.setattr(command("show"), "run", run)
+        assert main(["show"]) == 2
+        assert capsys.readouterr().err == "flexreason show: --data: there is no such file\n"
 
 
 def test_only_the_command_that_is_asked_for_is_imported():
@@ -59,3 +80,212 @@ def test_only_the_command_that_is_asked_for_is_imported():
     for words, imported in (["--help"], ""), (["demo", "--help"], "flexreason.commands.demo"):
         done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, check=True)
         assert done.stdout.splitlines()[-1] == imported
+
+
+def test_help_is_there_before_torch_is():
+    code = "import sys\nfrom flexreason.cli import main\ntry: main(['--help'])\nexcept SystemExit: pass\n"
+    code += "print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "False"
+
+
+# --- examples
+
+
+def examples(name):
+    """The command lines in a command's help."""
+    return re.findall(r"^    (flexreason .*)$", command(name).__doc__, re.MULTILINE)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Everything that examples name, small: a model under the name of a larger one, its tokenizer, and data."""
+    from datasets import Dataset
+
+    from flexreason.load import load_model
+
+    folder = tmp_path_factory.mktemp("examples")
+    named = write_model(folder / "Qwen" / "Qwen3-0.6B")
+    load_model(str(named), "float32", "cpu", 0, False)[0].save_pretrained(named)
+    (folder / "config.json").write_text((named / "config.json").read_text())
+    tokenizer = transformers.AutoTokenizer.from_pretrained(named)
+    tokenizer.save_pretrained(folder / "tokenizer")
+    (folder / "chat_template.jinja").write_text(tokenizer.chat_template)
+    write_data(folder / "chats.jsonl", n=20)
+    lines = [json.loads(line) for line in (folder / "chats.jsonl").read_text().splitlines()]
+    Dataset.from_list(lines).to_parquet(folder / "more.parquet")
+    settings = {"model": "Qwen/Qwen3-0.6B", "data": "chats.jsonl", "output": "runs/file", "length": 256}
+    (folder / "config.yaml").write_text(json.dumps(settings))
+    return folder
+
+
+LONG = {"flexreason demo"}
+"""Examples that take minutes, and are run by tests of their own."""
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`")  # peft asks for it by its old name
+@pytest.mark.parametrize("line", [line for name in COMMANDS for line in examples(name) if line not in LONG])
+def test_every_example_runs_as_it_stands(line, folder, monkeypatch, capsys):
+    monkeypatch.chdir(folder)
+    assert main(shlex.split(line)[1:]) == 0, capsys.readouterr().err
+    assert capsys.readouterr().out or "train" in line  # which tells people on stderr
+
+
+def test_every_command_has_an_example_that_is_run():
+    assert all(set(examples(name)) - LONG for name in COMMANDS)
+
+
+# --- near misses
+
+
+def refused(words, capsys):
+    """What is said of a wrong command line, in one line."""
+    try:
+        code = main(words)
+    except SystemExit as stop:
+        code = stop.code
+    said = capsys.readouterr()
+    assert code == 2
+    assert said.out == ""
+    [line] = said.err.splitlines()
+    return line
+
+
+@pytest.mark.parametrize(
+    ("words", "meant"),
+    [
+        ("train --learning_rate 1e-4", "unknown option --learning_rate; did you mean --learning-rate?"),
+        ("train --lr 1e-4", "unknown option --lr; did you mean --learning-rate?"),
+        ("train --lr=1e-4", "unknown option --lr; did you mean --learning-rate?"),
+        ("train --num_train_epochs 2", "did you mean --epochs?"),
+        ("train --max_grad_norm 1", "did you mean --clip?"),
+        ("train --output_dir x", "did you mean --output?"),
+        ("train --gradient_checkpointing", "did you mean --checkpointing?"),
+        ("train --per_device_train_batch_size 2", "did you mean --rows-per-step?"),
+        ("verify --lenght 3", "unknown option --lenght; flexreason verify --help tells what it takes"),
+        ("verify --dtpye bfloat16", "did you mean --dtype?"),
+        ("verify --model m", "MODEL is given without a name, as flexreason verify MODEL"),
+        ("verify", "missing: model; flexreason verify --help tells what it takes"),
+        ("verify a b", "too many words: b"),
+        ("verify m --tokens many", "--tokens: expected a whole number, found 'many'"),
+        ("verify m --data d --history tempalte", "found 'tempalte'; did you mean 'template'?"),
+        ("bench m --ways one-by-on", "found 'one-by-on'; did you mean 'one-by-one'?"),
+        ("report -x", "unknown option -x"),
+        ("tarin config.yaml", "unknown command 'tarin'; did you mean 'train'?"),
+        ("--verison", "unknown option --verison; did you mean --version?"),
+    ],
+)
+def test_what_was_probably_meant_is_said(words, meant, capsys):
+    assert meant in refused(words.split(), capsys)
+
+
+def test_a_model_that_is_nearly_named_is_told_at_once(capsys, monkeypatch):
+    from flexreason import sources
+
+    monkeypatch.setattr(sources, "unreachable", lambda: pytest.fail("a hub was asked in vain"))
+    for wrong in ("qwen3", "Qwen-3", "qwen3forcausallm", "Qwen3ForCasualLM"):
+        assert refused(["models", wrong], capsys).endswith("did you mean Qwen3ForCausalLM?")
+    assert "Qwen3ForCausalLM is a class" in refused(["verify", "qwen3"], capsys)
+
+
+def test_names_that_a_hub_may_know_are_not_refused_for_a_class_that_is_like_them(monkeypatch):
+    from flexreason import sources
+
+    monkeypatch.setattr(sources, "unreachable", lambda: "")
+    for name in ("gpt2", "gpt2-medium", "distilgpt2", "roberta-base", "bert-base-uncased", "Qwen/Qwen3-0.6B"):
+        assert sources.why_missing(name) == ""
+
+
+def test_a_hub_that_does_not_answer_is_asked_twice_and_not_for_ever(monkeypatch, capsys):
+    from huggingface_hub import constants
+
+    asked = []
+
+    class Silent:
+        def head(self, *about, **more):
+            asked.append(more["timeout"])
+            raise ConnectionError
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.get_session", Silent)
+    with pytest.raises(ValueError, match="no hub can be asked"):
+        find("Qwen/none-of-this-name")
+    assert len(asked) == 2
+    assert all(asked)
+
+
+def test_files_that_are_nearly_named_are_told(folder, monkeypatch, capsys):
+    monkeypatch.chdir(folder)
+    for words, meant in (
+        ("train confg.yaml", "config.yaml"),
+        ("report chat.jsonl --tokenizer ./tokenizer", "chats.jsonl"),
+        ("report chats.jsonl --tokenizer ./tokeniser", "tokenizer"),
+        ("verify ./confgi.json", "config.json"),
+        ("verify Qwen/Qwen3-0.6", "Qwen/Qwen3-0.6B"),
+        ("template ./chat_templates.jinja", "chat_template.jinja"),
+        ("template ./tokenizer --messages chats.json", "chats.jsonl"),
+    ):
+        assert f"did you mean {meant}?" in refused(words.split(), capsys), words
+
+
+# --- exit codes
+
+
+def test_exit_codes_are_in_the_help_and_in_the_docs(capsys):
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    said, docs = capsys.readouterr().out, (DOCS / "errors.md").read_text()
+    for code, meaning in EXIT_CODES.items():
+        assert f"  {code:<5}{meaning}\n" in said
+        assert f"| {code} | {meaning} |\n" in docs
+
+
+def test_every_exit_code_is_given_by_a_real_command(folder, tmp_path):
+    """130 is tested in test_interrupt.py."""
+    model, data = str(folder / "Qwen" / "Qwen3-0.6B"), str(folder / "chats.jsonl")
+    empty = tmp_path / "none.jsonl"
+    empty.write_text('{"messages": [{"role": "user", "content": "?"}]}\n')
+    for code, words in (
+        (0, ["template", model]),
+        (1, ["report", data, str(empty), "--tokenizer", model]),
+        (1, ["models", "MambaForCausalLM"]),
+        (2, ["report", data]),
+        (2, ["train", "--lr", "1"]),
+    ):
+        assert in_pipe(command_of(words)).code == code, words
+
+
+def test_what_transformers_no_longer_has_is_told_in_words(monkeypatch, capsys):
+    def run(options):
+        from transformers import ThereWasOnceSuchAThing  # noqa: F401
+
+    monkeypatch.setattr(command("show"), "run", run)
+    assert main(["show"]) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert "ThereWasOnceSuchAThing" in line
+    assert "pip install --upgrade flexreason" in line
+
+
+def test_roles_that_are_nearly_named_are_told(folder, monkeypatch, tmp_path, capsys):
+    for wrong, meant in (("assistent", "assistant"), ("bot", "assistant"), ("human", "user"), ("User", "user")):
+        messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
+        messages.insert(0 if meant == "user" else 1, {"role": wrong, "content": "."})
+        path = tmp_path / "chats.jsonl"
+        path.write_text(json.dumps({"messages": messages}) + "\n")
+        assert main(["report", str(path), "--tokenizer", str(folder / "tokenizer")]) == 1
+        assert f"did you mean {meant!r}?" in capsys.readouterr().out
+
+
+def test_options_of_a_template_are_given_alike_in_every_command():
+    """train, which has them as a setting, takes them as the others do, too."""
+    from flexreason.train.settings import from_options
+
+    parser = argparse.ArgumentParser()
+    command("train").add_arguments(parser)
+    needed = ["--model", "m", "--data", "d", "--output", "o"]
+    given = ["--template", "{a: 1, b: 2}", "--option", "b=3", "--option", "c=true"]
+    assert from_options(parser.parse_args([*needed, *given])).template == {"a": 1, "b": 3, "c": True}
+    for name in ("verify", "bench", "report", "template", "train"):
+        parser = argparse.ArgumentParser()
+        command(name).add_arguments(parser)
+        assert "--option" in parser._option_string_actions, name

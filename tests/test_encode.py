@@ -25,6 +25,7 @@ from flexreason.chat.render import (
     TemplateRunsAway,
 )
 from flexreason.data.files import read_conversations
+from flexreason.load import stand_in
 from fuzzing import conversation, fault
 from templating import (
     SHAPES,
@@ -418,3 +419,22 @@ def test_very_many_conversations_made_to_mislead():
     assert n_ok > 75_000  # of 95,833: the others lose text to the template, or are later calls in loops of DeepSeek V3
     assert set(refused) <= {NotRendered, TemplateRaised, NotAligned}
     assert all(name.startswith("deepseekv3") for _, name, _ in refused.get(NotAligned, []))  # its loops' later calls
+
+
+def test_an_option_of_the_template_that_is_misspelt_is_refused_and_one_that_means_nothing_to_it_is_not():
+    tokenizer = stand_in(
+        "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>{% if enable_thinking is defined %}!{% endif %}{% endif %}"
+    )
+    messages = [{"role": "user", "content": "2+3?"}, {"role": "assistant", "content": "5"}]
+    for wrong in ("enable_thinkng", "Enable-Thinking", "enable_thinkin"):
+        with pytest.raises(ConversationError, match=f"no option '{wrong}'; did you mean 'enable_thinking'"):
+            fr.encode(messages, tokenizer, **{wrong: True})
+    plain = len(fr.encode(messages, tokenizer))
+    assert len(fr.encode(messages, tokenizer, enable_thinking=True)) == plain + 1
+    for other in (
+        "thinking",
+        "preserve_thinking",
+        "reasoning_effort",
+    ):  # options of other templates, which data may name
+        assert len(fr.encode(messages, tokenizer, **{other: True})) == plain

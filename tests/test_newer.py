@@ -18,6 +18,7 @@ import transformers
 from transformers.models.llama import modeling_llama
 
 import flexreason as fr
+from flexreason.cli import main
 from flexreason.proof import evidence, kept, selftest, source
 from flexreason.proof.tiny import default_config
 from flexreason.tree.row import NoMask
@@ -52,6 +53,50 @@ def files(tmp_path):
 
 def times_tested(lines):
     return sum("is tested on a tiny model" in line for line in lines)
+
+
+# ---- what is said of it
+
+
+@pytest.fixture
+def later(newer, monkeypatch):
+    """The same, and its version says so too."""
+    monkeypatch.setattr(transformers, "__version__", "99.0.0")
+    return newer
+
+
+def test_a_newer_transformers_is_told_in_words(later, monkeypatch, capsys):
+    fr.patch(tiny("Llama"))
+    [line] = [line for line in later() if "is tested on" in line]
+    assert "since the transformers here is newer than the list of models: about a second" in line
+    assert "99" not in line
+    monkeypatch.setattr("flexreason.commands.models.listed", evidence.listed)
+    assert main(["models"]) == 0
+    assert "The transformers here is newer than that." in capsys.readouterr().out
+
+
+def test_a_class_that_a_newer_transformers_has_changed_is_refused_in_words(later, monkeypatch, capsys):
+    def forgets_its_tree(module, query, key, value, *args, **kwargs):
+        return plain(module, query, key, value + 0.01 * value.mean(2, keepdim=True), *args, **kwargs)
+
+    from flexreason.attention import registry
+
+    plain = registry._tree_attention
+    monkeypatch.setattr(registry, "_tree_attention", forgets_its_tree)
+    with pytest.raises(ValueError, match="patch: LlamaForCausalLM is refused: the list of models knows it as") as error:
+        fr.patch(tiny("Llama"))
+    said = str(error.value)
+    assert "in the transformers here, which is newer, it is another one: one pass is not the samples'; use the" in said
+    assert "e-0" not in said
+    assert f"pip install 'transformers=={evidence.listed()['transformers']}'" in said
+    assert main(["models", "LlamaForCausalLM"]) == 1
+    assert "which is newer, it is another one" in capsys.readouterr().out
+
+
+def test_a_class_that_the_list_knows_as_refused_is_refused_for_its_own_reason(later):
+    with pytest.raises(ValueError, match="recurrent layers") as error:
+        fr.patch(transformers.MambaForCausalLM(transformers.MambaConfig(num_hidden_layers=1, hidden_size=32)))
+    assert "newer" not in str(error.value)
 
 
 # ---- what counts as the same

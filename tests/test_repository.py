@@ -22,7 +22,7 @@ PACKAGE = Path(flexreason.__file__).parent
 
 TREE = ["sample", "layout", "merge", "mask", "blocks", "row"]  # reading order is import order
 PROOF = ["float64", "oracle", "tiny", "compare", "selftest", "source", "kept", "evidence", "conversations", "diagnose"]
-TOOLS = ["memory", "load"]  # these know nothing of the rest
+TOOLS = ["memory", "nearest", "telling", "interrupt", "versions", "sources", "load"]  # these know nothing of the rest
 
 LAYERS = {  # what a folder may import, beside itself
     "tree": set(),
@@ -31,7 +31,7 @@ LAYERS = {  # what a folder may import, beside itself
     "model": {"tree", "attention"},
     "proof": {"tree", "tools", "attention", "model"},
     "patching": {"model", "proof"},
-    "chat": {"tree"},
+    "chat": {"tree", "tools"},
     "data": {"tree", "tools", "chat"},
     "show": {"tree", "chat", "data"},
     "train": {"tree", "tools", "attention", "model", "proof", "patching", "chat", "data"},
@@ -138,7 +138,7 @@ def test_a_layer_imports_what_is_below_it_only(name):
 
 
 def test_nothing_imports_a_command_but_commands_and_the_command_line():
-    assert {layer(module) for module in MODULES} == {*LAYERS, "commands", "cli", "__main__"}
+    assert {layer(module) for module in MODULES} == {*LAYERS, "commands", "parsing", "cli", "__main__"}
     for module in MODULES:
         commands = {other for other in imports_of(module)[0] if layer(other) == "commands"}
         assert not commands or layer(module) in ("cli", "commands"), module
@@ -158,11 +158,17 @@ def test_no_module_of_the_package_has_the_name_of_what_it_exports():
     assert not set(flexreason.__all__) & {module for module in MODULES if "." not in module}
 
 
-def test_importing_flexreason_does_not_import_transformers():
-    """The first import stays quick; models bring transformers with them."""
-    code = "import flexreason, sys; print('transformers' in sys.modules)"
+def test_importing_flexreason_imports_neither_torch_nor_transformers():
+    """The first import stays quick; names bring with them what they need."""
+    code = "import flexreason, sys; print({'torch', 'transformers'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout == "False\n"
+    assert done.stdout == "set()\n"
+
+
+def test_every_public_name_is_there_when_it_is_asked_for():
+    assert all(getattr(flexreason, name).__module__.startswith("flexreason.") for name in flexreason.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'gone'"):
+        _ = flexreason.gone
 
 
 def test_the_least_versions_are_those_that_the_tests_can_be_run_under():

@@ -37,6 +37,9 @@ IMPLEMENTATIONS = ("sdpa", "eager", "flex_attention")
 NAME = "flexreason"
 """What the names of our attention implementations begin with."""
 
+INSTEAD = "; train on the N samples"
+"""What can be done with a model that cannot take rows."""
+
 TREE = "flexreason_tree"
 """The keyword that carries a `TreeRow` to the layers."""
 
@@ -228,7 +231,9 @@ def _asked(*, mask_function: Callable, local_size: int | None = None, **kwargs: 
     try:
         visible = [bool(mask_function(zero, zero, zero + q, zero + kv)) for q, kv in places]
     except IndexError:
-        raise ValueError("row: the model asks for a mask that depends on the tokens; it cannot take rows") from None
+        raise ValueError(
+            f"row: the model asks for a mask that depends on the tokens; it cannot take rows{INSTEAD}"
+        ) from None
     tree = current_tree.get()
     candidates = [Asked(tree=tree)]
     if local_size is not None:
@@ -238,7 +243,7 @@ def _asked(*, mask_function: Callable, local_size: int | None = None, **kwargs: 
             return asked
     raise ValueError(
         "row: the model asks for a mask that is neither causal, nor a causal window, nor causal chunks; it cannot take "
-        "rows"
+        f"rows{INSTEAD}"
     )
 
 
@@ -254,7 +259,7 @@ def _attention(previous: str) -> Callable:
         if isinstance(attention_mask, Asked) or (isinstance(attention_mask, Tensor) and not attention_mask.numel()):
             raise ValueError(
                 f"row: it reached {type(module).__name__} without its tree; the model is not patched, or makes "
-                "masks in a way of its own, and cannot take rows"
+                "masks in a way of its own, and cannot take rows; call fr.patch(model) first"
             )
         stock = _eager_of(type(module)) if previous == "eager" else ALL_ATTENTION_FUNCTIONS[previous]
         return stock(module, query, key, value, attention_mask, *args, **kwargs)
@@ -288,15 +293,20 @@ def _tree_attention(
 ) -> Tensor:
     name = type(module).__name__
     if not isinstance(asked, Asked):
-        raise ValueError(f"row: the mask of {name} is made in a way of the model's own; it cannot take rows")
+        raise ValueError(f"row: the mask of {name} is made in a way of the model's own; it cannot take rows{INSTEAD}")
     if dropout:
-        raise ValueError(f"row: {name} has attention dropout {dropout}, of which one draw cannot serve all samples")
+        raise ValueError(
+            f"row: {name} has attention dropout {dropout}, of which one draw cannot serve all samples; set it to 0"
+        )
     if position_bias is not None:
-        raise ValueError(f"row: {name} adds a position bias to its scores, which is not supported")
+        raise ValueError(f"row: {name} adds a position bias to its scores, which is not supported{INSTEAD}")
     if is_causal is False or getattr(module, "is_causal", True) is False:
-        raise ValueError(f"row: {name} is not causal")
+        raise ValueError(f"row: {name} is not causal{INSTEAD}")
     if q.shape[2] != tree.length or k.shape[2] != tree.length:
-        raise ValueError(f"row: {name} has {q.shape[2]} queries and {k.shape[2]} keys for {tree.length} tokens")
+        raise ValueError(
+            f"row: {name} has {q.shape[2]} queries and {k.shape[2]} keys for {tree.length} tokens; train on "
+            "the N samples"
+        )
     if q.dtype != v.dtype:  # under autocast, norms behind the projections leave q and k in float32
         q, k = q.to(v.dtype), k.to(v.dtype)
     scale = q.shape[-1] ** -0.5 if scaling is None else scaling

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from flexreason.bench.steps import Case, Way
 from flexreason.memory import begins_anew, peak_bytes
 from flexreason.proof.float64 import relative_l2
+from flexreason.telling import Stage, stage
 
 SAME = {torch.float64: 1e-6, torch.float32: 1e-3, torch.bfloat16: 0.03, torch.float16: 0.01}
 """How far losses of two ways may be apart, relative: no nonsense is to be timed. `flexreason verify` is the proof."""
@@ -164,13 +165,24 @@ def measure(case: Case, ways: Sequence[Way], repeats: int) -> list[Found]:
     root, expected = case.root, None
     found = {}
     for way in ways:
-        found[way.name], made = _tried(way, case, expected)
+        with stage(f"{way.name}, once for its gradients and once for its memory"):
+            found[way.name], made = _tried(way, case, expected)
         if expected is None and made and way.exact:
             expected = made
-    timed = {way.name: way.step for way in ways if not found[way.name].failed}
-    times = interleaved(timed, repeats, case.device, before=root.zero_grad)
+    able = [way for way in ways if not found[way.name].failed]
+    with stage("timing all ways in turn", repeats * len(able), "steps") as going:
+        timed = {way.name: _counted(way.step, going) for way in able}
+        times = interleaved(timed, repeats, case.device, before=root.zero_grad)
     root.zero_grad()
     return [replace(one, ms=tuple(1e3 * t for t in times.get(name, ()))) for name, one in found.items()]
+
+
+def _counted(step: Callable[[], Any], going: Stage) -> Callable[[], Any]:
+    def call() -> None:
+        step()
+        going.add()
+
+    return call
 
 
 def _tried(way: Way, case: Case, expected: list[Tensor] | None) -> tuple[Found, list[Tensor] | None]:

@@ -8,7 +8,7 @@ the message. So what the template writes there, and leaves out once an answer fo
 from typing import Any
 
 from flexreason.chat.marks import Marked, joined
-from flexreason.chat.render import Messages, NotAligned, Renderer
+from flexreason.chat.render import ALONE, Messages, NotAligned, Renderer
 from flexreason.chat.seam import Seam, find_seam, says_something
 from flexreason.chat.template import Template, user
 
@@ -34,7 +34,7 @@ class Before:
         if any(text is None or self.mark not in text for text in texts):
             raise NotAligned(
                 "the chat template renders the messages before this one differently once it is there, and does not "
-                "show where they end",
+                f"show where they end{ALONE}",
                 self.number,
             )
         return [joined(self.base, text.rpartition(self.mark)[2]) for text in texts if text is not None]
@@ -64,7 +64,7 @@ class Before:
     def no_seam(self, known: str, lead: str) -> NotAligned:
         return NotAligned(
             f"the chat template's prompt ends with {known[-60:]!r}, and this message begins with {lead[-60:]!r}: "
-            "neither goes on from the other, so what the model must generate here is unknown",
+            f"neither goes on from the other, so what the model must generate here is unknown{ALONE}",
             self.number,
         )
 

@@ -15,9 +15,10 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
-from flexreason.chat.messages import REASONING_FIELDS, Message, did_you_mean
+from flexreason.chat.messages import REASONING_FIELDS, Message
 from flexreason.chat.render import ConversationError
 from flexreason.chat.template import KNOWN_MARKERS, Markers
+from flexreason.nearest import did_you_mean
 
 Pair = tuple[str, str]
 

@@ -239,7 +239,7 @@ def choose(messages: Sequence[Message], turns: Any) -> list[int]:
     """The numbers of the messages to train on."""
     assistants = [number for number, message in enumerate(messages) if message.role == "assistant"]
     if not assistants:
-        raise NothingToTrain("the conversation has no assistant message")
+        raise NothingToTrain("the conversation has no assistant message; leave it out")
     if turns is None:
         wanted = set(assistants)
     elif turns == "last":
@@ -248,13 +248,17 @@ def choose(messages: Sequence[Message], turns: Any) -> list[int]:
         numbers = list(turns)
         wrong = [n for n in numbers if not isinstance(n, int) or not -len(assistants) <= n < len(assistants)]
         if wrong:
-            raise ConversationError(f"turns: {wrong[0]!r} is none of the {len(assistants)} assistant messages")
+            raise ConversationError(
+                f"turns: {wrong[0]!r} is none of the {len(assistants)} assistant messages; give numbers from 0 on"
+            )
         wanted = {assistants[n] for n in numbers}
     else:
         raise ConversationError(f'turns: expected "last" or numbers of assistant messages, found {turns!r}')
     trained = [number for number in assistants if is_trained(number, messages[number]) and number in wanted]
     if not trained:
-        raise NothingToTrain("every assistant message is excluded from training")
+        raise NothingToTrain(
+            "every assistant message is excluded from training (train: false, weight: 0, or turns); leave one in"
+        )
     return trained
 
 

@@ -4,13 +4,12 @@ Reasoning stands in a field (`reasoning_content`, `reasoning`, `thinking`) or in
 very beginning of the content. What stands elsewhere in a text is text.
 """
 
-import difflib
 import json
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 from flexreason.chat.render import BadMessage
+from flexreason.nearest import did_you_mean
 
 REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
 
@@ -142,7 +141,7 @@ def check(messages: Any) -> list[Message]:
     if not isinstance(messages, list | tuple):
         raise BadMessage(f"expected a list of messages, found {type(messages).__name__}")
     if not messages:
-        raise BadMessage("the conversation has no messages")
+        raise BadMessage("the conversation has no messages; expected at least a question and an answer")
     return [take_apart(_check_message(number, message)) for number, message in enumerate(messages)]
 
 
@@ -155,7 +154,8 @@ def _check_message(number: int, message: Any) -> dict[str, Any]:
         hint = "; data with from/value is read by flexreason.data.files" if "from" in message else ""
         hint = hint or did_you_mean(role, ROLES)
         if role is None:
-            raise BadMessage(f"it has no role; its keys are {', '.join(map(str, message)) or 'none'}{hint}", number)
+            keys = ", ".join(map(str, message)) or "none"
+            raise BadMessage(f"it has no role; its keys are {keys}{hint or '; give it role and content'}", number)
         raise BadMessage(f"unknown role {role!r}; expected one of {', '.join(ROLES)}{hint}", number)
     _check_content(number, message)
     fields = [name for name in REASONING_FIELDS if name in message]
@@ -163,10 +163,16 @@ def _check_message(number: int, message: Any) -> dict[str, Any]:
         if not isinstance(message[name], str):
             raise BadMessage(f"{name}: expected text, found {type(message[name]).__name__}", number)
         if role != "assistant" and message[name]:
-            raise BadMessage(f"a {role} message has {name}; only assistant messages can have reasoning", number)
+            raise BadMessage(
+                f"a {role} message has {name}; only assistant messages can have reasoning; leave it out",
+                number,
+            )
     if message.get("tool_calls"):
         if role != "assistant":
-            raise BadMessage(f"a {role} message has tool_calls; only assistant messages can have them", number)
+            raise BadMessage(
+                f"a {role} message has tool_calls; only assistant messages can have them; leave them out",
+                number,
+            )
         _check_calls(number, message["tool_calls"])
     elif "content" not in message:
         why = "has reasoning but no content" if fields else "has no content"
@@ -199,16 +205,11 @@ def _check_calls(number: int, calls: Any) -> None:
             try:
                 arguments = json.loads(arguments or "{}")
             except json.JSONDecodeError as error:
-                raise BadMessage(f"tool_calls[{at}]: arguments are no JSON: {json_words(error)}", number) from error
+                words = f"arguments are no JSON: {json_words(error)}; give them as an object"
+                raise BadMessage(f"tool_calls[{at}]: {words}", number) from error
         if arguments is not None and not isinstance(arguments, dict):
             kind = type(arguments).__name__
             raise BadMessage(f"tool_calls[{at}]: expected arguments as an object or its JSON, found {kind}", number)
-
-
-def did_you_mean(name: Any, known: Iterable[str]) -> str:
-    """A hint at the name that is nearest to a wrong one, if any is near."""
-    near = difflib.get_close_matches(name.lower(), known, n=1) if isinstance(name, str) else []
-    return f"; did you mean {near[0]!r}?" if near else ""
 
 
 def json_words(error: Exception) -> str:

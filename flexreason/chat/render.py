@@ -17,6 +17,7 @@ from types import MappingProxyType
 from typing import Any
 
 from flexreason.chat.bounds import OutOfBounds, bounded, huge_product
+from flexreason.nearest import misspelt
 
 Messages = list[dict[str, Any]]
 
@@ -29,6 +30,15 @@ OURS = {
     "tokenizer_kwargs", "truncation",
 }  # fmt: skip
 """Arguments of apply_chat_template that would change what a sample is."""
+
+OTHER = "; set tokenizer.chat_template to another one"
+"""What can be done about a template."""
+
+ALONE = "; say train: false in this message, or set tokenizer.chat_template to another one"
+"""What can be done about a message that a template does not take apart."""
+
+MEND = "; change the message to what the template takes, or leave the conversation out"
+"""What can be done where a template raises: by its own words, as it means to."""
 
 
 class ConversationError(ValueError):
@@ -111,11 +121,14 @@ class Renderer:
 
     def __init__(self, tokenizer: Any, tools: list[Any] | None, options: dict[str, Any]) -> None:
         if taken := sorted(OURS & set(options)):
-            raise ConversationError(f"{taken[0]} is not an option of the template; encode decides it")
+            raise ConversationError(f"{taken[0]} is not an option of the template, and encode decides it; leave it out")
         self.tokenizer, self.tools, self.options = tokenizer, tools, options
         self.source = template_source(tokenizer, tools, options)
         self.n_calls, self.seconds = 0, 0.0
         _check_source(self.source)
+        for name in options:
+            if near := misspelt(name, _variables(self.source)):
+                raise ConversationError(f"the chat template has no option {name!r}; did you mean {near!r}?")
 
     def __call__(self, messages: Messages, prompt: bool, blame: int | None = None) -> str:
         """The text; errors blame message `blame`, or the first with which the rendering fails."""
@@ -127,7 +140,7 @@ class Renderer:
             number = self._first_failing(messages, str(error)) if blame is None else blame
             role = messages[number].get("role") if number < len(messages) else None
             about = f" ({role})" if role else ""
-            raise TemplateRaised(f"the chat template raises{about}: {_words(error)}", number) from error
+            raise TemplateRaised(f"the chat template raises{about}: {_words(error)}{MEND}", number) from error
 
     def plain(self, messages: Messages, prompt: bool) -> str:
         start = time.perf_counter()
@@ -137,7 +150,7 @@ class Renderer:
                     messages, tools=self.tools, add_generation_prompt=prompt, tokenize=False, **self.options
                 )
         except OutOfBounds as error:
-            raise TemplateRunsAway(f"the chat template was stopped: {error}") from None
+            raise TemplateRunsAway(f"the chat template was stopped: {error}{OTHER}") from None
         finally:
             self.n_calls += 1
             self.seconds += time.perf_counter() - start
@@ -145,7 +158,7 @@ class Renderer:
             raise TemplateRaised(f"expected text of the chat template, found {type(text).__name__}")
         if len(text) > LONGEST:
             raise TemplateRunsAway(
-                f"the chat template was stopped: it made {len(text)} characters, more than {LONGEST}"
+                f"the chat template was stopped: it made {len(text)} characters, more than {LONGEST}{OTHER}"
             )
         return text
 
@@ -193,18 +206,18 @@ def _words(error: BaseException) -> str:
 def _check_source(source: str) -> None:
     """Raise where a template is no jinja, or one whose samples nobody can know; and let it ask our clock."""
     if product := huge_product(source):
-        raise TemplateRunsAway(f"the chat template was stopped before it ran: it computes {product!r}")
+        raise TemplateRunsAway(f"the chat template was stopped before it ran: it computes {product!r}{OTHER}")
     try:
         with bounded():
             compiled = _compiled(source)
     except ImportError:
         raise
     except OutOfBounds as error:
-        raise TemplateRunsAway(f"the chat template was stopped while it was compiled: {error}") from None
+        raise TemplateRunsAway(f"the chat template was stopped while it was compiled: {error}{OTHER}") from None
     except Exception as error:
         line = getattr(error, "lineno", None)
         where = f", line {line}" if line else ""
-        raise NoTemplate(f"the chat template is no valid jinja{where}: {_words(error)}") from error
+        raise NoTemplate(f"the chat template is no valid jinja{where}: {_words(error)}{OTHER}") from error
     if drawn := _dice(source):
         raise TemplateThrowsDice(
             f"the chat template draws at random ({drawn}): each rendering is another one, and there is no telling what "
@@ -219,6 +232,14 @@ def _compiled(source: str) -> Any:
     from transformers.utils import chat_template_utils
 
     return chat_template_utils._compile_jinja_template(source)
+
+
+@lru_cache(maxsize=64)
+def _variables(source: str) -> frozenset[str]:
+    """What a template takes from outside. Other options mean nothing to it."""
+    from jinja2 import meta
+
+    return frozenset(meta.find_undeclared_variables(_compiled(source).environment.parse(source)))
 
 
 @lru_cache(maxsize=64)

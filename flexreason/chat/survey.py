@@ -24,7 +24,7 @@ from typing import Any
 from flexreason.chat.before import Before
 from flexreason.chat.marks import Marked, joined, mark, new_base, stands_for, texts_between_marks
 from flexreason.chat.messages import REASONING_FIELDS, Message
-from flexreason.chat.render import ConversationError, Messages, NoStopToken, NotAligned, NotRendered, Renderer
+from flexreason.chat.render import ALONE, ConversationError, Messages, NoStopToken, NotAligned, NotRendered, Renderer
 from flexreason.chat.seam import find_seam
 from flexreason.chat.template import Stop, Template
 from flexreason.chat.texts import common_suffix, places_of
@@ -126,7 +126,7 @@ class _Survey:
             return None
         raise NotRendered(
             "the chat template looks into the texts of this message, at their length or their words, and renders "
-            "others otherwise: what is its own and what the message's cannot be told apart",
+            f"others otherwise: what is its own and what the message's cannot be told apart{ALONE}",
             self.number,
         )
 
@@ -139,9 +139,10 @@ class _Survey:
         for slot in marked.wanted:
             if slot in "rc" and shown.count(marked.marks[slot]) > 1:
                 kind = "reasoning" if slot == "r" else "content"
-                raise NotAligned(f"the chat template renders the {kind} of this message more than once", self.number)
+                words = f"the chat template renders the {kind} of this message more than once{ALONE}"
+                raise NotAligned(words, self.number)
         if max(places.values()) < 0:
-            raise NotRendered("the chat template renders nothing of this message", self.number)
+            raise NotRendered(f"the chat template renders nothing of this message{ALONE}", self.number)
         first = min(at for at in places.values() if at >= 0)
         body, kept, stop = self._cut(shown, whole, max(places.values()))
         if not known:
@@ -268,8 +269,8 @@ class _Survey:
         return min(len(body), max(0, body.find(text)) + len(text) + between)
 
     def _looks_before(self) -> NotAligned:
-        return NotAligned("the chat template looks into the text before this message", self.number)
+        return NotAligned(f"the chat template looks into the text before this message{ALONE}", self.number)
 
     def _not_rendered(self, lost: list[str]) -> ConversationError:
         what = "content" if lost[0] == "c" else "tool call" if lost[0][0] == "n" else "tool call's arguments"
-        return NotRendered(f"the chat template does not render the {what} of this message", self.number)
+        return NotRendered(f"the chat template does not render the {what} of this message{ALONE}", self.number)

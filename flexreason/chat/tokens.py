@@ -168,7 +168,8 @@ class Running:
             if candidate and _decode(decode, ids + candidate) in wanted:
                 return array("q", candidate)
         raise TokenBoundary(
-            f"no tokens of {target[:40]!r}... behind a prompt that ends with {text[-40:]!r} decode to the same text"
+            f"no tokens of {target[:40]!r}... behind a prompt that ends with {text[-40:]!r} decode to the same "
+            "text; say train: false in that message"
         )
 
     def _candidates(self, target: str) -> list[list[int]]:

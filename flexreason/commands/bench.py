@@ -46,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--checkpointing", action="store_true", help="gradient checkpointing, in all ways")
     parser.add_argument("--dtype", default="auto", help="auto (the checkpoint's), float32, bfloat16, float16, float64")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--tokens", type=int, help="of the row; as many conversations as fit are taken")
+    parser.add_argument("--length", "--tokens", dest="tokens", type=int, help="of the row; what fits is taken")
     parser.add_argument("--repeats", type=int, default=5, help="of every way, in turn (%(default)s)")
     parser.add_argument("--turns", type=int, help="of each random conversation; 8 if not given")
     parser.add_argument("--lengths", metavar="H/T/R", help="tokens a turn: human, reasoning, response; 64/256/64")

@@ -1,5 +1,8 @@
 """Train a small model from scratch in single passes, and let it answer: arithmetic with follow-ups on earlier answers,
 a byte-level tokenizer whose template drops reasoning from history, no download, under three minutes on two cores.
+
+    flexreason demo
+    flexreason demo --compare --steps 20 --held-out 5
 """
 
 import argparse
@@ -13,6 +16,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from textwrap import indent
 from typing import Any
+
+from flexreason.telling import aside, each, stage
 
 STEPS, TO_COMPARE = 1400, 1000
 
@@ -36,7 +41,9 @@ WANTED_SAME = 1e-3
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--out", type=Path, default=Path("flexreason-demo"), help="folder for all files (%(default)s)")
+    parser.add_argument(
+        "--output", dest="out", type=Path, default=Path("flexreason-demo"), help="folder for all files (%(default)s)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the data, their order and the first weights")
     parser.add_argument("--steps", type=int, help=f"of training ({STEPS}, or {TO_COMPARE} a way to compare)")
     parser.add_argument(
@@ -59,7 +66,8 @@ def run(options: argparse.Namespace) -> int:
     claim(options.out)
 
     def say(text: str) -> None:
-        print(text, file=sys.stderr if options.json else sys.stdout, flush=True)
+        with aside():
+            print(text, file=sys.stderr if options.json else sys.stdout, flush=True)
 
     goals: list[Goal] = []
     with one_thread():
@@ -74,12 +82,16 @@ def run(options: argparse.Namespace) -> int:
     return 0 if all(goal.met for goal in goals) else 1
 
 
+def when_stopped(options: argparse.Namespace) -> str:
+    return f"{options.out} is unfinished, and the same command begins anew"
+
+
 def claim(out: Path) -> None:
     """Make the folder the demo's own: files of an earlier demo are written over, and other files are refused."""
     if out.exists() and not out.is_dir():
-        raise ValueError(f"--out: expected a folder, found a file: {out}")
+        raise ValueError(f"--output: expected a folder, found a file: {out}")
     if out.is_dir() and any(out.iterdir()) and not (out / MARK).exists():
-        raise ValueError(f"--out: {out} holds files that are not the demo's; give another folder")
+        raise ValueError(f"--output: {out} holds files that are not the demo's; give another folder")
     out.mkdir(parents=True, exist_ok=True)
     (out / MARK).touch()
 
@@ -184,7 +196,8 @@ def beside_the_samples(data: Any, out: Path, steps: int, seed: int, device: str,
 
     batches = data.batches(steps, seed)
     single, many = (fit(start(out, seed, device), way, batches) for way in (SINGLE_PASS, N_SAMPLES))
-    pairs = list(zip(single, many, strict=True))
+    words = "the first steps, in single passes and on the N samples"
+    pairs = list(each(zip(single, many, strict=True), words, steps, "steps"))
     single_s, many_s = (sum(step.seconds for step in steps) for steps in zip(*pairs, strict=True))
     say(f"\nThe same loss as on the N samples, {steps} steps from the same weights:\n")
     rows = [[f"step {n}", f"{a.loss:.6f}", f"{b.loss:.6f}"] for n, (a, b) in enumerate(pairs, start=1)]
@@ -243,7 +256,8 @@ def ask(data: Any, out: Path, device: str, say: Any) -> tuple[int, int, float]:
     model: Any = AutoModelForCausalLM.from_pretrained(out / "run" / "model")
     model.to(device)
     tokenizer = AutoTokenizer.from_pretrained(out / "run" / "model")
-    answered = answers.answer(model, tokenizer, data.held_out)
+    with stage("answering"):
+        answered = answers.answer(model, tokenizer, data.held_out)
     save_conversations(out / "answers.jsonl", answered)
     right, asked = answers.right(answered, data.held_out)
     say(f"\n{asked} questions that begin as none before did, each with the model's own earlier answers, such as:\n")

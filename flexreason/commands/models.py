@@ -1,4 +1,11 @@
-"""Which models take rows exactly: the list of transformers' classes, one model by name or path, or a new scan."""
+"""Which models take rows exactly: the list of transformers' classes, one model by name or path, or a new scan.
+
+A model by its class is told from that class's default config; a config of your own may differ from it.
+
+    flexreason models Qwen3ForCausalLM
+    flexreason models ./config.json
+    flexreason models --scan --only Qwen3ForCausalLM LlamaForCausalLM
+"""
 
 import argparse
 import json
@@ -16,11 +23,22 @@ import torch
 import transformers
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from flexreason import telling
+from flexreason.interrupt import deaf
 from flexreason.model.refuse import reason_against_config
-from flexreason.proof.evidence import LIST, evidence_of_class, listed, structure_of
+from flexreason.nearest import did_you_mean
+from flexreason.proof.evidence import (
+    LIST,
+    evidence_of_class,
+    listed,
+    newly_refused,
+    since_the_list,
+    structure_of,
+)
 from flexreason.proof.selftest import UNTESTED, check, said, unpatched
 from flexreason.proof.source import source_of
 from flexreason.proof.tiny import causal_classes, class_of, default_config
+from flexreason.sources import class_like, why_missing
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -52,8 +70,9 @@ def _overview(options: argparse.Namespace) -> int:
     for verdict, names in sorted(by_verdict.items()):
         print(f"{verdict}: {len(names)}\n  " + "\n  ".join(names))
     print(f"with transformers {the_list['transformers']}, torch {the_list['torch']}")
-    if (here := transformers.__version__) != the_list["transformers"]:
-        print(f"here is transformers {here}: a class whose files are others there is tested when it is first patched")
+    if since := since_the_list():
+        print(f"The transformers here is {since} than that. The list holds for all classes whose code is the same in")
+        print("both; any other is tested once, when it is first patched or named here.")
     return 0
 
 
@@ -63,6 +82,8 @@ def _tell(options: argparse.Namespace) -> int:
     if not is_default:
         _must_build(options.model, config, cls)
     result = evidence_of_class(cls, config)
+    if newly := newly_refused(cls, config, result):
+        result = replace(result, reason="; ".join(newly))
     against = reason_against_config(cls, config) if result.verdict == "exact" else None
     if against and not is_default:
         result = replace(result, verdict="refused", reason="; ".join(against), chunked=None)
@@ -105,12 +126,17 @@ def find(model: str) -> tuple[PreTrainedConfig, type[PreTrainedModel], bool]:
     cls = getattr(transformers, model, None)
     if isinstance(cls, type) and getattr(cls, "config_class", None):
         return default_config(cls), cls, True
+    if why := why_missing(model):
+        near = f"; did you mean {cls_name}?" if (cls_name := class_like(model)) and "/" not in model else f": {why}"
+        raise ValueError(f"{model}: no class of transformers, and no config to be found{near}")
     try:
         config = transformers.AutoConfig.from_pretrained(model)
     except (OSError, ValueError) as error:
-        raise ValueError(f"{model}: no class of transformers, and no config to be found: {str(error)[:300]}") from error
+        raise ValueError(
+            f"{model}: no class of transformers, and no config to be found: {str(error)[:300]}; give a folder"
+        ) from error
     except Exception as error:  # whatever a config's own checks raise
-        raise ValueError(f"{model}: its config cannot be used: {said(error)}") from error
+        raise ValueError(f"{model}: its config cannot be used: {said(error)}; mend the config.json") from error
     return config, class_of(config), False
 
 
@@ -123,12 +149,14 @@ def _must_build(model: str, config: PreTrainedConfig, cls: type[PreTrainedModel]
     for key in SIZES:
         value = getattr(text, key, None)
         if isinstance(value, int) and value < 1:
-            raise ValueError(f"{model}: its config cannot be used: {key} is {value}")
+            raise ValueError(f"{model}: its config cannot be used: {key} is {value}; expected at least 1")
     try:
         with torch.random.fork_rng(devices=[]), torch.device("meta"):
             cls(config)
     except Exception as error:  # whatever a class raises
-        raise ValueError(f"{model}: {cls.__name__} cannot be built from its config: {said(error)}") from error
+        raise ValueError(
+            f"{model}: {cls.__name__} cannot be built from its config: {said(error)}; mend the config.json"
+        ) from error
 
 
 def _numbers(entry: dict[str, Any]) -> str:
@@ -138,12 +166,16 @@ def _numbers(entry: dict[str, Any]) -> str:
 def _scan_command(options: argparse.Namespace) -> int:
     names, start = list(options.only) or causal_classes(), time.monotonic()
     if unknown := [name for name in names if not getattr(getattr(transformers, name, None), "config_class", None)]:
-        raise ValueError(f"--only: transformers has no model of the name {', '.join(unknown)}")
+        raise ValueError(
+            "--only: expected classes of transformers, found "
+            f"{', '.join(unknown)}{did_you_mean(unknown[0], causal_classes())}"
+        )
     entries: dict[str, Any] = {}
-    for name, entry in scan(names):
+    for name, entry in telling.each(scan(names), "testing all classes", len(names), "classes"):
         entries[name] = entry
         line = f"{len(entries):>4}/{len(names)} {time.monotonic() - start:5.0f} s  {name:<44} {entry['verdict']}"
-        print(f"{line:<100}  {entry['reason']}"[:240], file=sys.stderr, flush=True)
+        with telling.aside():
+            print(f"{line:<100}  {entry['reason']}"[:240], file=sys.stderr, flush=True)
     written = {
         "transformers": transformers.__version__,
         "torch": torch.__version__.partition("+")[0],
@@ -173,26 +205,29 @@ def scan(names: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
     """Every class in turn, in a process of its own that is replaced when a class crashes it or takes too long."""
     context = multiprocessing.get_context("spawn")
     worker = None
-    for name in names:
-        if worker is None:
-            here, there = context.Pipe()
-            worker = context.Process(target=_serve, args=(there,), daemon=True)
-            worker.start()
-            there.close()
-        here.send(name)
-        try:
-            if not here.poll(PATIENCE):
-                raise TimeoutError(f"it took longer than {PATIENCE:.0f} s")
-            yield name, here.recv()
-        except (EOFError, TimeoutError, ConnectionError) as error:
+    try:
+        for name in names:
+            if worker is None:
+                here, there = context.Pipe()
+                worker = context.Process(target=_serve, args=(there,), daemon=True)
+                with deaf():
+                    worker.start()
+                there.close()
+            here.send(name)
+            try:
+                if not here.poll(PATIENCE):
+                    raise TimeoutError(f"it took longer than {PATIENCE:.0f} s")
+                yield name, here.recv()
+            except (EOFError, TimeoutError, ConnectionError) as error:
+                worker.kill()
+                worker.join()
+                reason = str(error) or f"it ended the process that tried it (exit code {worker.exitcode})"
+                worker = None
+                yield name, {"verdict": UNTESTED, "reason": reason, "special": [], "unpatched": {}}
+    finally:
+        if worker is not None:
             worker.kill()
             worker.join()
-            reason = str(error) or f"it ended the process that tried it (exit code {worker.exitcode})"
-            worker = None
-            yield name, {"verdict": UNTESTED, "reason": reason, "special": [], "unpatched": {}}
-    if worker is not None:
-        worker.kill()
-        worker.join()
 
 
 def _serve(connection: Any) -> None:
@@ -225,9 +260,13 @@ def entry_of(name: str) -> dict[str, Any]:
 
 def write(written: dict[str, Any]) -> None:
     """Make this the list, from now on."""
-    LIST.write_text(json.dumps(written, indent=1) + "\n")
+    texts = {LIST: json.dumps(written, indent=1) + "\n"}
     if TABLE.parent.is_dir():  # in a checkout
-        TABLE.write_text(table(written))
+        texts[TABLE] = table(written)
+    for path, text in texts.items():
+        path.with_name(f"{path.name}.unfinished").write_text(text)
+    for path in texts:  # all of them, or none
+        path.with_name(f"{path.name}.unfinished").replace(path)
     listed.cache_clear()
 
 

@@ -7,7 +7,6 @@ conversation that is refused. Goes over everything, and keeps none of it.
 
 import argparse
 import json
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
@@ -24,6 +23,7 @@ from flexreason.data.summary import Summary
 from flexreason.load import load_tokenizer
 from flexreason.show.page import write
 from flexreason.show.report import report_page
+from flexreason.telling import stage
 from flexreason.tree.blocks import BLOCK
 
 __all__ = ["DataReport", "Figures", "Source", "Summary", "figures_of", "report"]
@@ -103,7 +103,7 @@ def report(
     all_of_them, by_source = Summary(length, shape), []
     then = partial(figures_of, length=length)
     pool = start_workers(workers, encoder, then) if workers else None
-    with pool or nullcontext(), _progress(sources, limit) as bar:
+    with pool or nullcontext(), _progress(sources, limit) as going:
         for source in sources:
             passed: list[BadInput] = []
             intake = Intake(
@@ -123,7 +123,7 @@ def report(
                 for figures in intake:
                     all_of_them.add(figures)
                     summary.add(figures)
-                    bar.update(intake.n_read - n_shown)
+                    going.add(intake.n_read - n_shown)
                     n_shown = intake.n_read
             name = str(source) if isinstance(source, str | Path) else "entries"
             form = intake.format or "of no known kind"
@@ -133,7 +133,7 @@ def report(
     if data_report.broken and not data_report.n_read:
         raise data_report.broken[0]
     if sources and not data_report.n_read:
-        raise EmptySource(f"{', '.join(data_report.empty)}: nothing in it")
+        raise EmptySource(f"{', '.join(data_report.empty)}: nothing in it; expected at least one conversation")
     return data_report
 
 
@@ -150,13 +150,10 @@ def _look_at(source: Any, encoder: EntryEncoder, split: str) -> None:
 
 
 def _progress(sources: list[Any], limit: int | None) -> Any:
-    """A bar on a terminal's stderr."""
-    from tqdm import tqdm
-
     counts = [count_entries(source) for source in sources]
     known = [count for count in counts if count is not None]
     total = sum(min(count, limit or count) for count in known) if len(known) == len(counts) else None
-    return tqdm(total=total, unit=" conversations", disable=None, leave=False, file=sys.stderr)
+    return stage("encoding", total, "conversations")
 
 
 # --- the command
@@ -222,7 +219,7 @@ def _check(options: argparse.Namespace) -> None:
     for name in ("plot", "html", "refused"):
         path = getattr(options, name)
         if path is not None and not path.parent.is_dir():
-            raise ValueError(f"--{name}: there is no folder {path.parent}")
+            raise ValueError(f"--{name}: there is no folder {path.parent}; make it first")
 
 
 @contextmanager

@@ -1,5 +1,8 @@
 """Say in plain words what a chat template does with reasoning, show the samples of one small conversation, and list
 what the template cannot do. Takes a tokenizer (folder, tokenizer.json or name) or a bare template (.jinja).
+
+    flexreason template Qwen/Qwen3-0.6B
+    flexreason template ./chat_template.jinja --option enable_thinking=false
 """
 
 import argparse
@@ -26,6 +29,7 @@ from flexreason.chat.template import (
     user,
 )
 from flexreason.load import is_bare, load_tokenizer, option_of
+from flexreason.nearest import near_file
 from flexreason.tree.layout import Layout
 from flexreason.tree.merge import lay_out
 
@@ -110,7 +114,7 @@ def run(options: argparse.Namespace) -> int:
     facts = describe(encoder)
     if is_bare(options.source):
         notes += _guesses(encoder.template())
-    shown = EXAMPLE if options.messages is None else json.loads(Path(options.messages).read_text())
+    shown = EXAMPLE if options.messages is None else _read_messages(options.messages)
     try:
         example: dict[str, Any] = show(encoder, shown)
     except ConversationError as error:
@@ -126,6 +130,15 @@ def run(options: argparse.Namespace) -> int:
     else:
         _print(options.source, notes, facts, example)
     return 1 if "refused" in example else 0
+
+
+def _read_messages(file: str) -> Any:
+    try:
+        return json.loads(Path(file).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"--messages: {file}: no such file{near_file(file)}") from None
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--messages: {file}: expected a conversation as JSON: {error}") from error
 
 
 def _guesses(template: Template) -> list[str]:

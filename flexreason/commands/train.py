@@ -5,7 +5,7 @@
     torchrun --nproc-per-node 8 -m flexreason train config.yaml
 
 Settings come from the file, from options, or from both: options go first. A run that was stopped goes on when the same
-command is given again.
+command is given again. Ctrl-C stops it after the step that it is at, with a checkpoint; a second one stops it at once.
 """
 
 import argparse
@@ -20,6 +20,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("config", nargs="?", help="a YAML file of settings")
     add_options(parser)
+    parser.add_argument(
+        "--option", action="append", metavar="NAME=VALUE", help="of the template, as other commands say"
+    )
     parser.add_argument("--json", action="store_true", help="print the outcome as JSON")
 
 
@@ -40,10 +43,13 @@ def run(options: argparse.Namespace) -> int:
     except Broken as error:
         print(f"flexreason train: {error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print("\nflexreason train: stopped; the same command goes on from the last checkpoint", file=sys.stderr)
-        return 130
     if options.json:
         said = {"folder": str(outcome.folder), "steps": outcome.steps, "metrics": outcome.metrics}
         print(json.dumps({**said, "losses": outcome.losses, "seconds": outcome.seconds}))
     return 0
+
+
+def when_stopped(options: argparse.Namespace) -> str:
+    from flexreason.train.record import what_is_left
+
+    return what_is_left(from_options(options))

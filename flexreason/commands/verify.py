@@ -4,7 +4,7 @@ Your conversations become samples as `fr.encode` makes them, by the model's own 
 over the data, are compared. Without data, random trees are, that cross the lengths of the model's config.
 
     flexreason verify Qwen/Qwen3-0.6B --data chats.jsonl
-    flexreason verify ./my-model-or-its-config.json
+    flexreason verify ./config.json
 """
 
 import argparse

@@ -29,6 +29,7 @@ from torch import nn
 
 from flexreason.data.intake import Item
 from flexreason.data.splitting import Split, in_storage, seen_from, split
+from flexreason.sources import why_missing
 from flexreason.tree.layout import Layout
 from flexreason.tree.sample import Role, Sample
 
@@ -215,13 +216,17 @@ def shape_of(source: str) -> Shape:
     """The shape of a model by name, folder or config.json; its weights are not read."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    if why := why_missing(source):
+        raise ValueError(f"{source}: the shapes of a causal language model cannot be read from it: {why}")
     try:
         config = AutoConfig.from_pretrained(source)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
         return _shape(source, model, config.get_text_config())
     except Exception as error:  # whatever a config may raise
-        raise ValueError(f"{source}: the shapes of a causal language model cannot be read from it: {error}") from error
+        raise ValueError(
+            f"{source}: the shapes of a causal language model cannot be read from it: {error}; leave --model out"
+        ) from error
 
 
 def _shape(name: str, model: Any, config: Any) -> Shape:
@@ -261,5 +266,5 @@ def _is_list(module: nn.Module) -> bool:
 def _top_k(config: Any) -> int:
     numbers = [value for key, value in config.to_dict().items() if TOP_K.search(key) and isinstance(value, int)]
     if not numbers:
-        raise ValueError("its config does not say how many experts a token goes through")
+        raise ValueError("its config does not say how many experts a token goes through; expected num_experts_per_tok")
     return numbers[0]

@@ -22,8 +22,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from flexreason.chat.messages import did_you_mean, json_words
+from flexreason.chat.messages import json_words
 from flexreason.chat.render import ConversationError
+from flexreason.nearest import did_you_mean, near_file
+from flexreason.sources import is_path, unreachable
 from flexreason.tree.sample import Sample
 
 DATA = "conversations: a .jsonl, .json or .parquet file, a folder, a data set's name"
@@ -110,7 +112,10 @@ def read_all(
         yield replace(conversation, number=number) if isinstance(conversation, Conversation) else conversation
         number += 1
     if number == 0:
-        raise EmptySource(f"{source if isinstance(source, str | Path) else 'the source'}: nothing in it")
+        raise EmptySource(
+            f"{source if isinstance(source, str | Path) else 'the source'}: nothing in it; expected at least "
+            "one conversation"
+        )
 
 
 def _parsed(
@@ -188,8 +193,13 @@ def _entries(
         yield from _from_file(path)
     elif path.is_dir():
         yield from _from_folder(path, split, on_broken)
-    elif path.suffix.lower() in FILES or str(source).startswith((".", "/", "~")) or str(source).count("/") > 1:
-        raise BadInput(f"{source}: no such file or folder")
+    elif is_path(str(source)):
+        raise BadInput(f"{source}: no such file or folder{near_file(source) or '; give one that is there'}")
+    elif why := unreachable():
+        raise BadInput(
+            f"{source}: no such file or folder, and no hub can be asked for a data set of this name ({why})"
+            f"{near_file(source) or '; give a file or a folder'}"
+        )
     else:
         yield from _entries_of(_loaded_set(source, str(source), split=split, streaming=True), str(source))
 
@@ -214,9 +224,12 @@ def _from_file(path: Path) -> Iterator[tuple[str, Any]]:
                 try:
                     yield where, json.loads(line.strip())
                 except (json.JSONDecodeError, RecursionError) as error:
-                    yield where, BadInput(f"{where}: no JSON: {json_words(error)}")
+                    yield (
+                        where,
+                        BadInput(f"{where}: no JSON: {json_words(error)}; mend the line, or use --skip-invalid"),
+                    )
     except (OSError, UnicodeDecodeError) as error:
-        raise BadInput(f"{path}: cannot be read: {error}") from error
+        raise BadInput(f"{path}: cannot be read: {error}; expected JSON in UTF-8 that you may read") from error
 
 
 def _json_document(path: Path) -> list[Any] | None:
@@ -227,13 +240,15 @@ def _json_document(path: Path) -> list[Any] | None:
     try:
         whole = json.loads(text)
     except RecursionError as error:
-        raise BadInput(f"{path}: no JSON: {error}") from error
+        raise BadInput(f"{path}: no JSON: {error}; use one entry a line (.jsonl)") from error
     except json.JSONDecodeError as error:
         try:
             json.loads(text.lstrip().splitlines()[0])
         except json.JSONDecodeError:
             words = f"{error.msg} at character {error.colno}"
-            raise BadInput(f"{path}, line {error.lineno}: no JSON: {words}") from error
+            raise BadInput(
+                f"{path}, line {error.lineno}: no JSON: {words}; mend it there, or use one entry a line"
+            ) from error
         return None
     if isinstance(whole, dict):
         whole = next((whole[key] for key in ("data", "rows") if key in whole), whole)
@@ -247,7 +262,9 @@ def _from_folder(path: Path, split: str, on_broken: Callable[[BadInput], None] |
         data = _datasets(path).load_from_disk(str(path))
         if hasattr(data, "keys"):
             if split not in data:
-                raise BadInput(f"{path}: no split {split!r} in it; there are {', '.join(data)}")
+                raise BadInput(
+                    f"{path}: no split {split!r} in it; choose one of {', '.join(data)}{did_you_mean(split, data)}"
+                )
             data = data[split]
         yield from _entries_of(data, str(path))
         return
@@ -255,7 +272,9 @@ def _from_folder(path: Path, split: str, on_broken: Callable[[BadInput], None] |
     if packed := sorted(file for file in path.rglob("*") if file.suffix.lower() in PACKED):
         raise BadInput(f"{packed[0]}: compressed files are not read; unpack it, or move it out of {path}")
     if not files:
-        raise BadInput(f"{path}: no .jsonl, .json or .parquet file in it, and no data set saved by datasets")
+        raise BadInput(
+            f"{path}: no .jsonl, .json or .parquet file in it, and no data set saved by datasets; give another folder"
+        )
     for file in files:
         n_read = 0
         try:
@@ -283,7 +302,9 @@ def _loaded_set(source: Any, name: str, **options: Any) -> Any:
     try:
         return _datasets(source).load_dataset(name, **options)
     except Exception as error:  # whatever datasets raises: no such name or split, no connection, no such file
-        raise BadInput(f"{source}: cannot be read as a data set: {error}") from error
+        raise BadInput(
+            f"{source}: cannot be read as a data set: {error}; give a file, a folder or a name on the hub"
+        ) from error
 
 
 def _entries_of(data: Iterable[Any], name: str) -> Iterator[tuple[str, Any]]:
@@ -305,7 +326,7 @@ def detect(entry: Any, where: str) -> str:
         return "pairs"
     raise BadInput(
         f"{where}: neither messages, nor conversations, nor prompt and completion, nor prompt_ids and target_ids among "
-        f"its keys: {', '.join(map(str, entry)) or 'none'}"
+        f"its keys: {', '.join(map(str, entry)) or 'none'}; expected one of these four kinds"
     )
 
 
@@ -358,14 +379,14 @@ def as_sample(entry: Any, where: str) -> Sample:
         if not isinstance(ids, list | tuple) or not all(type(token) is int for token in ids):
             raise BadInput(f"{where}: expected prompt_ids and target_ids, lists of token ids, found {str(ids)[:80]}")
     if not prompt or not target:
-        raise BadInput(f"{where}: prompt_ids or target_ids is empty")
+        raise BadInput(f"{where}: prompt_ids or target_ids is empty; expected at least one token in each")
     return Sample(list(prompt), list(target))
 
 
 def _messages(entry: Any) -> list[Any]:
     messages = entry if isinstance(entry, list) else next((entry[k] for k in MESSAGE_KEYS if k in entry), None)
     if messages is None:
-        raise ValueError("messages is missing")
+        raise ValueError("messages is missing; expected a list of messages under it")
     if not isinstance(messages := _loaded(messages, "messages"), list):
         raise ValueError(f"messages: expected a list, found {type(messages).__name__}")
     first = messages[0] if messages else None
@@ -380,7 +401,7 @@ def _sharegpt(entry: Any) -> list[Any]:
         if not isinstance(turn, dict):
             raise ValueError(f"turn {at}: expected an object with from and value, found {type(turn).__name__}")
         if missing := [key for key in ("from", "value") if key not in turn]:
-            raise ValueError(f"turn {at}: {missing[0]!r} is missing")
+            raise ValueError(f"turn {at}: {missing[0]!r} is missing; expected from and value")
         speaker = turn["from"]
         if not isinstance(speaker, str) or speaker not in SPEAKERS:
             hint = did_you_mean(speaker, SPEAKERS)
@@ -402,7 +423,7 @@ def _call(value: Any, at: int) -> Any:
     try:
         return json.loads(value)
     except (json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(f"turn {at}: value: the call is no JSON: {json_words(error)}") from error
+        raise ValueError(f"turn {at}: value: the call is no JSON: {json_words(error)}; mend it") from error
 
 
 def _pairs(entry: Any) -> list[Any]:
@@ -422,7 +443,7 @@ def _loaded(value: Any, name: str) -> Any:
     try:
         return json.loads(value) if isinstance(value, str) and value.strip()[:1] in ("[", "{") else value
     except (json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(f"{name}: no JSON: {json_words(error)}") from error
+        raise ValueError(f"{name}: no JSON: {json_words(error)}; give it as it is, or as its JSON") from error
 
 
 def without_none(value: Any) -> Any:

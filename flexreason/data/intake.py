@@ -32,6 +32,7 @@ from flexreason.data.files import (
     read_all,
     without_none,
 )
+from flexreason.interrupt import deaf
 from flexreason.tree.layout import Layout
 from flexreason.tree.merge import lay_out
 
@@ -266,7 +267,21 @@ def start_workers(
     """Processes for Intakes with this encoder and `then`. They take seconds to start, so several Intakes may share
     them."""
     context = multiprocessing.get_context("spawn")  # a fork would inherit torch's and the tokenizer's threads
-    return ProcessPoolExecutor(workers, context, _begin, (encoder, then))
+    return _Workers(workers, context, _begin, (encoder, then))
+
+
+class _Workers(ProcessPoolExecutor):
+    """Processes that leave Ctrl-C to us, and are ended by it at once."""
+
+    def submit(self, *args: Any, **kwargs: Any) -> Any:
+        with deaf():  # which is when they are started
+            return super().submit(*args, **kwargs)
+
+    def __exit__(self, kind: type[BaseException] | None, *about: Any) -> bool | None:
+        if kind is not None and issubclass(kind, KeyboardInterrupt):
+            for process in dict(self._processes or {}).values():
+                process.terminate()
+        return super().__exit__(kind, *about)
 
 
 def _in_processes(pool: ProcessPoolExecutor, workers: int, read: Iterator[Any]) -> Iterator[tuple[bool, Any]]:
@@ -277,9 +292,11 @@ def _in_processes(pool: ProcessPoolExecutor, workers: int, read: Iterator[Any]) 
         while waiting:
             yield from waiting.popleft().result()
             waiting.extend(pool.submit(_take_each, chunk) for chunk in itertools.islice(chunks, 1))
-    finally:  # whoever stops early need not wait for all chunks
-        for future in waiting:
-            future.cancel()
+    except BaseException as stop:
+        if not isinstance(stop, KeyboardInterrupt):  # which ends the processes, and all that waits with them
+            for future in waiting:  # whoever stops early need not wait for all chunks
+                future.cancel()
+        raise
 
 
 _step: Callable[[Any], tuple[bool, Any]]

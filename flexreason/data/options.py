@@ -13,6 +13,7 @@ from flexreason.chat.render import ConversationError
 from flexreason.data.files import DATA, FORMATS, BadInput, Conversation, read_all
 from flexreason.data.intake import OURS, EntryEncoder, Refusals, Refused
 from flexreason.load import load_tokenizer, option_of
+from flexreason.telling import each, stage
 from flexreason.tree.sample import Sample
 
 READ = 2000
@@ -89,7 +90,8 @@ def some_conversations(options: argparse.Namespace, vocabulary: int) -> tuple[li
     """
     template_options(options.option or ())  # what is wrong with these is told before anything is read
     limit = options.limit or READ
-    some = _read_some(options.data, options.format, options.split or SPLIT, limit, ENCODED)
+    with stage(f"reading {', '.join(options.data)}"):
+        some = _read_some(options.data, options.format, options.split or SPLIT, limit, ENCODED)
     n_looked_at = len(some.conversations) + some.refusals.total
     whole = "the first " if some.cut else ""
     notes = [f"looked at {n_looked_at} of {whole}{some.n_read} conversations of {', '.join(options.data)}"]
@@ -99,7 +101,7 @@ def some_conversations(options: argparse.Namespace, vocabulary: int) -> tuple[li
         notes += more
     encoder = encoder_of(options, tokenizer)
     wheres, of_samples = [], []
-    for conversation in some.conversations:
+    for conversation in each(some.conversations, "encoding", len(some.conversations), "conversations"):
         try:
             samples = encoder.encoded(conversation).samples
         except ConversationError as error:

@@ -26,7 +26,7 @@ def plot(summary: Summary, path: Path) -> None:
     try:
         figure.savefig(path, dpi=120)
     except ValueError as error:  # a name that ends unlike any kind of picture
-        raise ValueError(f"--plot: {path}: {error}") from error
+        raise ValueError(f"--plot: {path}: {error}; use a name that ends in .png, .svg or .pdf") from error
 
 
 def _tokens(figure: Any, axes: Any, summary: Summary) -> None:

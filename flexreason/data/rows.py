@@ -67,11 +67,11 @@ class Rows(Dataset):
                 f"Rows: expected epochs, steps and multiple of at least 1, found {epochs}, {steps}, {multiple}"
             )
         if not len(items):
-            raise ValueError("Rows: no documents")
+            raise ValueError("Rows: no documents; expected at least one")
         self.items, self.length, self.seed, self.multiple, self.pool = items, length, seed, multiple, pool
         self.sizes = array("q", map(size_of, items)) if sizes is None else sizes
         if len(self.sizes) != len(items):
-            raise ValueError(f"Rows: {len(items)} documents and {len(self.sizes)} sizes")
+            raise ValueError(f"Rows: expected a size for each of {len(items)} documents, found {len(self.sizes)} sizes")
         self._packed: tuple[int, _Epoch] | None = None  # the epoch that was asked for last, and its number
         self.starts = [0]  # where each epoch begins, and the end
         wanted = None if steps is None else steps * multiple

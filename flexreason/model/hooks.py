@@ -34,6 +34,7 @@ from transformers.utils import ModelOutput
 from flexreason.attention.registry import (
     BACKENDS,
     IMPLEMENTATIONS,
+    INSTEAD,
     TREE,
     Renamed,
     TreeRow,
@@ -282,7 +283,7 @@ class Patch:
         if not kwargs[TREE].tables and not torch.compiler.is_compiling():
             raise ValueError(
                 f"row: none of the attention in {type(decoder).__name__} came to flexreason: parts of this model were "
-                "replaced by others that compute attention themselves; it cannot take rows"
+                f"replaced by others that compute attention themselves; it cannot take rows{INSTEAD}"
             )
         source = kwargs[TREE].target_source[0]
         output = with_states(output, output[0][:, source])

@@ -46,6 +46,6 @@ def token_logprobs(model: nn.Module, row: Mapping[str, Tensor], *, temperature: 
     if logprobs is None:
         raise ValueError(
             f"token_logprobs: the keyword {REQUEST} did not come to the model's loss; what holds the model "
-            f"({type(model).__name__}) is to hand all keywords on"
+            f"({type(model).__name__}) is to hand all keywords on; call it on the model inside"
         )
     return logprobs + nothing  # so that backward passes what came out of the model, where DDP and FSDP look for it

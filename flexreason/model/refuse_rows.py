@@ -69,7 +69,7 @@ def refuse_row(decoder: nn.Module, given: Mapping[str, Any], required: set[str])
     ids, embeds = given.get("input_ids"), given.get("inputs_embeds")
     tokens = ids if ids is not None else embeds
     if tokens is None:
-        raise ValueError("row: input_ids is missing")
+        raise ValueError("row: input_ids is missing; pass all that fr.collate made")
     if ids is not None:
         refuse_tokens(ids, vocabulary_of(decoder))
     until = given["until"]
@@ -98,9 +98,11 @@ def refuse_row(decoder: nn.Module, given: Mapping[str, Any], required: set[str])
             "in a datasets.Dataset and call fr.collate in the data collator, or leave the key out"
         )
     if mask is not None and (mask.dim() != 4 or mask.numel()):
-        raise ValueError("row: it came with an attention_mask of its own; a row's mask follows from its layout")
+        raise ValueError(
+            "row: it came with an attention_mask of its own; a row's mask follows from its layout; leave the key out"
+        )
     if given.get("past_key_values") is not None:
-        raise ValueError("row: it came with past_key_values; a row is whole in itself and takes no cache")
+        raise ValueError("row: it came with past_key_values; a row is whole in itself: leave them out")
     config = getattr(decoder.config, "get_text_config", lambda: decoder.config)()
     if given.get("output_router_logits") or getattr(config, "output_router_logits", False):
         raise ValueError(
@@ -125,7 +127,7 @@ def refuse_tokens(ids: Tensor, known: int | None) -> None:
     if low < 0 or high >= known:
         raise ValueError(
             f"row: it has tokens from {low} to {high}, and the model's vocabulary has {known}: made with another "
-            "tokenizer? If tokens were added to it: model.resize_token_embeddings(len(tokenizer))"
+            "tokenizer? Use the model's own. If tokens were added to it: model.resize_token_embeddings(len(tokenizer))"
         )
 
 

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 import torch
 import transformers
+from packaging.version import Version
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -53,7 +54,8 @@ def evidence_of_model(root: PreTrainedModel, backend: str = "auto") -> Evidence:
     result = evidence_of_class(model_class(root), root.config, _foreign(parts), backend)
     unchunked = result.chunked_reason if result.chunked is False else ""
     if result.verdict == "refused":  # a test that failed, against which nothing counts
-        return Evidence(result.verdict, (result.reason, SAMPLES), unchunked)
+        against = newly_refused(model_class(root), root.config, result) if not _foreign(parts) else None
+        return Evidence(result.verdict, against or (result.reason, SAMPLES), unchunked)
     verdict, doubt = result.verdict, ""
     if verdict == UNTESTED:
         doubt = "nobody has shown it to be exact, and no tiny model of its structure can be built to try "
@@ -113,6 +115,40 @@ def evidence_of_class(
     return _tested(cls, config, structure, source, edited, "dense" if backend == "dense" else "segments")
 
 
+def since_the_list() -> str:
+    """What the transformers here is against that of the list: newer, older, or nothing where it is the same."""
+    here, there = (Version(version) for version in (transformers.__version__, listed()["transformers"]))
+    return "newer" if here > there else "older" if here < there else ""
+
+
+def newly_refused(cls: type[PreTrainedModel], config: PreTrainedConfig, result: Result) -> Reason | None:
+    """What is said where the list knows a class with such a config as exact, and a newer transformers made it another
+    one: in words, since the numbers of a test say nothing of that."""
+    entry = listed()["models"].get(cls.__name__, {})
+    known = entry.get("verdict") == "exact" and entry.get("structure") == structure_of(config, cls)
+    if not known or not _is_transformers(cls) or result.verdict != "refused" or since_the_list() != "newer":
+        return None
+    symptom = re.sub(r" \(relative errors[^)]*\)", "", result.reason)
+    return (
+        "the list of models knows it as exact, and in the transformers here, which is newer, it is another one: "
+        f"{symptom}",
+        f"use the transformers of the list (pip install 'transformers=={listed()['transformers']}'), or {SAMPLES}",
+    )
+
+
+def _why_tested(cls: type) -> str:
+    """Why the list does not speak of a class as it is here."""
+    if not _is_transformers(cls):
+        return "it is no class of transformers"
+    if cls.__name__ not in listed()["models"]:
+        return "the list of models does not have it"
+    if not _is_listed_torch():
+        return "the torch here is another than that of the list of models"
+    if since := since_the_list():
+        return f"the transformers here is {since} than the list of models"
+    return "the list of models does not hold it with such a config, or as it is here"
+
+
 def _is_transformers(cls: type) -> bool:
     return cls.__module__.partition(".")[0] == "transformers"
 
@@ -138,9 +174,8 @@ def _tested(
 
     def test() -> Result:
         log.warning(
-            f"{cls.__name__} is tested on a tiny model of its structure, for the list of models does not hold "
-            f"it as it is here (transformers {transformers.__version__}, torch {torch.__version__}): about a second, "
-            "or some for models of very many layers"
+            f"{cls.__name__} is tested on a tiny model of its structure, since {_why_tested(cls)}: about a second, or "
+            "some for models of very many layers"
         )
         return selftest.check(config, cls, (backend,))
 

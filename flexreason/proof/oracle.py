@@ -3,7 +3,7 @@
 This module knows nothing of layouts, masks or rows, so that it cannot share a mistake with them.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -37,7 +37,7 @@ class Reference:
         return sum(len(logprobs) for logprobs in self.logprobs)
 
 
-def n_samples(model: nn.Module, samples: Sequence[PromptAndTarget], *, gradients: bool = True) -> Reference:
+def n_samples(model: nn.Module, samples: Iterable[PromptAndTarget], *, gradients: bool = True) -> Reference:
     """Every sample through the model on its own. The model's own `.grad` is left as it was."""
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     total: dict[str, Tensor] = {}

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from flexreason.attention.registry import TreeRow, find_decoder
+from flexreason.attention.registry import INSTEAD, TreeRow, find_decoder
 from flexreason.model import head
 from flexreason.model.hooks import apply_patch, unpatch
 from flexreason.model.refuse import (
@@ -35,6 +35,7 @@ from flexreason.proof import oracle
 from flexreason.proof.compare import EXACT, Errors, compare, logprobs_pass, one_pass
 from flexreason.proof.float64 import true_float64
 from flexreason.proof.tiny import ORIGINAL, SPECIAL, VOCABULARY, build, class_of, default_config, shrink
+from flexreason.telling import each
 from flexreason.tree.layout import Layout, lay_out_turns, unmerge
 from flexreason.tree.merge import lay_out
 from flexreason.tree.row import Row, collate
@@ -158,17 +159,17 @@ def _hold(
         notes.add("draws at random in training")
     rows, straddling = rows_for(model)
     largest = {"loss": 0.0, "logprobs": 0.0, "gradients": 0.0}
-    for training in modes:
+    tests = [(training, layouts) for training in modes for layouts in rows]
+    for training, layouts in each(tests, f"testing a tiny {type(model).__name__}", len(tests), "rows"):
         model.train(training)
-        for layouts in rows:
-            samples = oracle.n_samples(model, [sample for layout in layouts for sample in unmerge(layout)])
-            if not torch.cat(samples.logprobs).isfinite().all():
-                raise ValueError("its random weights give log-probabilities that are not finite")
-            row = collate(layouts)
-            for backend in backends:
-                errors = _errors(model, row, samples, backend, notes).largest()
-                largest = {key: max(error, errors[key]) for key, error in largest.items()}
-            notes.unchunked = notes.unchunked or _unchunked(model, row, samples)
+        samples = oracle.n_samples(model, [sample for layout in layouts for sample in unmerge(layout)])
+        if not torch.cat(samples.logprobs).isfinite().all():
+            raise ValueError("its random weights give log-probabilities that are not finite")
+        row = collate(layouts)
+        for backend in backends:
+            errors = _errors(model, row, samples, backend, notes).largest()
+            largest = {key: max(error, errors[key]) for key, error in largest.items()}
+        notes.unchunked = notes.unchunked or _unchunked(model, row, samples)
     if straddling is not None:
         _must_refuse(model, straddling)
         notes.add("refused where samples straddle RoPE's threshold")
@@ -181,7 +182,7 @@ def _errors(model: PreTrainedModel, row: Row, samples: oracle.Reference, backend
             apply_patch(model, backend)
             return compare(one_pass(model, row), samples)
     except Exception as error:
-        raise _Wrong(said(error)) from error
+        raise _Wrong(said(error).removesuffix(INSTEAD)) from error  # whoever is told of it is told that too
     finally:
         unpatch(model)
 

@@ -71,7 +71,7 @@ def class_of(config: PreTrainedConfig) -> type[PreTrainedModel]:
     for name in names:
         if name and hasattr(transformers, name) and is_causal(name):
             return getattr(transformers, name)
-    raise ValueError(f"transformers has no causal language model for {type(config).__name__}")
+    raise ValueError(f"transformers has no causal language model for {type(config).__name__}; use a decoder-only one")
 
 
 def default_config(cls: type[PreTrainedModel]) -> PreTrainedConfig:

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from flexreason import telling
 from flexreason.memory import available_bytes, peak_bytes
 from flexreason.model.hooks import Patch, apply_patch, find_patch, find_root, unpatch
 from flexreason.model.refuse import reason_against, reason_against_adapters
@@ -85,6 +86,7 @@ def verify(
     if refused := _reason_refused(root, model):
         raise ValueError(f"verify: {type(root).__name__} is refused by patch: {refused}")
     with ExitStack() as stack:
+        stack.enter_context(telling.of("verify"))
         meter = stack.enter_context(peak_bytes(next(model.parameters()).device))
         if patched_before is None:
             apply_patch(model)
@@ -180,7 +182,8 @@ class _Comparison:
         self.check_repeatable()
         if not self.wants_float64():
             return self.without_float64()
-        high = self.model if self.dtype == torch.float64 else copy_in(self.model, torch.float64, self.notes)
+        with telling.stage("copying the model in float64"):
+            high = self.model if self.dtype == torch.float64 else copy_in(self.model, torch.float64, self.notes)
         with true_float64():
             reference = _Reference("the samples in float64", self.run_samples(high))
             culprit = self.judge(high, reference, Limits(EXACT, EXACT, EXACT, {}))
@@ -210,9 +213,13 @@ class _Comparison:
     def judge(self, model: nn.Module, reference: "_Reference", limits: "Limits") -> str | None:
         """One pass against a reference; if it fails, what is wrong with it."""
         row = self.row(model)
-        computed = one_pass(model, row, backward=not self.forward_only)
-        error = self.error("one pass", model, computed, reference, limits)
-        return self.find_culprit(model, row, error, limits) if error.faults else None
+        with telling.stage(f"one pass in {_name(_dtype_of(model))}"):
+            computed = one_pass(model, row, backward=not self.forward_only)
+            error = self.error("one pass", model, computed, reference, limits)
+        if not error.faults:
+            return None
+        with telling.stage("it is not equal; looking for the culprit"):
+            return self.find_culprit(model, row, error, limits)
 
     def error(
         self,
@@ -251,7 +258,8 @@ class _Comparison:
         first, second = (self.run_samples(self.model, [shortest], gradients=False) for _ in range(2))
         if not math.isfinite(first.loss_sum):
             raise NoVerdict(
-                f"the loss of a sample alone is {first.loss_sum} in the untouched model; nothing to compare"
+                f"the loss of a sample alone is {first.loss_sum} in the untouched model; nothing to compare. Look "
+                "at its weights and dtype"
             )
         differ = relative_l2(second.logprobs, first.logprobs)
         if differ > 64 * torch.finfo(torch.float32 if self.dtype == torch.float64 else self.dtype).eps:
@@ -290,13 +298,17 @@ class _Comparison:
         self, model: nn.Module, samples: Sequence[Sample] | None = None, gradients: bool = True
     ) -> oracle.Reference:
         """The samples through the model without our patch."""
+        samples = self.samples if samples is None else samples
+        words, total = f"the samples one by one in {_name(_dtype_of(model))}", sum(map(n_tokens, samples))
         with suspended(model):
-            reference = oracle.n_samples(
-                model, self.samples if samples is None else samples, gradients=gradients and not self.forward_only
-            )
+            told = telling.each(samples, words, total, "tokens", n_tokens)
+            reference = oracle.n_samples(model, told, gradients=gradients and not self.forward_only)
         for number, logprobs in enumerate(reference.logprobs):
             if not bool(logprobs.isfinite().all()):
-                raise NoVerdict(f"sample {number} has a loss that is not finite in the untouched model")
+                raise NoVerdict(
+                    f"sample {number} has a loss that is not finite in the untouched model; look at its "
+                    "weights and dtype, or use float64"
+                )
         return reference
 
 
@@ -359,7 +371,10 @@ class Error:
 def limits_from(own: Error, rounding: float) -> Limits:
     """How far one pass may be off in a dtype in which the samples themselves are off by `own`, or by `rounding`."""
     if own.gradients is not None and not own.gradients < DROWNED:
-        raise NoVerdict(f"the samples' own gradients are {own.gradients:.1e} off in {own.dtype}: rounding drowns them")
+        raise NoVerdict(
+            f"the samples' own gradients are {own.gradients:.1e} off in {own.dtype}: rounding drowns them; use "
+            "--dtype float32 or float64"
+        )
     loss, logprobs = max(own.loss, own.logprobs, rounding), max(own.logprobs, rounding)
     groups = {group: GROUP_FACTOR * max(error, rounding) for group, error in own.groups.items()}
     return Limits(FACTOR * loss, FACTOR * logprobs, FACTOR * max(own.gradients or 0.0, rounding), groups)

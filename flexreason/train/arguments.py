@@ -70,6 +70,6 @@ def arguments_of(settings: Settings, folder: Path, precision: str, accumulate: i
     try:
         args = TrainingArguments(**{**arguments, **settings.trainer})
     except (TypeError, ValueError, ImportError) as error:
-        raise ValueError(f"trainer: {error}") from error
+        raise ValueError(f"trainer: {error}; give arguments of transformers' TrainingArguments") from error
     args.save_total_limit = settings.keep
     return args

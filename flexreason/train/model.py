@@ -10,6 +10,7 @@ from transformers import AutoTokenizer
 
 import flexreason as fr
 from flexreason.load import load_model
+from flexreason.sources import why_missing
 from flexreason.train.settings import Settings
 
 
@@ -30,12 +31,14 @@ def tokenizer_of(settings: Settings) -> Any:
         return None
     name = settings.tokenizer or settings.model
     path = Path(name)
+    if why := why_missing(name):
+        raise ValueError(f"tokenizer: {name} cannot be loaded: {why}")
     try:
         return AutoTokenizer.from_pretrained(
             str(path.parent) if path.is_file() else name, trust_remote_code=settings.trust_remote_code
         )
     except Exception as error:  # whatever a tokenizer's files may raise
-        raise ValueError(f"tokenizer: {name} cannot be loaded: {error}") from error
+        raise ValueError(f"tokenizer: {name} cannot be loaded: {error}; give a folder or a name") from error
 
 
 def patched_model_of(settings: Settings, precision: str, say: Callable[[str], None]) -> nn.Module:
@@ -46,7 +49,9 @@ def patched_model_of(settings: Settings, precision: str, say: Callable[[str], No
         say(f"note: {note}")
     if settings.lora is not None:
         if any("random" in note for note in notes):
-            raise ValueError(f"lora: the weights beneath would be random, and saved nowhere: {notes[0]}")
+            raise ValueError(
+                f"lora: the weights beneath would be random, and saved nowhere: {notes[0]}; give a model with weights"
+            )
         torch.manual_seed(settings.seed)
         model = _with_lora(model, settings.lora)
     if settings.loss != "auto":
@@ -70,4 +75,4 @@ def _with_lora(model: nn.Module, lora: int | dict[str, Any]) -> nn.Module:
         config = peft.LoraConfig(**{"target_modules": "all-linear", "task_type": "CAUSAL_LM", **arguments})
         return peft.get_peft_model(model, config)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"lora: {error}") from error
+        raise ValueError(f"lora: {error}; give names and values of peft's LoraConfig") from error

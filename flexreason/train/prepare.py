@@ -15,13 +15,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from flexreason.data import splitting
 from flexreason.data.documents import Documents, write_documents
 from flexreason.data.figures import Figures, figures_of
 from flexreason.data.files import count_entries
 from flexreason.data.intake import EntryEncoder, Intake, Item, Refusals
+from flexreason.telling import each, stage
 from flexreason.train.record import content_hash, key_of, write_whole
 from flexreason.tree.layout import Layout
 
@@ -74,7 +73,8 @@ def prepare(
     Rank 0 encodes. The others wait until the last file appears: that may take hours, and no barrier of a process group
     waits for so long.
     """
-    hashes = {source: content_hash(source) for source in sources}
+    with stage("reading the data for their hash"):
+        hashes = {source: content_hash(source) for source in sources}
     how: dict[str, Any] = {"split": split, "length": length, "too_long": too_long, "skip_invalid": skip_invalid}
     key = key_of(hashes, encoder, how)
     path, start = folder / key, time.monotonic()
@@ -82,7 +82,10 @@ def prepare(
         if rank == 0:
             _encode(path, hashes, encoder, workers, **how)
         elif not path.exists() and time.monotonic() > start + AT_MOST:
-            raise ValueError(f"output: no sign of the first process in {path}; all processes must share this folder")
+            raise ValueError(
+                f"output: no sign of the first process in {path}; all processes must share this folder; give "
+                "one that they do"
+            )
         else:
             time.sleep(WAIT)
     prepared = json.loads((path / "prepared.json").read_text())
@@ -113,7 +116,7 @@ def _encode(
             then = partial(_parts, length)
             intake = Intake(source, encoder, split=split, skip_invalid=skip_invalid, workers=workers, then=then)
             intakes.append(intake)
-            for figures, parts in tqdm(intake, f"encoding {source}", count_entries(source), disable=None, leave=False):
+            for figures, parts in each(intake, f"encoding {source}", count_entries(source), "conversations"):
                 long.extend([figures.where, *sample] for sample in figures.too_long)
                 figures_file.write(json.dumps(figures.as_dict()) + "\n")
                 for part in parts:
@@ -134,10 +137,10 @@ def _encode(
             + f"\nUse length: {-(-longest // 128) * 128}, or too_long: drop to leave these samples out"
         )
     if not n_documents:
-        raise ValueError("data: nothing is left to train on; every sample is longer than a row")
+        raise ValueError("data: nothing is left to train on; every sample is longer than a row; use a larger length")
     for source, before in hashes.items():
         if content_hash(source) != before:
-            raise ValueError(f"{source}: has changed while it was read")
+            raise ValueError(f"{source}: has changed while it was read; start again")
     prepared = Prepared(
         folder=path,
         key=path.name,
@@ -187,6 +190,7 @@ def choose_for_evaluation(documents: Documents, share: float, seed: int) -> tupl
         (evaluation if draw < share else train).append(number)
     if not train or not evaluation:
         raise ValueError(
-            f"evaluation: a share of {share} of the conversations leaves nothing to train or to evaluate on"
+            f"evaluation: a share of {share} of the conversations leaves nothing to train or to evaluate on; "
+            "choose another, or give data of their own"
         )
     return Subset(documents, train), Subset(documents, evaluation)

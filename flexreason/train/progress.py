@@ -1,14 +1,16 @@
 """What happens along a run: when it saves and evaluates, what it says, and a log of every step."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
 from transformers import TrainerCallback
 
 from flexreason.data.rows import Rows
+from flexreason.interrupt import Interrupt
+from flexreason.telling import Stage, clock, stage
 from flexreason.train.settings import Settings
 
 
@@ -22,16 +24,30 @@ class Progress(TrainerCallback):
         settings: When to save and to evaluate.
         say: Is given a line for people at every log.
         first: Whether this is the first process, which alone writes and says.
+        stops: Whether Ctrl-C waits for the end of a step, and for a checkpoint. Of several processes whoever has
+            started them ends them at once.
     """
 
     def __init__(
-        self, log: Path, rows: Rows, rows_per_step: int, settings: Settings, say: Callable[[str], None], first: bool
+        self,
+        log: Path,
+        rows: Rows,
+        rows_per_step: int,
+        settings: Settings,
+        say: Callable[[str], None],
+        first: bool,
+        stops: bool = False,
     ) -> None:
         self.log, self.rows, self.rows_per_step, self.settings, self.first = log, rows, rows_per_step, settings, first
         self.say = say
         self.last_step = len(rows) // rows_per_step
         self.ends_of_epochs = {start // rows_per_step for start in rows.starts[1:]}
-        self.bar: Any = None
+        self.going: Stage | None = None
+        self.stops = stops
+        self.interrupt: Interrupt | None = None
+        self.was_stopped = False
+        self.stages = ExitStack()
+        self.evaluating: Stage | None = None
 
     def forget_after(self, step: int) -> None:
         """Drop from the log what was done after the checkpoint that a run goes on from."""
@@ -47,19 +63,35 @@ class Progress(TrainerCallback):
                     continue
         unfinished.replace(self.log)
 
+    @contextmanager
+    def told(self) -> Iterator[None]:
+        """Train in here: it is told how far that is, and a first Ctrl-C ends it with a checkpoint."""
+        with stage("training", self.last_step, "steps") as going, self.stages:
+            words = "stopping when this step is done and saved; Ctrl-C again stops at once"
+            self.going, self.interrupt = going, Interrupt(lambda: going.say(words))
+            with self.interrupt.heeded() if self.stops else nullcontext():
+                yield
+
+    def _heed(self, step: int, control: Any) -> None:
+        """End with a checkpoint if that is asked for; the last step ends by itself."""
+        if self.interrupt is not None and self.interrupt.is_asked and step != self.last_step:
+            control.should_save = control.should_training_stop = self.was_stopped = True
+
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.first:
-            self.bar = tqdm(total=self.last_step, initial=state.global_step, unit=" steps", disable=None, leave=False)
+        if self.going is not None:
+            self.going.skip(state.global_step)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         step = state.global_step
         state.epoch = self.rows.progress(step * self.rows_per_step)
+        if self.going is not None:
+            self.going.add()
         if self.first:
-            self.bar.update(1)
             self._log_rows(step)
         control.should_save = self._is_due(step, self.settings.save_every)
         if self.settings.evaluation is not None:
             control.should_evaluate = self._is_due(step, self.settings.evaluate_every)
+        self._heed(step, control)
 
     def _is_due(self, step: int, every: int | None) -> bool:
         """Whether something is done after a step: every so often or, if that is not said, at the end of every epoch;
@@ -78,15 +110,22 @@ class Progress(TrainerCallback):
         if not self.first or not logs or not {"loss", "eval_loss"} & logs.keys():
             return
         self._write({"step": state.global_step, **logs})
-        if self.bar is not None and "tree_tokens_per_second" in logs:
-            self.bar.set_postfix_str(_speed(logs), refresh=False)
-        if self.bar is not None and not self.bar.disable:
-            self.bar.clear()
-        self.say(f"step {state.global_step:>6}/{self.last_step}  epoch {state.epoch or 0:.2f}  {_words(logs)}")
+        left = self.going.left() if self.going is not None and "loss" in logs else None
+        self.say(
+            f"step {state.global_step:>6}/{self.last_step}  epoch {state.epoch or 0:.2f}  {_words(logs)}"
+            + (f"  {clock(left)} left" if left else "")
+        )
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.bar is not None:
-            self.bar.close()
+    def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.evaluating is None:
+            n_rows = len(kwargs["eval_dataloader"])
+            self.evaluating = self.stages.enter_context(stage("evaluating", n_rows, "rows"))
+        self.evaluating.add()
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.stages.close()
+        self.evaluating = None
+        self._heed(state.global_step, control)
 
     def _write(self, entry: dict[str, Any]) -> None:
         with self.log.open("a") as file:

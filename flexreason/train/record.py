@@ -14,7 +14,6 @@ import re
 import shutil
 import time
 from collections.abc import Mapping
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,7 @@ import flexreason
 from flexreason.data.intake import EntryEncoder
 from flexreason.model.hooks import find_root
 from flexreason.train.settings import Settings
+from flexreason.versions import version_of
 
 MAY_CHANGE = {
     *("output", "workers", "log_every", "evaluate_every", "save_every", "keep", "resume", "report_to", "data", "model"),
@@ -127,7 +127,7 @@ def begin(
         "rows_per_step": rows_per_step,
         "processes": processes,
         "precision": precision,
-        "versions": {name: _version(name) for name in PACKAGES},
+        "versions": {name: version_of(name) for name in PACKAGES},
         "model": _hash(json.dumps([config, shapes], sort_keys=True, default=str))[:16],
         **data,
         "started": now(),
@@ -141,13 +141,15 @@ def go_on_from(output: Path, record: dict[str, Any], resume: str) -> str | None:
     whole = whole_checkpoints(folder)
     if not path.exists():
         if whole:
-            raise ValueError(f"output: there are checkpoints in {folder}, and no run.json says of what")
+            raise ValueError(
+                f"output: there are checkpoints in {folder}, and no run.json says of what; give another output"
+            )
         return None
     before = json.loads(path.read_text())
     if not whole and FINISHED not in before:
         return None
     if resume == "never":
-        raise ValueError(f"output: {output} holds a run already; resume: auto goes on with it")
+        raise ValueError(f"output: {output} holds a run already; use resume: auto to go on with it, or another output")
     _refuse(output, _differences(before, record))
     return FINISHED if FINISHED in before else str(whole[-1])
 
@@ -203,13 +205,6 @@ def _settings(settings: Settings) -> dict[str, Any]:
     return values
 
 
-def _version(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
-
-
 def now() -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%S%z")
 
@@ -253,6 +248,24 @@ def remove_unfinished(folder: Path) -> None:
     for path in folder.glob("checkpoint-*"):
         if step_of(path) >= 0 and not is_whole(path):
             shutil.rmtree(path, ignore_errors=True)
+
+
+def what_is_left(settings: Settings) -> str:
+    """What a run that was stopped has left behind, and what the same command does with it."""
+    folder = Path(settings.output)
+    try:
+        refuse_other_settings(folder, settings)
+        finished = FINISHED in json.loads((folder / "run.json").read_text())
+    except OSError:
+        finished = False
+    except ValueError:
+        return f"{folder} is as it was"
+    if finished:
+        return f"this run was finished before; its model is in {folder / 'model'}"
+    if whole := whole_checkpoints(folder / "checkpoints"):
+        return f"the same command goes on from {whole[-1]}"
+    encoded = any(folder.glob("data/*/prepared.json"))
+    return f"no checkpoint is there yet, and the same command begins anew{', with the data encoded' if encoded else ''}"
 
 
 def keep_latest(folder: Path, n: int | None, best: str | None = None) -> None:

@@ -30,6 +30,7 @@ from flexreason.data.intake import EntryEncoder
 from flexreason.data.rows import Rows
 from flexreason.data.summary import Summary
 from flexreason.model.hooks import find_root
+from flexreason.telling import aside, stage
 from flexreason.train import record
 from flexreason.train.arguments import arguments_of
 from flexreason.train.model import patched_model_of, precision_of, tokenizer_of
@@ -97,7 +98,8 @@ def train(
     record.refuse_other_settings(plan.folder, settings)
 
     data, evaluation = _prepare(plan, encoder)
-    rows, rows_to_evaluate = _rows(plan, data, evaluation)
+    with stage("packing rows"):
+        rows, rows_to_evaluate = _rows(plan, data, evaluation)
     _check_vocabulary(model, data, evaluation)
     steps = len(rows) // plan.rows_per_step
     if plan.rank == 0:
@@ -112,7 +114,8 @@ def train(
     if checkpoint:
         say(f"going on from {checkpoint}")
 
-    progress = Progress(plan.folder / "log.jsonl", rows, plan.rows_per_step, settings, say, plan.rank == 0)
+    first, alone = plan.rank == 0, plan.processes == 1
+    progress = Progress(plan.folder / "log.jsonl", rows, plan.rows_per_step, settings, say, first, stops=alone)
     trainer = RowTrainer(
         model=model,
         args=arguments_of(settings, plan.folder, plan.precision, accumulate, steps),
@@ -127,8 +130,12 @@ def train(
         record.remove_unfinished(plan.folder / "checkpoints")
         progress.forget_after(record.step_of(Path(checkpoint)) if checkpoint else 0)
         record.write_whole(plan.folder / "run.json", json.dumps(this_run, indent=1))
-    trainer.train(resume_from_checkpoint=checkpoint)
-    _save_model(plan, trainer)
+    with progress.told():
+        trainer.train(resume_from_checkpoint=checkpoint)
+    if progress.was_stopped:
+        raise KeyboardInterrupt
+    with stage("saving the model"):
+        _save_model(plan, trainer)
     if not had_group and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
@@ -168,20 +175,29 @@ def _plan(settings: Settings, say: Callable[[str], None]) -> _Plan:
         )
     folder = Path(settings.output)
     _check_output(folder, settings.data, rank)
-    return _Plan(settings, folder, rank, processes, rows_per_step, precision, say if rank == 0 else lambda words: None)
+
+    def say_aside(words: str) -> None:
+        if rank == 0:
+            with aside():
+                say(words)
+
+    return _Plan(settings, folder, rank, processes, rows_per_step, precision, say_aside)
 
 
 def _check_output(folder: Path, sources: Sequence[str], rank: int) -> None:
     for source in sources:
         if Path(source).is_dir() and folder.resolve().is_relative_to(Path(source).resolve()):
-            raise ValueError(f"output: {folder} is inside the data, {source}, and would be read as data next time")
+            raise ValueError(
+                f"output: {folder} is inside the data, {source}, and would be read as data next time; give a "
+                "folder elsewhere"
+            )
     probe = folder / f".writable-{rank}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe.write_text("")
         probe.unlink()
     except OSError as error:
-        raise ValueError(f"output: {folder} cannot be written to: {error}") from error
+        raise ValueError(f"output: {folder} cannot be written to: {error}; give another folder") from error
 
 
 # --- the data
@@ -243,7 +259,8 @@ def _check_vocabulary(model: nn.Module, data: Prepared, evaluation: Prepared | N
     largest = max(data.largest_id, evaluation.largest_id if evaluation else 0)
     if largest >= vocabulary:
         raise ValueError(
-            f"data: token {largest} is in it, and the model's vocabulary has {vocabulary}: made for another model?"
+            f"data: token {largest} is in it, and the model's vocabulary has {vocabulary}: made for another model? "
+            "Give its own tokenizer"
         )
 
 

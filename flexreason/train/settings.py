@@ -17,10 +17,11 @@ from typing import Any
 
 from flexreason.chat.dirt import REASONS, accepted
 from flexreason.chat.encode import HISTORIES
-from flexreason.chat.messages import did_you_mean
 from flexreason.data.documents import WEIGHTINGS
 from flexreason.data.files import DATA
 from flexreason.data.intake import OURS
+from flexreason.data.options import template_options
+from flexreason.nearest import did_you_mean, near_file
 
 PRECISIONS = ("auto", "fp32", "bf16", "bf16-weights", "fp16")
 CHOICES = {
@@ -138,7 +139,7 @@ class Settings:
         self.accept = sorted(accepted(self.accept))
         _ = self.evaluation_share  # which tells a share that is none
         if own := self.template.keys() & OURS:
-            raise ValueError(f"template: {min(own)} is no option of the template; it is a setting of its own")
+            raise ValueError(f"template: {min(own)} is no option of the template; give it as a setting of its own")
         if self.turns not in (None, "last"):
             raise ValueError(f'turns: expected "last" or nothing, found {self.turns!r}')
 
@@ -204,9 +205,10 @@ def read_yaml(path: Path) -> dict[str, Any]:
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise ValueError(f"{path}: cannot be read: {error}") from error
+        hint = near_file(path) if isinstance(error, FileNotFoundError) else ""
+        raise ValueError(f"{path}: cannot be read: {error}{hint or '; give a YAML file of settings'}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: no YAML: {error}") from error
+        raise ValueError(f"{path}: no YAML: {error}; expected lines of NAME: VALUE") from error
     if not isinstance(values, dict):
         raise ValueError(f"{path}: expected names with values, found {type(values).__name__}")
     return {name: value if _is_text(name) else _numbers(value) for name, value in values.items()}
@@ -253,7 +255,9 @@ def from_options(options: argparse.Namespace) -> Settings:
             try:
                 value = _numbers(yaml.safe_load(value))
             except yaml.YAMLError as error:
-                raise ValueError(f"{name}: {value!r} is no value: {error}") from error
+                raise ValueError(f"{name}: {value!r} is no value: {error}; expected one as in YAML") from error
         if value is not None:
             values[name] = value
+    if of_template := template_options(getattr(options, "option", None) or ()):
+        values["template"] = {**(values.get("template") or {}), **of_template}
     return from_mapping(values, str(options.config or "options"))

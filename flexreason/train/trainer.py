@@ -26,6 +26,7 @@ from flexreason.data.rows import Rows, RowStream
 from flexreason.model.hooks import find_patch, find_root
 from flexreason.model.loss import REQUEST, Request
 from flexreason.model.refuse_rows import vocabulary_of
+from flexreason.telling import stage
 from flexreason.train import record
 from flexreason.train.filling import Filled, FilledStream, Filling
 from flexreason.train.sums import Sums, total_weight
@@ -93,7 +94,10 @@ class RowTraining(Base):
         if resume_from_checkpoint is True:
             whole = record.whole_checkpoints(Path(self.args.output_dir))
             if not whole:
-                raise ValueError(f"RowTrainer: no whole checkpoint in {self.args.output_dir}")
+                raise ValueError(
+                    f"RowTrainer: no whole checkpoint in {self.args.output_dir}; leave resume_from_checkpoint "
+                    "out to begin"
+                )
             resume_from_checkpoint = str(whole[-1])
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
@@ -195,7 +199,8 @@ class RowTraining(Base):
             self._evaluated.put(self._over_ranks(self._evaluated.all()))
             if "loss" not in (losses := self._evaluated.losses()) and self._evaluated.n_targets:
                 raise ValueError(
-                    "RowTrainer: the target weights of what is evaluated sum to 0 or less: no mean by weight"
+                    "RowTrainer: the target weights of what is evaluated sum to 0 or less, which gives no mean; "
+                    "use weights above 0"
                 )
             output.metrics.update({f"{prefix}_{name}": value for name, value in losses.items()})
             output.metrics[f"{prefix}_targets"] = self._evaluated.n_targets
@@ -214,8 +219,8 @@ class RowTraining(Base):
             loss = model(**inputs, num_items_in_batch=1, **{REQUEST: request}).loss
         if request.logprobs is None:
             raise ValueError(
-                "RowTrainer: the loss was replaced, so evaluation cannot tell targets apart; evaluate with the model's "
-                "own loss"
+                "RowTrainer: the loss was replaced, so evaluation cannot tell targets apart; use the model's own "
+                "loss to evaluate"
             )
         self._evaluated.add(inputs, request.logprobs)
         return loss.detach(), None, None
@@ -226,23 +231,27 @@ class RowTraining(Base):
         trained = ((name, p) for name, p in self.model.named_parameters() if p.requires_grad and p.is_floating_point())
         bad = next((name for name, p in trained if not bool(torch.isfinite(_local(p)).all())), None)
         if bool(self._over_ranks(torch.tensor(float(bad is not None), device=self.args.device))):
-            raise Broken(f"step {self.state.global_step}: {bad or 'a weight'} holds no numbers; it is not saved")
+            raise Broken(
+                f"step {self.state.global_step}: {bad or 'a weight'} holds no numbers; it is not saved. A "
+                "lower learning rate may help"
+            )
         start = time.perf_counter()
         run = Path(self._get_output_dir(trial=args[0] if args else kwargs.get("trial")))
         folder = run / f"checkpoint-{self.state.global_step}"
         try:
-            if self.args.should_save:
-                (folder / record.SEAL).unlink(missing_ok=True)
-            super()._save_checkpoint(model, *args, **kwargs)
-            self.accelerator.wait_for_everyone()
-            if self.args.should_save:
-                record.seal(folder)
-                record.keep_latest(run, self.keep, self.state.best_model_checkpoint)
+            with stage(f"saving {folder.name}"):
+                if self.args.should_save:
+                    (folder / record.SEAL).unlink(missing_ok=True)
+                super()._save_checkpoint(model, *args, **kwargs)
+                self.accelerator.wait_for_everyone()
+                if self.args.should_save:
+                    record.seal(folder)
+                    record.keep_latest(run, self.keep, self.state.best_model_checkpoint)
         except Exception as error:  # a full disk is an OSError, or an error of safetensors' or torch's own
             last = next(reversed(record.whole_checkpoints(run)), None)
             raise Broken(
-                f"step {self.state.global_step}: the checkpoint cannot be written: {error}; "
-                + (f"the last whole one is {last}" if last else "there is no other yet")
+                f"step {self.state.global_step}: the checkpoint cannot be written: {error}; make room, and the "
+                "same goes on: " + (f"the last whole one is {last}" if last else "there is no other yet")
             ) from error
         self._since += time.perf_counter() - start
 

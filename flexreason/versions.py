@@ -1,0 +1,37 @@
+"""What a report of a fault needs to say of where it happened."""
+
+import platform
+from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, version
+
+import flexreason
+
+PACKAGES = ("torch", "transformers", "accelerate", "peft", "trl", "datasets", "tokenizers", "bitsandbytes")
+
+
+def version_of(package: str) -> str | None:
+    """The version of a package that is installed, or None."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def lines() -> Iterator[str]:
+    yield f"flexreason {flexreason.__version__}"
+    yield f"python {platform.python_version()} ({platform.system()} {platform.machine()})"
+    for package in PACKAGES:
+        yield f"{package} {version_of(package) or 'not installed'}"
+    yield f"device {_device()}"
+
+
+def _device() -> str:
+    try:
+        import torch
+    except ImportError as error:
+        return f"unknown: torch cannot be imported: {error}"
+    if torch.cuda.is_available():
+        names = [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
+        return f"{', '.join(names)} (CUDA {torch.version.cuda})"
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return str(accelerator) if accelerator is not None else f"cpu, {torch.get_num_threads()} threads"
