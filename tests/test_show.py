@@ -306,6 +306,16 @@ def test_a_refusal_is_shown_at_its_message_and_stops_nothing(data, capsys):
     assert "! turn 1 (message 3): content that begins a reasoning block and never closes it" in capsys.readouterr().out
 
 
+def test_what_a_template_refuses_is_shown_at_its_message(data, capsys, tmp_path):
+    with (tmp_path / "chats.jsonl").open("a") as file:
+        file.write("\n" + json.dumps({"messages": [*MESSAGES[:2], {"role": "tool", "content": "42"}, *MESSAGES[2:]]}))
+    assert main([*data, "--limit", "9"]) == 1
+    refused = capsys.readouterr().out.partition("line 5\n")[2].splitlines()
+    at = next(n for n, line in enumerate(refused) if "refused, template error" in line)
+    assert "2 tool │ 42" in refused[at - 1]
+    assert "3 user │ Twice?" in "".join(refused[at:])
+
+
 def test_where_all_is_refused_nothing_was_shown(data, capsys):
     assert main([*data, "--conversation", "2"]) == 2
     printed = capsys.readouterr()

@@ -41,7 +41,7 @@ function toTurn(at, scroll = true) {
   current = at;
   document.querySelectorAll(".map button").forEach((button, n) => button.setAttribute("aria-current", n === at));
   drawWays();
-  if (scroll) { if (shown !== "ways" && shown !== "mask") show("samples"); $(`turn-${at}`).scrollIntoView({ block: "start" }); }
+  if (scroll) { if (shown !== "ways") show("samples"); $(`turn-${at}`).scrollIntoView({ block: "start" }); }
 }
 
 function show(view) {
@@ -122,9 +122,10 @@ function remarks() {
     button.append(element("span", "at", place.join(", ")), element("span", "words", remark.words));
     button.onclick = () => {
       if (conversation !== remark.at) open(remark.at);
+      show("samples");
       if (remark.turn !== undefined && remark.turn !== null) return toTurn(remark.turn);
       const card = $(`message-${remark.message}`);
-      if (card) { show("samples"); card.scrollIntoView({ block: "start" }); }
+      if (card) card.scrollIntoView({ block: "start" });
     };
     box.append(button);
   }

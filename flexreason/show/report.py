@@ -99,8 +99,9 @@ def _packing(whole: Mapping[str, Any]) -> Iterator[str]:
     parts["padding"] = rows["number"] * whole["length"] - rows["tokens"]
     yield _bars({name: n for name, n in parts.items() if n}, "{:,} tokens")
     if split["conversations"]:
-        words = f"{split['conversations']:,} are longer than a row, and split into {split['parts']:,} without loss"
-        yield f"<p>{words}.</p>"
+        n = split["conversations"]
+        some = "1 conversation is" if n == 1 else f"{n:,} conversations are"
+        yield f"<p>{some} longer than a row, and split into {split['parts']:,} parts without loss.</p>"
     if too_long["samples"]:
         yield f"<p>{too_long['samples']:,} samples are longer than a row by themselves, and in no row:</p>"
         yield _list(too_long["examples"])
