@@ -28,10 +28,11 @@ if TYPE_CHECKING:
     from flexreason.model.logprobs import token_logprobs
     from flexreason.patching import patch, unpatch
     from flexreason.proof.verify import verify
+    from flexreason.train.sft import RowSFTTrainer
     from flexreason.train.sums import total_weight
     from flexreason.train.trainer import RowTrainer
 
-__version__ = "0.1.0.dev0"
+__version__ = "0.1.0"
 
 __all__ = [  # noqa: RUF022 (sorted by what a name is for)
     # the idea
@@ -61,6 +62,7 @@ __all__ = [  # noqa: RUF022 (sorted by what a name is for)
     "token_logprobs",
     # training
     "RowTrainer",
+    "RowSFTTrainer",
     "total_weight",
     # proof
     "verify",
@@ -73,6 +75,7 @@ _NEEDS_TRANSFORMERS = {
     "unpatch": "flexreason.patching",
     "token_logprobs": "flexreason.model.logprobs",
     "RowTrainer": "flexreason.train.trainer",
+    "RowSFTTrainer": "flexreason.train.sft",
     "total_weight": "flexreason.train.sums",
     "verify": "flexreason.proof.verify",
 }
