@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 OUT ?= benchmarks/results/here
 READY := $(VENV)/ready
 
-.PHONY: demo test test-browser test-all rehearse least mutations lint bench bench-all lock clean
+.PHONY: demo test test-browser test-all rehearse least package mutations lint bench bench-all lock clean
 
 demo: $(READY)  ## see what it does
 	$(BIN)/flexreason demo
@@ -33,6 +33,9 @@ least:  ## the tests under the least versions declared, in an environment of its
 	$(PYTHON) -m venv .venv-least
 	.venv-least/bin/pip install --quiet --disable-pip-version-check -r requirements-least.txt
 	PYTHONPATH=. .venv-least/bin/python -m pytest -q -n 2
+
+package: $(READY)  ## wheel and source distribution, installed in an empty environment with and without extras: minutes
+	$(BIN)/pytest -q tests/test_package.py -m "slow or not slow"
 
 mutations: $(READY)  ## break each promise in a place or two, and see which test notices
 	$(BIN)/python tests/mutations.py

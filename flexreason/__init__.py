@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from flexreason.model.logprobs import token_logprobs
     from flexreason.patching import patch, unpatch
     from flexreason.proof.verify import verify
+    from flexreason.train.sft import RowSFTTrainer
     from flexreason.train.sums import total_weight
     from flexreason.train.trainer import RowTrainer
     from flexreason.tree.blocks import block_mask
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     from flexreason.tree.row import collate
     from flexreason.tree.sample import Role, Sample
 
-__version__ = "0.1.0.dev0"
+__version__ = "0.1.0"
 
 __all__ = [  # noqa: RUF022 (sorted by what a name is for)
     # the idea
@@ -60,6 +61,7 @@ __all__ = [  # noqa: RUF022 (sorted by what a name is for)
     "token_logprobs",
     # training
     "RowTrainer",
+    "RowSFTTrainer",
     "total_weight",
     # proof
     "verify",
@@ -72,6 +74,7 @@ _NEEDS_TRANSFORMERS = {
     "unpatch": "flexreason.patching",
     "token_logprobs": "flexreason.model.logprobs",
     "RowTrainer": "flexreason.train.trainer",
+    "RowSFTTrainer": "flexreason.train.sft",
     "total_weight": "flexreason.train.sums",
     "verify": "flexreason.proof.verify",
 }

@@ -660,6 +660,34 @@ def evaluation_is_what_the_trainer_says(original, self):
 
 
 @mutation(
+    "RowSFTTrainer computes the model's own loss, by weight, with evaluation by targets",
+    "flexreason.train.RowSFTTrainer.compute_loss",
+    "test_sft_trainer.py::test_weights_of_targets_count",
+    "test_sft_trainer.py::test_twenty_steps_are_those_of_the_loop[table-False-4]",
+)
+def a_row_divides_by_its_own_targets(original, self, model, inputs, return_outputs=False, num_items_in_batch=None):
+    return original(self, model, inputs, return_outputs)
+
+
+@mutation(
+    "a table's conversations that are refused are told before training, all of them",
+    "flexreason.data._told",
+    "test_sft_trainer.py::test_refused_conversations_are_all_named_before_training_or_left_out",
+)
+def what_is_refused_is_left_out(original, refused, n_read, skip_invalid):
+    return original(refused, n_read + 1, True)
+
+
+@mutation(
+    "what contradicts rows is refused by name",
+    "flexreason.train._refuse",
+    "test_sft_trainer.py::test_what_contradicts_rows_is_refused_by_name",
+)
+def contradictions_are_left_to_trl(original, args, others):
+    return None
+
+
+@mutation(
     "a loss that is no number stops the run before anything is saved",
     "flexreason.train._finite",
     "test_row_trainer.py::test_a_loss_that_is_no_number_stops_the_run_and_is_not_saved",

@@ -19,8 +19,8 @@ import torch
 import yaml
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, TrainingArguments
-from trl import SFTTrainer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Qwen3Config, TrainingArguments
+from trl import SFTConfig, SFTTrainer
 
 import flexreason as fr
 from flexreason.cli import main
@@ -28,14 +28,18 @@ from flexreason.commands import demo as demo_command
 from flexreason.commands import train as train_command
 from flexreason.data.documents import weighted
 from flexreason.load import stand_in
-from flexreason.proof.float64 import true_float64
+from flexreason.memory import needed_bytes
+from flexreason.proof.float64 import saved_bytes, true_float64
 from flexreason.train.arguments import CHECKPOINTING
-from flexreason.train.settings import NAMES, from_options
-from models import tiny
+from flexreason.train.model import with_lora
+from flexreason.train.settings import NAMES, from_mapping, from_options, read_yaml
+from models import checkpoint, tiny
 from training import (
     LEARNING_RATE,
     LENGTH,
     TEMPLATE,
+    CollatorAsEver,
+    environment,
     fit_by_hand,
     free_port,
     some_layouts,
@@ -141,46 +145,49 @@ def with_adapters(model):
     return model
 
 
-class CollatorAsEver(fr.Collator):
-    """A row is made outside of true fp64, which would make float64 of the float32 that a column holds."""
-
-    def __call__(self, batch):
-        with torch._C.DisableTorchFunction():
-            return super().__call__(batch)
-
-
 @old_names
 @pytest.mark.parametrize(("kind", "tolerance"), [("RowSFTTrainer", 1e-8), ("SFTTrainer", 1e-5)])
 def test_the_sft_trainer_takes_the_steps_of_the_loop(kind, tolerance, monkeypatch, tmp_path):
-    """Adapters, rows of four conversations, four rows a step, the last step of two; trl's own loss sums in float32."""
+    """Adapters, rows of four conversations, four rows a step, the last step of two. trl's own trainer will do too where
+    it is told what rows need; its loss sums in float32."""
     layouts = some_layouts(40)
     script = example("sft")
-    monkeypatch.setattr(fr, "Collator", CollatorAsEver)
-    columns = [{name: t.numpy() for name, t in vars(layout).items()} for layout in layouts]
+    columns = datasets.Dataset.from_list([{name: t.numpy() for name, t in vars(layout).items()} for layout in layouts])
     stock, model = with_adapters(tiny("Qwen3").double()), with_adapters(tiny("Qwen3").double())
     start = start_of(stock)
     given = {**BY_HAND, "num_train_epochs": 2, "train_sampling_strategy": "sequential", CHECKPOINTING: False}
+    monkeypatch.setattr(fr.RowSFTTrainer, "get_train_dataloader", in_float64(fr.RowSFTTrainer.get_train_dataloader))
     with true_float64():
         expected = fit_by_hand(stock, [layouts[:16], layouts[16:32], layouts[32:]] * 2)
-        trainer = script.train(
-            model,
-            datasets.Dataset.from_list(columns),
-            str(tmp_path),
-            stand_in(TEMPLATE),
-            kind=getattr(script, kind),
-            peft_config=None,
-            **given,
-        )
+        if kind == "RowSFTTrainer":
+            trainer = script.train(model, columns, str(tmp_path), stand_in(TEMPLATE), None, **given)
+        else:
+            needed = {"remove_unused_columns": False, "dataset_kwargs": {"skip_prepare_dataset": True}}
+            trainer = SFTTrainer(
+                model=fr.patch(model),
+                args=SFTConfig(output_dir=str(tmp_path), **{**script.ARGUMENTS, **given, **needed}),
+                train_dataset=columns,
+                data_collator=CollatorAsEver(),
+                processing_class=stand_in(TEMPLATE),
+            )
+            trainer.train()
     assert isinstance(trainer, SFTTrainer)
     assert_same_steps(losses_of(trainer), expected, trainer.model, stock, start, tolerance)
     assert ("loss_reasoning" in trainer.state.log_history[0]) == (kind == "RowSFTTrainer")
-    if kind == "RowSFTTrainer":
-        found = trainer.evaluate(datasets.Dataset.from_list(columns[:5]))
-        assert found["eval_targets"] == sum(len(layout.target_ids) for layout in layouts[:5])
+    if kind == "SFTTrainer":
+        [turns] = [weighted(layout, "turn") for layout in layouts[:1]]
+        with pytest.raises(ValueError, match="use weights of 1, or the model's own forward"):
+            trainer.model(**fr.collate([turns]))
 
-    [turns] = [weighted(layout, "turn") for layout in layouts[:1]]
-    with pytest.raises(ValueError, match="use weights of 1, or the model's own forward"):
-        trainer.model(**fr.collate([turns]))
+
+def in_float64(get_train_dataloader):
+    """The trainer's loader, with a collator that keeps to the float32 of columns."""
+
+    def get(trainer):
+        trainer.data_collator = CollatorAsEver()
+        return get_train_dataloader(trainer)
+
+    return get
 
 
 RANKS = """
@@ -291,6 +298,127 @@ def test_the_accelerate_example_in_two_processes_ends_as_in_one(material, tmp_pa
     assert way_gone(two, one, start) < 1e-2  # in fp32, where AdamW makes as much of small gradients as of large
 
 
+# --- the notebook
+
+needs_nbclient = pytest.mark.skipif(
+    importlib.util.find_spec("nbclient") is None, reason="nbclient is among requirements-dev.txt, and not installed"
+)
+
+
+@needs_nbclient
+def test_the_notebook_runs_from_top_to_bottom(monkeypatch):
+    """What it prints is that one pass is exact, that losses fall, and an answer."""
+    import nbformat
+    from nbclient import NotebookClient
+
+    for name, value in {**environment(), "ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}.items():
+        monkeypatch.setenv(name, value)
+    notebook = nbformat.read(EXAMPLES / "notebook.ipynb", as_version=4)
+    assert all(not cell.get("outputs") and not cell.get("execution_count") for cell in notebook.cells)
+    NotebookClient(notebook, timeout=300, kernel_name="python3").execute()
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", ())]
+    said = "\n".join(o.get("text") or o.get("data", {}).get("text/plain", "") for o in outputs)
+    assert "verdict: exact" in said
+    assert "<bot>" in said.splitlines()[-1]
+    losses = re.findall(r"^(eval_loss\w*) +([\d.]+) -> ([\d.]+)$", said, re.MULTILINE)
+    assert len(losses) == 3
+    assert all(float(after) < 0.7 * float(before) for _, before, after in losses)
+
+
+# --- settings
+
+SETTINGS = sorted(path.stem for path in (EXAMPLES / "settings").glob("*.yaml"))
+
+QWEN3 = {  # of the models' configs: width, inner width, layers, heads, and whether the head is the embeddings
+    "Qwen/Qwen3-0.6B": (1024, 3072, 28, 16, True),
+    "Qwen/Qwen3-8B": (4096, 12288, 36, 32, False),
+    "Qwen/Qwen3-32B": (5120, 25600, 64, 64, False),
+}
+
+
+def without_weights(given):
+    """The model of some settings, on meta, with its adapters."""
+    width, inner, layers, heads, tied = QWEN3[given["model"]]
+    config = Qwen3Config(
+        vocab_size=151_936,
+        hidden_size=width,
+        intermediate_size=inner,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=8,
+        head_dim=128,
+        tie_word_embeddings=tied,
+    )
+    dtype = torch.bfloat16 if given["precision"] == "bf16-weights" else torch.float32
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        return with_lora(model, given["lora"]) if "lora" in given else model
+
+
+@old_names
+@pytest.mark.parametrize("name", SETTINGS)
+def test_settings_say_what_memory_they_take(name):
+    text = (EXAMPLES / "settings" / f"{name}.yaml").read_text()
+    given = from_mapping(read_yaml(EXAMPLES / "settings" / f"{name}.yaml"))
+    assert given.checkpointing
+    model = without_weights(read_yaml(EXAMPLES / "settings" / f"{name}.yaml"))
+    needed = needed_bytes(model, given.length)
+    assert f"Counted: {needed} for a row." in text
+    assert f"{needed}, rows of {given.length}" in GUIDE
+    n_cards, each = re.search(r"For (one|\d+) GPUs? of (\d+) GB", text).groups()
+    n_cards = 1 if n_cards == "one" else int(n_cards)
+    assert (n_cards > 1) == bool(given.trainer.get("fsdp"))
+    assert given.rows_per_step % n_cards == 0
+    assert needed.state / n_cards + needed.inputs < 0.8 * int(each) * 1e9  # the rest is for one layer, and logits
+    if n_cards > 1:
+        whole = sum(p.numel() * p.element_size() for p in model.parameters()) / 2**30
+        assert f"Each process holds {whole:.1f} GiB of weights in the host's memory at first." in text
+        more = {**given.trainer, "bf16": False, "use_cpu": True}
+        TrainingArguments(output_dir="unused", **more)
+    command = " ".join(line.strip("# \\") for line in text.splitlines() if line.startswith("#   "))
+    assert command.endswith(f"flexreason train examples/settings/{name}.yaml")
+
+
+def test_there_are_settings_for_three_sizes_and_two_ways():
+    assert sorted(f"qwen3-{size}-{way}" for size in ("0.6b", "8b", "32b") for way in ("full", "lora")) == SETTINGS
+
+
+@old_names
+@pytest.mark.parametrize("name", SETTINGS)
+def test_settings_train(name, material, tmp_path):
+    """With a small model, on one process, and rows that it has use for."""
+    model, data = material
+    out = tmp_path / "out"
+    given = ["--model", model, "--data", data, "--output", out, "--length", 1024, "--rows-per-step", 2]
+    given += ["--learning-rate", "1e-3", "--trainer", "{use_cpu: true}"]
+    assert main(["train", str(EXAMPLES / "settings" / f"{name}.yaml"), *map(str, given)]) == 0
+    record = json.loads((out / "run.json").read_text())
+    losses = [entry["eval_loss"] for entry in record["logs"] if "eval_loss" in entry]
+    assert losses[-1] < losses[0]
+    assert (out / "model" / "adapter_model.safetensors").exists() == name.endswith("lora")
+
+
+@pytest.mark.parametrize("lora", [None, 4])
+def test_memory_that_is_counted_is_what_training_holds(lora):
+    """What is held between two steps of AdamW, byte by byte; and what checkpointing keeps of a row."""
+    model = tiny("Qwen3", num_hidden_layers=3).bfloat16()
+    model = with_lora(model, lora) if lora else model
+    row = fr.collate(some_layouts(3))
+    length = row["input_ids"].shape[1]
+    needed = needed_bytes(model, length)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+    checkpoint(fr.patch(model.train()))
+    skip = [*model.parameters(), *row.values()]
+    kept = saved_bytes(lambda: model(**row).loss.backward() or 0, skip) if lora is None else None
+    model(**row).loss.backward()
+    optimizer.step()
+    held = [*model.parameters(), *(p.grad for p in model.parameters() if p.grad is not None)]
+    held += [t for state in optimizer.state.values() for t in state.values() if t.dim()]
+    assert needed.state == sum(t.numel() * t.element_size() for t in held)
+    assert needed.inputs == 3 * length * 32 * 2
+    assert kept is None or kept >= needed.inputs
+
+
 # --- DeepSpeed
 
 CONFIGURATIONS = {f"deepspeed_zero{stage}": EXAMPLES / f"deepspeed_zero{stage}.json" for stage in (2, 3)}
@@ -363,7 +491,7 @@ def test_the_settings_of_the_guide_are_those_there_are():
 def test_the_lines_that_the_guide_shows_are_those_of_the_examples(name):
     source = (EXAMPLES / f"{name}.py").read_text()
     lines = [line.strip() for line in source.splitlines() if re.search(r"  # [123](:|$)", line)]
-    assert [re.search(r"# (\d)", line)[1] for line in lines] == ["1", "2", "3"]
+    assert [re.search(r"# (\d)", line)[1] for line in lines] == (["1"] if name == "sft" else ["1", "2", "3"])
     assert sum(all(line in block for line in lines) for block in blocks("python")) == 1
 
 

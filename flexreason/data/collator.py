@@ -39,9 +39,9 @@ class Collator:
         return collate([layout for item in batch for layout in self._layouts(item)], self.length)
 
     def _layouts(self, item: Any) -> list[Layout]:
-        if _is_document(item):
+        if is_document(item):
             return [item if isinstance(item, Layout) else _from_columns(item)]
-        if isinstance(item, list) and all(map(_is_document, item)):
+        if isinstance(item, list) and all(map(is_document, item)):
             return [layout for part in item for layout in self._layouts(part)]
         if self.encode is None or item == {}:
             raise ValueError(f"Collator: expected layouts, found {_words_for(item)}")
@@ -53,7 +53,8 @@ class Collator:
             raise
 
 
-def _is_document(item: Any) -> bool:
+def is_document(item: Any) -> bool:
+    """Whether it is a layout, or the columns of one."""
     return isinstance(item, Layout) or (isinstance(item, Mapping) and item.keys() >= {*PER_TOKEN, *PER_TARGET})
 
 

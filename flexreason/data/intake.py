@@ -61,13 +61,13 @@ class EntryEncoder:
         # what datasets keeps goes by this object's state, and another version may encode otherwise
         self.versions = [flexreason.__version__, version("transformers"), version("tokenizers")]
 
-    def __call__(self, entry: Any) -> Layout:
+    def __call__(self, entry: Any, where: str = "entry") -> Layout:
         if isinstance(entry, Mapping) and not isinstance(entry, dict):  # a row that datasets.map gives
             entry = without_none(dict(entry))
-        format = self.format or detect(entry, "entry")
+        format = self.format or detect(entry, where)
         if format == "samples":
-            return lay_out([as_sample(entry, "entry")])
-        return lay_out(self.encoded(as_conversation(entry, format, 0, "entry")).samples)
+            return lay_out([as_sample(entry, where)])
+        return lay_out(self.encoded(as_conversation(entry, format, 0, where)).samples)
 
     def columns(self, entry: Any) -> dict[str, Any]:
         """The layout as columns of a table: `dataset.map(encoder.columns, num_proc=8)`. `Collator` takes them."""

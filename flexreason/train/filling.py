@@ -5,7 +5,7 @@ ones again, which are then trained on twice. Here none are missing, since `Nothi
 of it is an empty row, which adds nothing to a loss or a gradient.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from torch.utils.data import Dataset, IterableDataset, RandomSampler, Sampler
@@ -91,5 +91,10 @@ class Filling:
         if not items and not isinstance(self.collator, Collator):  # which makes an empty row of its own length
             return collate([])
         row = self.collator(items)
+        if not isinstance(row, Mapping) or not {"until", "target_weight"} <= row.keys():
+            found = (
+                f"a batch with the keys {', '.join(map(str, row))}" if isinstance(row, Mapping) else type(row).__name__
+            )
+            raise ValueError(f"data_collator: expected one that makes a row, such as fr.Collator(), found {found}")
         refuse_tokens(row["input_ids"], self.vocabulary)
         return row

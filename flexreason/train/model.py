@@ -53,19 +53,25 @@ def patched_model_of(settings: Settings, precision: str, say: Callable[[str], No
                 f"lora: the weights beneath would be random, and saved nowhere: {notes[0]}; give a model with weights"
             )
         torch.manual_seed(settings.seed)
-        model = _with_lora(model, settings.lora)
+        model = with_lora(model, settings.lora)
     if settings.loss != "auto":
         return fr.patch(model, settings.backend, loss=settings.loss)
+    return patch_chunked(model, settings.backend, say)
+
+
+def patch_chunked(model: nn.Module, backend: str, say: Callable[[str], None]) -> nn.Module:
+    """The model patched, with the loss in chunks where it takes that."""
     try:
-        return fr.patch(model, settings.backend, loss="chunked")
+        return fr.patch(model, backend, loss="chunked")
     except ValueError as error:
         if "chunked" not in str(error):
             raise
         say(f"note: the model's own loss is used, from all logits of targets: {error}")
-        return fr.patch(model, settings.backend)
+        return fr.patch(model, backend)
 
 
-def _with_lora(model: nn.Module, lora: int | dict[str, Any]) -> nn.Module:
+def with_lora(model: nn.Module, lora: int | dict[str, Any]) -> nn.Module:
+    """The model with adapters, as the setting says."""
     try:
         import peft
     except ImportError as error:

@@ -51,6 +51,10 @@ class RowTraining(Base):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self._take_rows()
+
+    def _take_rows(self) -> None:
+        """What the Trainer's constructor is followed by: its arguments are refused, or set as rows need them."""
         # by default accelerate has one rank read streams, and cuts up what it has read: rows of different shapes
         self.args.accelerator_config.dispatch_batches = self.accelerator.dataloader_config.dispatch_batches = False
         self._refuse()
@@ -77,6 +81,11 @@ class RowTraining(Base):
             raise ValueError(
                 "RowTrainer: label_smoothing_factor and compute_loss_func would shift a row's targets, which are in "
                 "their places; leave them out"
+            )
+        if self.args.neftune_noise_alpha:
+            raise ValueError(
+                "RowTrainer: neftune_noise_alpha scales its noise by the length of what a model is given, which is "
+                "that of a row and not of its samples; leave it out"
             )
         if self.compute_metrics is not None:
             raise ValueError("RowTrainer: evaluation keeps no logits, so compute_metrics is never called; leave it out")
@@ -157,10 +166,12 @@ class RowTraining(Base):
         multiple = batch_size * (1 if self.args.accelerator_config.split_batches else self.args.world_size)
         by_ranks = self.args.train_sampling_strategy == "batch_rebalance"  # whose sampler gives each rank its own
         before, sampler_of = self.data_collator, sampler_fn
-        if self.args.world_size > 1 and not self.args.dataloader_drop_last and not by_ranks:
+        if not self.args.dataloader_drop_last and not by_ranks:
             if isinstance(dataset, IterableDataset):
-                dataset = FilledStream(dataset, multiple)
-            elif len(dataset) % multiple:
+                # the Trainer cannot see a stream's end coming, and would take what is left into the next epoch's step
+                together = self.args.gradient_accumulation_steps if description == "Training" else 1
+                dataset = FilledStream(dataset, multiple * together) if self.args.world_size * together > 1 else dataset
+            elif self.args.world_size > 1 and len(dataset) % multiple:
                 dataset = filled = Filled(dataset, multiple)
                 sampler_of = lambda _: filled.sampler(sampler_fn and sampler_fn(filled.data))  # noqa: E731
         self.data_collator = Filling(before, vocabulary_of(find_root(self.model)))
