@@ -163,7 +163,7 @@ def followed(tmp_path_factory):
                 if title:
                     Path(title).write_text(text)
                 elif kind == "sh":
-                    said = "".join(map(do, text.splitlines()))
+                    said = "".join(map(do, text.replace("\\\n", " ").splitlines()))
                 elif kind == "text":
                     seen.append((text, said))
     finally:

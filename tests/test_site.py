@@ -29,7 +29,7 @@ FETCHED = re.compile(
 
 QUESTIONS = {
     # what trackers of other projects are asked most
-    "train every turn with the history that inference sees": "method.html#every-turn-with-the-history-that-inference-sees",
+    "every turn with the history that inference sees": "method.html#every-turn-with-the-history-that-inference-sees",
     "rollout tokens without retokenization": "howto/tools.html#tokens-from-a-rollout-without-rendering-again",
     "shared prefix in GRPO": "howto/rl.html#grpo-several-answers-to-one-question",
     "reward per turn": "howto/rl.html#rewards-and-weights-per-turn",
