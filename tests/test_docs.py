@@ -95,9 +95,11 @@ def test_a_command_that_is_none_is_noticed():
 def test_blocks_are_of_kinds_that_are_run_or_read(page):
     """`pycon` runs as a doctest; `python` is read here, and run below or in tests/test_examples.py."""
     for kind, _, text in blocks(page):
-        assert kind in ("", "sh", "pycon", "python", "yaml", "text"), (kind, text[:80])
+        assert kind in ("", "sh", "pycon", "python", "yaml", "json", "text"), (kind, text[:80])
         if kind == "python":
             ast.parse(text)
+        if kind == "json":
+            json.loads(text)
         assert kind == "pycon" or not text.startswith(">>> "), "no doctest finds its end"
 
 
@@ -206,12 +208,13 @@ def test_the_model_of_the_tutorial_has_learned(followed):
 # --- LoRA and QLoRA
 
 
+@pytest.mark.filterwarnings("ignore:bitsandbytes.*autograd kernel was not registered:UserWarning")  # of its CPU kernels
 def test_qlora_takes_rows_as_the_page_says(tmp_path):
     pytest.importorskip("bitsandbytes", reason="bitsandbytes is not among the requirements")
     import peft
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-    tiny("Qwen3").save_pretrained(tmp_path)
+    tiny("Qwen3", hidden_size=64, intermediate_size=128, head_dim=16).save_pretrained(tmp_path)  # in blocks of 64
     [block] = [text for kind, _, text in blocks("docs/howto/lora.md") if kind == "python" and "4bit" in text]
     layouts = [fr.lay_out_turns([([1, 2], [10, 11], [20]), ([3], [12], [21, 22])])]
     given = {"name": str(tmp_path), "layouts": layouts, "fr": fr, "peft": peft}
