@@ -36,8 +36,8 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-docs: $(DOCS)/ready  ## the site, in build/site: warnings are errors, and its own search answers
-	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --strict --quiet
+docs: $(DOCS)/ready  ## the site, in build/site. Warnings are errors, which they would not be under --quiet
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --strict
 	$(DOCS)/bin/pytest -q --noconftest -o addopts= -p no:cacheprovider tests/test_site.py
 
 bench: $(READY)  ## tables and plots of this machine, in OUT; under ten minutes on two cores

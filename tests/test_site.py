@@ -8,6 +8,7 @@ a section's score raised by the share of words found in it, results by page.
 import json
 import re
 from pathlib import Path
+from urllib.parse import unquote
 
 import pytest
 
@@ -86,6 +87,24 @@ def test_a_page_fetches_nothing_from_elsewhere():
     pages = [*SITE.rglob("*.html"), *SITE.rglob("*.css")]
     assert len(pages) > 20
     assert {path.name: FETCHED.findall(path.read_text()) for path in pages if FETCHED.search(path.read_text())} == {}
+
+
+LINKED = re.compile(r"""(?:href|src)=["']?(?!\w+:|//)([^\s"'>#?]*)(?:#([^\s"'>]*))?""")
+NAMED = re.compile(r"""\b(?:id|name)=["']?([^\s"'>]+)""")
+
+
+def test_links_of_the_site_lead_somewhere():
+    names = {path: set(NAMED.findall(path.read_text())) for path in SITE.rglob("*.html")}
+    n, astray = 0, set()
+    for path in names.keys() - {SITE / "404.html"}:  # its links begin at the root, wherever it is shown
+        for target, part in LINKED.findall(path.read_text()):
+            there = (path.parent / unquote(target)).resolve() if target else path
+            there = there / "index.html" if there.is_dir() else there
+            n += 1
+            if not there.exists() or (part and there in names and unquote(part) not in names[there]):
+                astray.add((path.name, target, part))
+    assert n > 1000
+    assert astray == set()
 
 
 class Search:
