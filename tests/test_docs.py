@@ -235,3 +235,8 @@ def test_models_at_a_glance_are_those_of_the_list(heading, verdict):
     names = re.findall(r"`(\w+(?:CausalLM|HeadModel))`", part)
     assert len(names) > 20
     assert {name: known[name]["verdict"] for name in names} == dict.fromkeys(names, verdict)
+
+
+def test_the_commands_at_a_glance_are_those_there_are():
+    text = (ROOT / "docs" / "commands.md").read_text()
+    assert dict(re.findall(r"^\| `flexreason (\w+)` \| (.*?) \|", text, re.MULTILINE)) == COMMANDS
