@@ -51,8 +51,9 @@ bench: $(READY)  ## tables and plots of this machine, in OUT; under ten minutes 
 bench-all: $(READY)  ## all of them: hours. Stopped, it goes on where it was; what is done is kept in OUT
 	for name in steps masks growth where long data; do $(BIN)/python benchmarks/$$name.py --out $(OUT) || exit 1; done
 
-lock: $(READY)  ## write down what is installed now
+lock: $(READY) $(DOCS)/ready  ## write down what is installed now
 	$(BIN)/pip freeze --all --exclude-editable | grep -v '^pip==' | sed 's/+cpu//' > requirements-dev.txt
+	head -1 requirements-docs.txt > $(DOCS)/lock && $(DOCS)/bin/pip freeze >> $(DOCS)/lock && mv $(DOCS)/lock requirements-docs.txt
 
 clean:
 	rm -rf $(VENV) .venv-least $(DOCS) build dist *.egg-info
