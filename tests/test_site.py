@@ -50,7 +50,7 @@ QUESTIONS = {
     # what people need to know before and while they train
     "out of memory": "howto/long.html#out-of-memory",
     "how much memory does an 8B model need?": "memory.html#what-the-model-takes",
-    "QLoRA 4-bit": "howto/lora.html#qlora-4-bit-weights",
+    "QLoRA 4-bit": "howto/lora.html#qlora-4-bit-quantized-weights",
     "multi GPU FSDP": "howto/many-gpus.html#fsdp2-sharded-weights",
     "newer transformers version": "newer-transformers.html#after-an-upgrade-of-transformers",
     "which models are supported": "models-at-a-glance.html#supported-exact",
@@ -58,6 +58,8 @@ QUESTIONS = {
     "loss is nan": "troubleshooting.html#the-loss-is-nan-or-the-run-stops-with-no-number",
     "longer than the context": "howto/long.html#a-conversation-longer-than-a-row-is-split-and-loses-nothing",
     "SFTTrainer": "howto/trainer.html#trls-sfttrainer",
+    "data format": "templates.html#files-and-data-formats",
+    "vLLM": "tutorial.html#7-use-it-elsewhere-transformers-vllm-gguf",
     "tool calls": "howto/tools.html#what-an-agents-conversation-is",
     "erratum of the paper": "method.html#what-it-costs-and-an-erratum",
     "speed on GPUs": "when-not.html#speed-on-gpus-not-measured-yet",
