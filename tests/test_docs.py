@@ -121,7 +121,7 @@ def test_links_lead_to_files_and_headings_that_are_there(page):
 
 
 def test_the_site_has_every_page():
-    listed = re.findall(r": ([\w/-]+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE)
+    listed = re.findall(r"^ +- .*: ([\w/-]+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE)
     pages = {str(path.relative_to(ROOT / "docs")) for path in PAGES[2:]}
     assert set(listed) == pages | {"index.md", "contributing.md", "results/README.md"}
     assert len(listed) == len(set(listed))
