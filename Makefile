@@ -4,8 +4,9 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 OUT ?= benchmarks/results/here
 READY := $(VENV)/ready
+DOCS := .venv-docs
 
-.PHONY: demo test test-browser test-all rehearse least package mutations lint bench bench-all lock clean
+.PHONY: demo docs test test-browser test-all rehearse least package mutations lint bench bench-all lock clean
 
 demo: $(READY)  ## see what it does
 	$(BIN)/flexreason demo
@@ -45,6 +46,10 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+docs: $(DOCS)/ready  ## the site, in build/site. Warnings are errors, which they would not be under --quiet
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --strict
+	$(DOCS)/bin/pytest -q --noconftest -o addopts= -p no:cacheprovider tests/test_site.py
+
 bench: $(READY)  ## tables and plots of this machine, in OUT; under ten minutes on two cores
 	$(BIN)/python benchmarks/steps.py --out $(OUT) --repeats 3 --shapes "8 x 64/256/64"
 	$(BIN)/python benchmarks/masks.py --out $(OUT) --repeats 3 --shapes chat agent --lengths 1024 4096 16384 --lists
@@ -56,14 +61,20 @@ bench: $(READY)  ## tables and plots of this machine, in OUT; under ten minutes 
 bench-all: $(READY)  ## all of them: hours. Stopped, it goes on where it was; what is done is kept in OUT
 	for name in steps masks growth where long data; do $(BIN)/python benchmarks/$$name.py --out $(OUT) || exit 1; done
 
-lock: $(READY)  ## write down what is installed now
+lock: $(READY) $(DOCS)/ready  ## write down what is installed now
 	$(BIN)/pip freeze --all --exclude-editable | grep -v '^pip==' | sed 's/+cpu//' > requirements-dev.txt
+	head -1 requirements-docs.txt > $(DOCS)/lock && $(DOCS)/bin/pip freeze >> $(DOCS)/lock && mv $(DOCS)/lock requirements-docs.txt
 
 clean:
-	rm -rf $(VENV) .venv-least build dist *.egg-info
+	rm -rf $(VENV) .venv-least $(DOCS) build dist *.egg-info
 
 $(READY): requirements-dev.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
 	touch $(READY)
+
+$(DOCS)/ready: requirements-docs.txt
+	$(PYTHON) -m venv $(DOCS)
+	$(DOCS)/bin/pip install --quiet --disable-pip-version-check -r requirements-docs.txt
+	touch $(DOCS)/ready
