@@ -39,6 +39,7 @@ LEFT_OUT = ("transformers.utils.logging", "transformers.utils.auto_docstring", "
 
 USUAL = {
     *("transformers", "torch", "torchvision", "numpy", "huggingface_hub", "safetensors", "tokenizers", "accelerate"),
+    "flexreason",  # whose own files are part of every verdict
     *("packaging", "typing_extensions", "kernels", "peft", "deepspeed", "timm", "PIL"),
     *sys.stdlib_module_names,
 }
