@@ -1,5 +1,10 @@
 """Recurrent layers through a tree: plans and beginnings by what a tree is, and whole models against the N samples."""
 
+import copy
+import importlib.metadata
+import pickle
+
+import peft
 import pytest
 import torch
 import transformers
@@ -7,17 +12,22 @@ from hypothesis import given
 from torch import nn
 
 import flexreason as fr
-from exact import EXACT, errors
+from exact import EXACT, errors, samples_of
 from flexreason.attention.registry import TREE, TreeRow
+from flexreason.data.figures import shape_of
+from flexreason.model import refuse
 from flexreason.proof import oracle, selftest
-from flexreason.proof.float64 import in_float64
+from flexreason.proof.compare import by_samples, compare, one_pass
+from flexreason.proof.float64 import in_float64, true_float64
 from flexreason.proof.tiny import build, default_config, shrink
-from flexreason.recurrent import entries
+from flexreason.recurrent import entries, kernels
 from flexreason.recurrent.convolution import beginnings, convolve
 from flexreason.recurrent.plan import best_cuts, plan_of
 from flexreason.tree.layout import Layout
 from models import checkpoint
+from scans import delta_rule
 from strategies import random_tree, random_turns, samples, turns
+from training import trainer_arguments
 
 HYBRIDS = {  # class, without ForCausalLM: its recurrent layers
     "Lfm2": "short convolutions of width 3",
@@ -127,10 +137,10 @@ def test_plans_of_what_is_tested_below(name):
 
 
 def test_branches_that_leave_anywhere_are_one_call_a_depth():
-    """Eight pieces of the trunk one after another, and eight branches of one length at once."""
+    """Eight pieces of the first chain, which the last turn ends, and seven branches of one length at once."""
     made = holds(tree_of([fr.lay_out_turns(random_turns([(64, 256, 64)] * 8))]))
     assert len(made.calls) == 9
-    assert [len(call.pieces) for call in made.calls] == [1] * 8 + [8]
+    assert [len(call.pieces) for call in made.calls] == [1] * 8 + [7]
     assert all(call.real is None for call in made.calls)
 
 
@@ -190,8 +200,8 @@ def test_a_convolution_sees_a_tokens_ancestors(name, width):
 def test_only_the_beginnings_of_chains_are_computed_anew():
     tree = tree_of([fr.lay_out_turns(random_turns([(64, 256, 64)] * 8))])
     first = beginnings(plan_of(tree), 3)
-    assert first.stored.shape == (8, 6)
-    assert len(first.token) == 8 * 3
+    assert first.stored.shape == (7, 6)
+    assert len(first.token) == 7 * 3
 
 
 # ---- whole models
@@ -324,7 +334,7 @@ def test_the_fused_kernel_is_left_out_for_rows_alone(monkeypatch):
     model = fr.patch(made("NemotronH").float()).train()
     model(**fr.collate(LAYOUTS["paper"]()))
     assert not called
-    model(input_ids=torch.arange(9)[None])
+    model(input_ids=torch.arange(9)[None], use_cache=False)
     assert called
     assert all(TREE not in kwargs for kwargs in called)
 
@@ -376,3 +386,147 @@ def test_the_oracle_is_the_untouched_function():
         space[name] = stock
     assert calls
     assert after.loss_sum == before.loss_sum
+
+
+# ---- what people train with
+
+
+@pytest.mark.parametrize("name", ["Qwen3_5", "NemotronH"])
+def test_lora_adapters_have_the_gradients_of_the_samples(name):
+    targets = ["in_proj_qkv", "out_proj", "in_proj", "q_proj"]
+    config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=targets, task_type="CAUSAL_LM", init_lora_weights=False)
+    torch.manual_seed(0)
+    model = peft.get_peft_model(made(name), config)
+    assert max(errors(model, LAYOUTS["packed"]()).values()) <= EXACT
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+@pytest.mark.parametrize("name", ["Qwen3_5", "NemotronH", "Lfm2"])
+def test_a_compiled_hybrid_has_the_gradients_of_the_samples(name):
+    """Traced, models hand their layers the empty mask of a row."""
+    model = made(name)
+    torch.compiler.reset()
+    with true_float64():
+        expected = oracle.n_samples(model, samples_of(LAYOUTS["packed"]()))
+        compiled = torch.compile(fr.patch(model), backend="aot_eager")
+        found = compare(one_pass(compiled, fr.collate(LAYOUTS["packed"]())), expected)
+    assert max(found.largest().values()) <= EXACT
+
+
+@pytest.mark.parametrize("name", ONE_EACH)
+def test_in_low_precision_a_row_is_no_further_off_than_the_samples(name):
+    """Errors against fp64, of all log-probabilities and of all gradients together; at most twice the samples' own."""
+    layouts = LAYOUTS["packed"]()
+    with true_float64():
+        exact = oracle.n_samples(made(name), samples_of(layouts))
+    model = made(name).bfloat16()
+    plain = oracle.n_samples(model, samples_of(layouts))
+    own = compare(by_samples(plain), exact)
+    ours = compare(one_pass(fr.patch(model), fr.collate(layouts)), exact)
+    assert ours.logprobs <= 2 * own.logprobs
+    assert ours.gradients <= 2 * own.gradients
+
+
+@pytest.mark.parametrize("name", ["Qwen3_5", "NemotronH", "MiniMax"])
+def test_verify_says_that_hybrids_are_exact(name):
+    report = fr.verify(made(name).float(), [*LAYOUTS["paper"](), *LAYOUTS["twigs"]()])
+    assert report.verdict == "exact", report
+
+
+def test_two_steps_of_a_trainer_are_those_of_the_samples(tmp_path):
+    layouts = [*LAYOUTS["paper"](), *LAYOUTS["general"]()]
+    stock = made("Qwen3_5")
+    model = fr.patch(copy.deepcopy(stock))
+    settings = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2, "num_train_epochs": 2}
+    arguments = trainer_arguments(tmp_path, **settings)
+    with true_float64():
+        fr.RowTrainer(model=model, args=arguments, train_dataset=[fr.collate([one]) for one in layouts]).train()
+        optimizer = torch.optim.SGD(stock.parameters(), lr=arguments.learning_rate)
+        for _ in range(2):
+            found = oracle.n_samples(stock, samples_of(layouts))
+            for name, p in stock.named_parameters():
+                p.grad = found.gradients[name] / found.n_targets
+            optimizer.step()
+    for a, b in zip(model.parameters(), stock.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-9)
+
+
+def test_a_copy_of_a_patched_hybrid_takes_rows_too():
+    model, row = fr.patch(made("NemotronH")), fr.collate(LAYOUTS["paper"]())
+    expected = model(**row).loss
+    assert torch.equal(copy.deepcopy(model)(**row).loss, expected)
+    assert torch.equal(pickle.loads(pickle.dumps(model))(**row).loss, expected)
+
+
+# ---- kernels
+
+
+VERSIONS = {
+    "old fla": ({"flash-linear-attention": "0.5.3"}, 9, "flash-linear-attention 0.5.3, and before 0.6.0"),
+    "no version": ({}, 9, "the package fla, which says no version"),
+    "triton on Hopper": ({"flash-linear-attention": "0.6.0", "triton": "3.5.1"}, 9, "triton 3.5.1, whose backward"),
+    "triton elsewhere": ({"flash-linear-attention": "0.6.0", "triton": "3.5.1"}, 8, None),
+    "later triton": ({"flash-linear-attention": "0.6.1", "triton": "3.8.0"}, 9, None),
+}
+
+
+@pytest.mark.parametrize("which", VERSIONS)
+def test_kernels_that_are_known_to_be_wrong_are_refused_by_number(which, monkeypatch):
+    installed, capability, says = VERSIONS[which]
+
+    def version(package):
+        if package not in installed:
+            raise importlib.metadata.PackageNotFoundError(package)
+        return installed[package]
+
+    model = made("Qwen3_5").float()
+    monkeypatch.setattr(kernels.importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(kernels.importlib.metadata, "version", version)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (capability, 0))
+    against = refuse.reason_against(model)
+    assert (against is None) == (says is None)
+    assert says is None or says in against[0]
+    assert refuse.reason_against(made("NemotronH").float()) is None
+
+
+def test_hub_kernels_are_refused_where_layers_are_recurrent():
+    model = made("Qwen3_5").float()
+    model._use_kernels = True
+    with pytest.raises(ValueError, match=r"come from the hub's kernels .*; load it with use_kernels=False"):
+        fr.patch(model)
+
+
+def test_whatever_computes_the_function_is_used_through_its_own_arguments(monkeypatch):
+    """A stand-in of a kernel, put in the place of torch's function: it is called, and the row is the samples' still."""
+    calls = []
+
+    def kernel(*args, **kwargs):
+        calls.append(kwargs)
+        return delta_rule(*args, **kwargs)
+
+    space = vars(transformers.models.qwen3_5.modeling_qwen3_5)
+    monkeypatch.setitem(space, "torch_chunk_gated_delta_rule", kernel)
+    assert max(errors(made("Qwen3_5"), LAYOUTS["packed"]()).values()) <= 1e-5  # eps of the norms differ
+    begun = [kwargs for kwargs in calls if kwargs.get("initial_state") is not None]
+    assert begun
+    assert all(kwargs["initial_state"].dim() == 4 for kwargs in begun)
+    assert any(kwargs["initial_state"].shape[0] > 1 for kwargs in begun)
+
+
+# ---- what reports count
+
+
+def test_the_work_of_recurrent_layers_is_counted(tmp_path):
+    config = shrink(default_config(transformers.Qwen3_5ForCausalLM))
+    config.save_pretrained(tmp_path)
+    shape = shape_of(str(tmp_path))
+    n_recurrent = config.layer_types.count("linear_attention")
+    n_attention = len(config.layer_types) - n_recurrent
+    assert 0 < n_attention < len(config.layer_types)
+    heads, size = config.linear_num_value_heads, config.linear_key_head_dim
+    scan = heads * (3 * size * size + 64 * (2 * size + size + size))
+    model = transformers.Qwen3_5ForCausalLM(config)
+    plain = sum(p.numel() for n, p in model.model.named_parameters() if p.dim() > 1 and "embed" not in n)
+    assert shape.weights == plain + n_recurrent * scan
+    assert shape.pair == n_attention * config.num_attention_heads * 14 * config.head_dim

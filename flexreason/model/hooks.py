@@ -230,7 +230,7 @@ class Patch:
         if against := reason_against_adapter(module):
             raise refusal(self.root, against)
         kwargs = {REQUEST: Request(), **kwargs}
-        _handed.set({key: kwargs.get(key) for key in (*ROW_KEYS, "position_ids")})
+        _handed.set(kwargs)
         if not torch.compiler.is_compiling() and "target_document" in kwargs and replaced_by(self.root):
             document = kwargs["target_document"]  # what replaced the forward may keep the labels to itself
             kwargs["target_document"] = document.where(real_targets(kwargs), NOBODY)
@@ -244,8 +244,8 @@ class Patch:
         marked = isinstance(mask, Tensor) and mask.dim() == 4 and not mask.numel()
         if not marked and not ROW_KEYS & given.keys():
             return None
-        if not ROW_KEYS & given.keys():
-            given |= _handed.get() or {}
+        if not ROW_KEYS & given.keys() and (handed := _handed.get()):
+            given, kwargs = {**handed, **given}, {**kwargs, REQUEST: handed[REQUEST]}
         refuse_row(decoder, given, ROW_KEYS | {"position_ids"})
         self.as_it_is_now(decoder)
         refuse_weights(self.root, given, self.runs_head(given))

@@ -242,6 +242,8 @@ def _head_dim(value: int, fields: Fields) -> int:
     if rope and value == rope:
         return _rope_head(rope, fields)
     base = fields.get("head_dim")
+    if "attention_hidden_size" in fields:  # twice as wide as the rest
+        return 2 * HIDDEN // HEADS
     if "expand" in fields and "num_attention_heads" not in fields:  # Mamba-2
         return _expanded(fields) // HEADS
     return 2 * HEAD if isinstance(base, int) and base < value and not rope else HEAD
@@ -253,7 +255,8 @@ def _value_head(value: int, fields: Fields) -> int:
 
 
 def _experts(value: int, fields: Fields) -> int:
-    return min(value, 8 if (fields.get("n_group") or 1) > 1 else 4)
+    groups = fields.get("n_group") or fields.get("num_expert_group") or 1
+    return min(value, 8 if groups > 1 else 4)
 
 
 def _rope_types(fields: Fields) -> set[str]:
@@ -291,6 +294,7 @@ RULES: list[tuple[str, int | Callable[[Any, Fields], Any]]] = [  # the first tha
     (r"type_vocab_size$", 4),
     (r"vocab_size|hash_byte_group_vocab", _set(VOCABULARY)),
     (r"^(hidden_size|n_embd|d_model)$", _set(HIDDEN)),
+    (r"^attention_hidden_size$", 2 * HIDDEN),
     (r"^(intermediate_size|moe_intermediate_size|n_inner|ffn_dim)$", _set(FFN)),
     (r"(num_key_value_heads|kv_heads|kv_n_heads)$", _kv_heads),
     (r"^(index_n_heads|indexer_n_heads|indexer_kv_heads|mamba_n_heads|n_mamba_heads|mamba_num_heads)$", HEADS),
@@ -308,7 +312,7 @@ RULES: list[tuple[str, int | Callable[[Any, Fields], Any]]] = [  # the first tha
     (r"_rank$|lowrank$", RANK),
     (r"(experts_per_tok(en)?|moe_top_?k|moe_k|top_k_experts)$", 2),
     (r"^topk_group$", 1),
-    (r"^n_group$", 2),
+    (r"^(n_group|num_expert_group)$", 2),
     (r"shared_experts$", 2),
     (r"(num_experts|n_routed_experts|num_local_experts|expert_num)$", _experts),
     (PICKED, 8),

@@ -106,7 +106,7 @@ class NoMask(Tensor):
         try:
             if func is Tensor.__getitem__ and isinstance(args[1], tuple) and len(args[1]) == 4:
                 raise IndexError("a mask of no tokens is cut to the keys")  # who does so is about to use it
-            if func == NDIM and sys._getframe(1).f_code.co_name == "create_recurrent_attention_mask":
+            if func == NDIM and _is_asked_by("create_recurrent_attention_mask"):
                 raise ValueError("recurrent layers would take it for a mask of no padding")
             made = super().__torch_function__(func, types, args, kwargs or {})
         except (RuntimeError, ValueError, IndexError) as error:
@@ -131,6 +131,14 @@ class NoMask(Tensor):
 
     def to_other_process(self) -> Any:
         return _from_other_process, (self.plain(),)
+
+
+def _is_asked_by(function: str) -> bool:
+    """Whether a function of this name asked; modes of torch (`with torch.device(...)`) stand in between."""
+    frame = sys._getframe(2)
+    while frame.f_back is not None and frame.f_globals["__name__"].startswith("torch."):
+        frame = frame.f_back
+    return frame.f_code.co_name == function
 
 
 def _from_other_process(plain: Tensor) -> Tensor:
