@@ -36,7 +36,7 @@ def _one_token(stock: Callable, tree: TreeRow, *args: Any, **kwargs: Any) -> Any
     )
 
 
-def _unmasked(stock: Callable, tree: None, hidden_states: Any, attention_mask: Any) -> Any:
+def _unmasked(stock: Callable, hidden_states: Any, attention_mask: Any) -> Any:
     """A row has padding behind all documents only, and no mask: traced, models hand on the one that says so."""
     is_row = attention_mask is not None and not attention_mask.shape[-1]
     return hidden_states if is_row else stock(hidden_states, attention_mask)
@@ -87,18 +87,14 @@ def enter(module: nn.Module) -> set[str]:
         for name in names & ENTRIES.keys():
             space[name] = finding(space[name], name, ENTRIES[name])
         if UNMASKED in space:
-            space[UNMASKED] = finding(space[UNMASKED], UNMASKED, _unmasked)
+            space[UNMASKED] = around(space[UNMASKED], _unmasked)
         for kind in type(module).__mro__:
             if kind.__name__ in INLINE:
                 kind.forward = finding(kind.forward, kind.__name__, INLINE[kind.__name__])  # type: ignore[attr-defined]
         if "ZayaAttention" in names:
             projection: Any = type(module.qkv_proj)
-            projection.forward = finding(projection.forward, "", zaya_projection)
+            projection.forward = around(projection.forward, zaya_projection)
     return names & (COMPUTED.keys() | INLINE.keys())
-
-
-ALWAYS = (_unmasked, zaya_projection)
-"""What finds the tree, if there is one, in other ways than by a keyword."""
 
 
 def finding(stock: Callable, name: str, entry: Entry) -> Callable:
@@ -108,10 +104,21 @@ def finding(stock: Callable, name: str, entry: Entry) -> Callable:
 
     @functools.wraps(stock)
     def find(*args: Any, **kwargs: Any) -> Any:
-        if entry in ALWAYS:
-            return entry(stock, None, *args, **kwargs)
         tree = kwargs.pop(TREE, None)
         return stock(*args, **kwargs) if tree is None else _over(tree, name, entry, stock, *args, **kwargs)
+
+    find.finds_trees = True  # type: ignore[attr-defined]
+    return find
+
+
+def around(stock: Callable, ours: Callable) -> Callable:
+    """A function that finds out by itself whether there is a tree, and is handed `stock`."""
+    if getattr(stock, "finds_trees", False):
+        return stock
+
+    @functools.wraps(stock)
+    def find(*args: Any, **kwargs: Any) -> Any:
+        return ours(stock, *args, **kwargs)
 
     find.finds_trees = True  # type: ignore[attr-defined]
     return find

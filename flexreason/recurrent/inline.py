@@ -69,7 +69,7 @@ def zaya(stock: Callable, tree: TreeRow, layer: nn.Module, *args: Any, **kwargs:
 
 
 def zaya_projection(
-    stock: Callable, tree: None, layer: Any, hidden_states: Tensor, cache: Any, conv_mask: Tensor | None = None
+    stock: Callable, layer: Any, hidden_states: Tensor, cache: Any, conv_mask: Tensor | None = None
 ) -> Any:
     """`ZayaCCAProjection`, over the tree that the layer around it has. Zeros before a document must stay zeros."""
     row = _projecting.get()

@@ -10,8 +10,9 @@ the state is kept there, and a piece is computed from the state kept behind the 
 
 The pieces of a chain follow one another, and the chains of one depth need nothing of each other. So the first pieces of
 all chains of a depth are one call, the second pieces are the next, and so on: a call is a batch whose rows go on from a
-state each. Rows of one call are as long as the longest, so a long piece is cut where the shorter ones beside it end,
-when what that saves of padding is worth another call. Trunks are computed once, and nothing is computed twice.
+state each, and a depth has as many calls as the most pieces that one of its chains is cut into. Rows of a call are as
+long as the longest, so a long piece is cut where the shorter ones beside it end, when what that saves of padding is
+worth another call. Trunks are computed once, and nothing is computed twice.
 
 All of this is plain integers, made once a row and used by every layer. Tokens that are padding are in no chain.
 
@@ -21,7 +22,6 @@ Shapes: S tokens, B rows of a call, L tokens of its longest row.
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -33,6 +33,9 @@ from flexreason.tree.mask import per_token
 
 CALL = 128
 """What a call costs beside its tokens, in tokens: from timing torch's scans on CPU."""
+
+CHUNK = 16
+"""What a chunk costs beside its tokens, in tokens."""
 
 MOST_CUTS = 64
 """Ends of pieces that are considered at a time."""
@@ -68,10 +71,9 @@ class Call:
         return x if self.real is None else x * self.real.view(*self.real.shape, *[1] * (x.dim() - 2))
 
     def chunk(self, largest: int) -> int:
-        """Tokens a chunk of it should have, of at most `largest`: the fewest computed, and the larger of equals."""
-        return min(
-            (size for size in (*SIZES, largest) if size <= largest), key=lambda s: (-(-self.length // s) * s, -s)
-        )
+        """Tokens a chunk of it should have, of at most `largest`, so that all is computed soonest."""
+        sizes = [size for size in (*SIZES, largest) if size <= largest]
+        return min(sizes, key=lambda size: (-(-self.length // size) * (size + CHUNK), -size))
 
 
 @dataclass(eq=False)
@@ -102,38 +104,35 @@ def plan_of(tree: TreeRow) -> Plan:
 def make_plan(in_storage: list[Chain], length: int, device: torch.device) -> Plan:
     """The plan of a row of `length` tokens."""
     cuts: list[set[int]] = [{chain.stop} for chain in in_storage]
+    levels: list[list[int]] = []  # numbers of chains by depth
     depth: list[int] = []
-    for chain in in_storage:
+    for number, chain in enumerate(in_storage):
         depth.append(depth[chain.parent] + 1 if chain.parent >= 0 else 0)
+        levels += [[]] if depth[number] == len(levels) else []
+        levels[depth[number]].append(number)
         if chain.parent >= 0:
             cuts[chain.parent].add(chain.fork)
-    slots: list[list[tuple[int, int, int]]] = []  # stretches that can be computed together: (chain, start, stop)
-    for level in range(max(depth, default=-1) + 1):
-        of_level: list[list[tuple[int, int, int]]] = []
-        for number, chain in enumerate(in_storage):
-            if depth[number] == level:
-                for at, (start, stop) in enumerate(pairwise(sorted({chain.start, *cuts[number]}))):
-                    of_level += [[]] if at == len(of_level) else []
-                    of_level[at].append((number, start, stop))
-        slots += of_level
 
     pieces: list[Piece] = []
     groups: list[list[int]] = []
     behind: dict[int, int] = {}  # the piece that ends at a place of storage
-    for slot in slots:
-        done = 0
-        for cut in best_cuts([stop - start for _, start, stop in slot]):
+    for level in levels:
+        before = {n: behind[in_storage[n].fork] if in_storage[n].parent >= 0 else None for n in level}
+        place = {n: in_storage[n].start for n in level}
+        ahead = {n: sorted(cuts[n]) for n in level}
+        while ahead:  # every chain that is not at its end is in every call
+            longest = best_cuts([stops[0] - place[n] for n, stops in ahead.items()])[0]
             groups.append([])
-            for number, start, stop in slot:
-                if start + done >= stop:
-                    continue
-                chain = in_storage[number]
-                first = start + done == chain.start
-                before = (behind[chain.fork] if chain.parent >= 0 else None) if first else behind[start + done]
-                pieces.append(Piece(start + done, min(stop, start + cut), before))
-                groups[-1].append(len(pieces) - 1)
-                behind[pieces[-1].stop] = len(pieces) - 1
-            done = cut
+            for n, stops in list(ahead.items()):
+                stop = min(stops[0], place[n] + longest)
+                groups[-1].append(len(pieces))
+                pieces.append(Piece(place[n], stop, before[n]))
+                behind[stop] = before[n] = len(pieces) - 1
+                place[n] = stop
+                if stop == stops[0]:
+                    ahead[n] = stops[1:]
+                if not ahead[n]:
+                    del ahead[n]
     return _on_device(in_storage, pieces, groups, length, device)
 
 
