@@ -13,14 +13,14 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 # never the user's own folder, in processes that tests start neither
 os.environ["FLEXREASON_CACHE"] = tempfile.mkdtemp(prefix="flexreason-tests-")
 
+import pytest
+import torch
+from hypothesis import settings
+
 # what is printed goes by neither the terminal that tests run in nor its owner's taste
 os.environ["COLUMNS"] = "100"
 for taste in ("NO_COLOR", "FORCE_COLOR"):
     os.environ.pop(taste, None)
-
-import pytest
-import torch
-from hypothesis import settings
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # the workers share the cores
     torch.set_num_threads(1)

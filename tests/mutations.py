@@ -821,6 +821,72 @@ def options_that_are_only_alike_are_misspelt(original, name, known):
     return original(name, known) or next((one for one in known if name not in known and name in one), None)
 
 
+# --- recurrent layers
+
+FORKED = "a recurrent layer goes on from the state that a chain's parent left, in its own document"
+
+ANY_TREE = "test_recurrent.py::test_hybrids_are_exact_on_any_tree"
+
+
+@mutation(FORKED, "flexreason.recurrent.make_plan", ANY_TREE)
+def branches_go_on_from_one_anothers_states(original, *args):
+    made = original(*args)
+    made.calls = [replace(call, before=call.before[1:] + call.before[:1]) for call in made.calls]
+    return made
+
+
+@mutation(FORKED, "flexreason.recurrent.make_plan", ANY_TREE)
+def branches_go_on_from_the_end_of_their_parent(original, in_storage, *args):
+    ends = [in_storage[chain.parent].stop if chain.parent >= 0 else chain.fork for chain in in_storage]
+    return original([replace(chain, fork=end) for chain, end in zip(in_storage, ends, strict=True)], *args)
+
+
+@mutation(FORKED, "flexreason.recurrent.make_plan", ANY_TREE)
+def documents_go_on_from_the_one_before(original, in_storage, *args):
+    changed, last = [], None
+    for number, chain in enumerate(in_storage):
+        if chain.parent < 0:
+            chain = chain if last is None else replace(chain, parent=last, fork=in_storage[last].stop)
+            last = number
+        changed.append(chain)
+    return original(changed, *args)
+
+
+@mutation(FORKED, "flexreason.recurrent.Call.neutral", ANY_TREE)
+def padding_enters_states(original, call, x):
+    return x
+
+
+@mutation(FORKED, "flexreason.recurrent.Call.neutral", ANY_TREE)
+def padding_is_limited_from_below_and_not_neutral(original, call, x):
+    return original(call, x).clamp(min=1e-3)
+
+
+@mutation("a convolution sees ancestors", "flexreason.recurrent.near_ancestors", ANY_TREE)
+def convolutions_see_neighbours_in_storage(original, stock, tree, x, reach, dim):
+    return list(stock(x))
+
+
+@mutation(
+    "every function by which a recurrent layer could compute finds the tree",
+    "flexreason.recurrent._over",
+    "test_recurrent.py::test_the_fused_kernel_is_left_out_for_rows_alone",
+)
+def the_fused_kernel_is_left_alone(original, tree, name, entry, stock, *args, **kwargs):
+    if name == "mamba2_split_conv1d_scan_combined":
+        return stock(*args, **kwargs)
+    return original(tree, name, entry, stock, *args, **kwargs)
+
+
+@mutation(
+    "what was put in the place of a recurrent layer is noticed at the first row",
+    "flexreason.model.Patch.refuse_passed_by",
+    "test_recurrent.py::test_a_layer_that_somebody_replaced_is_refused_at_the_first_row",
+)
+def nobody_counts_recurrent_layers(original, patch, decoder, tree):
+    return None
+
+
 def main(words: list[str]) -> int:
     """Try the mutations that hold all words; 0 where tests noticed every one."""
     mutations = breaking.mutations_of(sys.modules[__name__])

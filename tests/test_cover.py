@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 
 import flexreason as fr
 from flexreason.attention import cover as cover_module
-from flexreason.attention.cover import chains, cover
+from flexreason.attention.cover import cover
+from flexreason.tree.chains import chains
 from strategies import random_tree, random_turns, samples, turns
 
 

@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 import flexreason as fr
 from attention import inputs, rows, written_out
 from flexreason.attention import flash, segments
-from flexreason.attention.cover import chains, prefixes
+from flexreason.attention.cover import prefixes
 from flexreason.proof.float64 import relative_l2
+from flexreason.tree.chains import chains
 from strategies import random_tree, random_turns, samples
 
 

@@ -512,17 +512,7 @@ OWN_ATTENTION = {
     "Falcon": {"num_hidden_layers": 1, "num_attention_heads": 2, "hidden_size": 16},
     "GPTJ": {"n_layer": 1, "n_head": 2, "n_embd": 16, "rotary_dim": 4},
 }
-RECURRENT = {
-    "Mamba": {"hidden_size": 16, "num_hidden_layers": 1, "state_size": 4},
-    "Mamba2": {
-        "hidden_size": 16,
-        "num_hidden_layers": 1,
-        "state_size": 4,
-        "num_heads": 4,
-        "head_dim": 8,
-        "n_groups": 1,
-    },
-}
+RECURRENT = {"Mamba": {"hidden_size": 16, "num_hidden_layers": 1, "state_size": 4}}
 
 
 @pytest.mark.parametrize("family", [*OWN_ATTENTION, *RECURRENT])

@@ -20,7 +20,7 @@ import flexreason
 
 PACKAGE = Path(flexreason.__file__).parent
 
-TREE = ["sample", "layout", "merge", "mask", "blocks", "row"]  # reading order is import order
+TREE = ["sample", "layout", "chains", "merge", "mask", "blocks", "row"]  # reading order is import order
 PROOF = ["float64", "oracle", "tiny", "compare", "selftest", "source", "kept", "evidence", "conversations", "diagnose"]
 TOOLS = ["memory", "nearest", "telling", "interrupt", "versions", "sources", "load"]  # these know nothing of the rest
 
@@ -28,8 +28,9 @@ LAYERS = {  # what a folder may import, beside itself
     "tree": set(),
     "tools": set(),
     "attention": {"tree"},
-    "model": {"tree", "attention"},
-    "proof": {"tree", "tools", "attention", "model"},
+    "recurrent": {"tree", "attention"},
+    "model": {"tree", "attention", "recurrent"},
+    "proof": {"tree", "tools", "attention", "recurrent", "model"},
     "patching": {"model", "proof"},
     "chat": {"tree", "tools"},
     "data": {"tree", "tools", "chat"},

@@ -19,14 +19,11 @@ Shapes: S tokens. All of this is plain integers, made once a row and used by eve
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
 from typing import NamedTuple
 
-import torch
-
-from flexreason.tree.layout import begins_stretch
+from flexreason.tree.chains import Chain, chains
 
 TILE = 128
 
@@ -66,35 +63,6 @@ class Rectangle(NamedTuple):
     @property
     def k(self) -> slice:
         return slice(self.k_start, self.k_stop)
-
-
-@dataclass(frozen=True, slots=True)
-class Chain:
-    """Storage [start, stop), each token the child of the one before."""
-
-    start: int
-    stop: int
-    position: int  # of its first token
-    end: int  # where the subtree of its first token ends
-    parent: int  # number of the chain it hangs off, or -1
-    fork: int  # behind the index of its first token's parent
-
-
-def chains(until: Sequence[int], position: Sequence[int]) -> list[Chain]:
-    """All chains in storage order."""
-    starts = begins_stretch(torch.tensor(position)).nonzero()[:, 0].tolist()
-    in_storage: list[Chain] = []
-    path: list[int] = []  # chains from the root to here
-    for start, stop in pairwise([*starts, len(until)]):
-        while path and in_storage[path[-1]].position >= position[start]:
-            path.pop()
-        if position[start] == 0:
-            path.clear()
-        parent = path[-1] if path else -1
-        fork = in_storage[parent].start + position[start] - in_storage[parent].position if path else start
-        path.append(len(in_storage))
-        in_storage.append(Chain(start, stop, position[start], until[start], parent, fork))
-    return in_storage
 
 
 def cover(

@@ -24,7 +24,8 @@ import torch
 from torch import Tensor
 
 from flexreason.attention import dense, pieces
-from flexreason.attention.cover import TILE, Cost, Rectangle, Span, chains, paths, prefixes
+from flexreason.attention.cover import TILE, Cost, Rectangle, Span, paths, prefixes
+from flexreason.tree.chains import chains
 from flexreason.tree.layout import lay_out_turns
 from flexreason.tree.mask import dense_mask
 

@@ -14,6 +14,7 @@ Shapes: S tokens, T targets, H query heads, G key heads, D head size.
 import contextlib
 import inspect
 import sys
+from collections import Counter
 from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -70,6 +71,8 @@ class TreeRow:
     backend: str
     mask: str
     tables: dict[tuple[int | None, int | None], Any] = field(default_factory=dict)
+    plan: Any = None  # in which pieces recurrent layers compute it
+    came: Counter[str] = field(default_factory=Counter)  # how often recurrent layers brought it to each function
 
     @property
     def length(self) -> int:

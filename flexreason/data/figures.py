@@ -6,8 +6,9 @@ as work is concerned. Counted are the matrix products of a training step, forwar
     6 x weights of the layers x tokens + 6 x vocabulary x width x targets + attention x visible pairs
 
 Attention is counted as flash kernels compute it: two products forward and five backward for every pair, head and layer.
-Of experts those count that a token goes through. Padding is not counted, nor is what gradient checkpointing computes
-again.
+Of experts those count that a token goes through. Recurrent layers cost as much for a token whatever stands before it:
+their state is read, written and corrected, and the tokens of a chunk meet one another, as in torch's scans. Padding is
+not counted, nor is what gradient checkpointing computes again.
 
 >>> shape = dense("toy", width=8, inner=16, layers=2, heads=2, groups=1, size=4, vocabulary=10)
 >>> shape.weights, shape.head, shape.pair
@@ -231,9 +232,10 @@ def shape_of(source: str) -> Shape:
 
 def _shape(name: str, model: Any, config: Any) -> Shape:
     head = model.get_output_embeddings()
-    weights = sum(_products(model.base_model, config, head))
+    weights = sum(_products(model.base_model, config, head)) + sum(map(_scan, model.base_model.modules()))
     heads, layers = config.num_attention_heads, config.num_hidden_layers
     plain = getattr(config, "head_dim", None) or config.hidden_size // heads
+    layers = _attention_layers(model, layers)
     compressed = all(hasattr(config, f"{part}_head_dim") for part in ("qk_nope", "qk_rope", "v"))  # MLA
     key = config.qk_nope_head_dim + config.qk_rope_head_dim if compressed else plain
     pair = _pair(key, config.v_head_dim if compressed else plain)
@@ -252,11 +254,61 @@ def _products(decoder: nn.Module, config: Any, head: nn.Module | None) -> list[i
             continue
         n_experts = next((n for prefix, n in experts.items() if name.startswith(prefix + ".")), 0)
         for weight in module.parameters(recurse=False):
-            if weight.dim() == 3:  # experts in one tensor
+            if isinstance(module, nn.modules.conv._ConvNd):
+                products.append(weight.numel() if weight.dim() > 1 else 0)
+            elif weight.dim() == 3:  # experts in one tensor
                 products.append(weight.numel() * _top_k(config) // weight.shape[0])
             elif weight.dim() == 2:
                 products.append(weight.numel() * _top_k(config) // n_experts if n_experts else weight.numel())
     return products
+
+
+def _attention_layers(model: nn.Module, layers: int) -> int:
+    """How many of a model's layers attend: all, unless there are recurrent ones among them."""
+    if not any(map(_is_recurrent, model.modules())):
+        return layers
+    return sum(type(m).__name__.endswith("Attention") and not _is_recurrent(m) for m in model.modules())
+
+
+def _is_recurrent(module: nn.Module) -> bool:
+    return _state(module) is not None or (
+        hasattr(module, "conv_kernel_size") and any(isinstance(child, nn.Conv1d) for child in module.children())
+    )
+
+
+STATES = {  # what transformers' layers call their heads and the two sizes of a head's state, by what else they have
+    "head_v_dim": ("num_v_heads", "head_k_dim", "head_v_dim"),
+    "ssm_state_size": ("num_heads", "ssm_state_size", "head_dim"),
+    "conv1d": ("num_heads", "head_dim", "head_dim"),
+    "slope_rate": ("num_attention_heads", "head_dim", "head_dim"),
+}
+
+CHUNK = 64
+"""Tokens of a chunk, as torch's delta rules have them."""
+
+
+def _state(module: nn.Module) -> tuple[int, int, int] | None:
+    """Heads and sizes of a recurrent layer's state; None for any other module."""
+    names = next((names for mark, names in STATES.items() if hasattr(module, mark)), ())
+    sizes = [getattr(module, name, None) for name in names]
+    heads, key, value = [*sizes, None, None, None][:3]
+    if isinstance(heads, int) and isinstance(key, int) and isinstance(value, int):
+        return heads, key, value
+    return None
+
+
+def _scan(module: nn.Module) -> int:
+    """What a recurrent layer multiplies for a token beside its weights, as so many more weights.
+
+    The state is read and written, and the tokens of a chunk meet in two products. A delta rule also reads what the
+    state has for its key, and solves a triangle of the chunk for keys and values.
+    """
+    if (state := _state(module)) is None:
+        return 0
+    heads, key, value = state
+    linear = 2 * key * value + CHUNK * (key + value)
+    is_delta = not hasattr(module, "ssm_state_size") and not hasattr(module, "slope_rate")
+    return heads * (linear + is_delta * (key * value + CHUNK * key + CHUNK * (key + value) // 2))
 
 
 def _is_list(module: nn.Module) -> bool:

@@ -20,8 +20,10 @@ in the process: torch tells of it, so that rows need not look for them.
 
 import inspect
 import warnings
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -60,14 +62,19 @@ from flexreason.model.refuse_rows import (
     refuse_call,
     refuse_other_layouts,
     refuse_row,
+    refuse_states,
     refuse_weights,
     replaced_by,
     warn_of_dropout,
 )
+from flexreason.recurrent import entries
 from flexreason.tree.mask import MASK_KEYS, MASKS
 from flexreason.tree.row import NOBODY, ROW_KEYS
 
 Model = TypeVar("Model", bound=nn.Module)
+
+_handed: ContextVar[dict[str, Any] | None] = ContextVar("flexreason_row", default=None)
+"""What the root was called with as a row, for decoders whose head hands them no keywords (Mamba-2)."""
 
 
 def refuse_settings(backend: str, mask: str, loss: str) -> None:
@@ -136,6 +143,7 @@ class Patch:
     makers: list[tuple[nn.Module, str, Any, Any]] = field(default_factory=list)
     configs: list[Any] = field(default_factory=list)  # each once
     hooks: list[Any] = field(default_factory=list)
+    expected: Counter[str] = field(default_factory=Counter)  # how often recurrent layers come to us in a row
     warned: bool = False
     looked: int = -1  # how many modules had been put somewhere at the last look
     row_loss: TreeLoss = field(init=False)
@@ -173,6 +181,7 @@ class Patch:
                     vars(module)[name] = renamed(config)
         configs = [held[2] for held in (*self.makers, *self.views)]
         self.configs = list({id(config): config for config in configs}.values())
+        self.expected = entries.expected(self.root)
         self.looked = _listened.count
 
     def held_by(self, holder: nn.Module) -> None:
@@ -217,9 +226,12 @@ class Patch:
         if "target_source" not in kwargs:
             return None
         refuse_call(kwargs)
+        if self.expected:
+            refuse_states(kwargs)
         if against := reason_against_adapter(module):
             raise refusal(self.root, against)
         kwargs = {REQUEST: Request(), **kwargs}
+        _handed.set(kwargs)
         if not torch.compiler.is_compiling() and "target_document" in kwargs and replaced_by(self.root):
             document = kwargs["target_document"]  # what replaced the forward may keep the labels to itself
             kwargs["target_document"] = document.where(real_targets(kwargs), NOBODY)
@@ -233,6 +245,8 @@ class Patch:
         marked = isinstance(mask, Tensor) and mask.dim() == 4 and not mask.numel()
         if not marked and not ROW_KEYS & given.keys():
             return None
+        if not ROW_KEYS & given.keys() and (handed := _handed.get()):
+            given, kwargs = {**handed, **given}, {**kwargs, REQUEST: handed[REQUEST]}
         refuse_row(decoder, given, ROW_KEYS | {"position_ids"})
         self.as_it_is_now(decoder)
         refuse_weights(self.root, given, self.runs_head(given))
@@ -280,11 +294,8 @@ class Patch:
         """Keep the hidden states of the tokens that predict a target, [1, T, D]."""
         if TREE not in kwargs:
             return None
-        if not kwargs[TREE].tables and not torch.compiler.is_compiling():
-            raise ValueError(
-                f"row: none of the attention in {type(decoder).__name__} came to flexreason: parts of this model were "
-                f"replaced by others that compute attention themselves; it cannot take rows{INSTEAD}"
-            )
+        if not torch.compiler.is_compiling():
+            self.refuse_passed_by(decoder, kwargs[TREE])
         source = kwargs[TREE].target_source[0]
         output = with_states(output, output[0][:, source])
         if self.runs_head(kwargs):
@@ -297,10 +308,25 @@ class Patch:
             return with_states(output, output[0][:, :0])  # so that the model's own forward makes no logits
         return output
 
+    def refuse_passed_by(self, decoder: nn.Module, tree: TreeRow) -> None:
+        """Raise if layers computed something else than the tree that they were handed."""
+        if not tree.tables and not self.expected:
+            raise ValueError(
+                f"row: none of the attention in {type(decoder).__name__} came to flexreason: parts of this model were "
+                f"replaced by others that compute attention themselves; it cannot take rows{INSTEAD}"
+            )
+        if missed := self.expected - tree.came:
+            raise ValueError(
+                f"row: of the recurrent layers in {type(decoder).__name__}, {max(missed.values())} did not come to "
+                f"flexreason ({', '.join(missed)}): they were replaced by kernels or layers that take no tree; load "
+                "the model without them (use_kernels=False), or train on the N samples"
+            )
+
     @torch.compiler.disable
     def done(self, *forward: Any) -> None:
         """Behind the decoder, also when it raised."""
         current_tree.set(None)
+        _handed.set(None)
         for module, name, config, _ in self.makers:
             vars(module)[name] = config
 

@@ -7,6 +7,7 @@ Shapes: S tokens, T targets.
 
 import contextlib
 import inspect
+import sys
 from collections.abc import Mapping
 from functools import cache
 from typing import Any
@@ -16,6 +17,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from flexreason.attention.registry import IMPLEMENTATIONS, attention_of
+from flexreason.recurrent.entries import INLINE, SCANS, names_of
+from flexreason.recurrent.kernels import reason_against_kernels
 
 ATTENTION_DROPOUTS = ("attention_dropout", "attn_pdrop", "attn_dropout", "attention_probs_dropout_prob")
 
@@ -32,6 +35,26 @@ Reason = tuple[str, str]
 SAMPLES = "train on the N samples"
 
 RECURRENT = "it has recurrent layers, which carry state from token to token past any mask"
+
+NO_STATE = f"{RECURRENT}, in a scan that begins from no state: it would take one that begins from a state it is given"
+
+UNSUPPORTED = {  # families whose layers go past masks in ways that no tree goes through yet, and what it would take
+    "falcon_mamba": NO_STATE,
+    "jamba": NO_STATE,
+    "mamba": NO_STATE,
+    "zamba": NO_STATE,
+    "recurrent_gemma": f"{RECURRENT}, in a scan of its own (RG-LRU) and a convolution of its own: it would take both "
+    "from the state of a token's parent",
+    "rwkv": f"{RECURRENT}, in kernels of its own that give no gradient to a state: it would take others",
+    "xlstm": f"{RECURRENT}, in kernels of its own (mLSTM): it would take them from the state of a token's parent",
+    "qwen4_exp": "it hashes a token with its neighbours in storage, and has dilated convolutions and a token indexer: "
+    "it would take ancestors in the places of neighbours in all three",
+    "glm5_next": "it has a token indexer, which picks keys by scores of its own, past the tree's mask: it would take "
+    "one that picks ancestors",
+    "inkling": "it adds a position bias to its scores: it would take attention with a bias by distance on the path",
+    "inkling2": "it adds a position bias to its scores, and has convolutions with weights of each token's own: it "
+    "would take attention with a bias by distance on the path, and ancestors in the places of neighbours",
+}
 
 
 def refuse_model(root: PreTrainedModel, model: nn.Module | None = None) -> None:
@@ -99,6 +122,9 @@ def reason_against(root: PreTrainedModel) -> Reason | None:
     """What speaks against a model as it stands, whatever its class."""
     if against := reason_against_config(type(root), root.config):
         return against
+    called = {name for module in root.modules() for name in names_of(module)}
+    if called and (against := reason_against_kernels(called, bool(getattr(root, "use_kernels", False)))):
+        return against
     for module in root.modules():
         config = getattr(module, "config", None)
         used = attention_of(config)
@@ -119,8 +145,8 @@ def reason_against(root: PreTrainedModel) -> Reason | None:
 def reason_against_config(cls: type, config: Any) -> Reason | None:
     """What speaks against a class and its config."""
     text = config.get_text_config()
-    if is_recurrent(cls, text):
-        return RECURRENT, SAMPLES
+    if against := reason_against_layers(cls, text):
+        return against, SAMPLES
     if config.is_encoder_decoder or not getattr(text, "is_causal", True):
         return "it is no causal language model", "use a decoder-only one"
     for key in ATTENTION_DROPOUTS:
@@ -137,6 +163,17 @@ def is_recurrent(cls: type, config: Any) -> bool:
     kinds = getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None) or ["unknown"]
     attention_only = all(kind.endswith("attention") and "linear" not in kind for kind in kinds)
     return getattr(cls, "_is_stateful", False) and not attention_only
+
+
+def reason_against_layers(cls: type, config: Any) -> str:
+    """Why a class carries something from token to token in ways that go through no tree, or nothing."""
+    bases = [base for base in cls.__mro__ if issubclass(base, PreTrainedModel) and base.__module__ in sys.modules]
+    families = [base.__module__.split(".")[-2] for base in bases if base.__module__.startswith("transformers.models.")]
+    against = next((UNSUPPORTED[family] for family in families if family in UNSUPPORTED), "")
+    if not getattr(cls, "_is_stateful", False):
+        return against
+    takes_trees = any((SCANS.keys() | INLINE.keys()) & vars(sys.modules[base.__module__]).keys() for base in bases)
+    return (against or ("" if takes_trees else RECURRENT)) if is_recurrent(cls, config) else ""
 
 
 def rope_settings(config: Any) -> list[dict[str, Any]]:

@@ -34,6 +34,20 @@ def refuse_call(given: Mapping[str, Any]) -> None:
         )
 
 
+STATES = ("past_key_values", "cache_params", "state", "cu_seq_lens_q", "cu_seq_lens_k", "seq_idx")
+"""What tells recurrent layers of tokens before, or of sequences side by side."""
+
+
+def refuse_states(given: Mapping[str, Any]) -> None:
+    """Raise if a row came with what recurrent layers would go on from, or be reset by."""
+    for key in STATES:
+        if given.get(key) is not None:
+            raise ValueError(
+                f"row: it came with {key}; recurrent layers go on from the states of a row's own tokens, and where its "
+                f"documents begin is in the row: leave {key} out"
+            )
+
+
 def trainers_count(n_items: Any) -> bool:
     """Whether what is to divide a loss is a number of targets that transformers' Trainer counted.
 

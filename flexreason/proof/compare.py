@@ -21,7 +21,7 @@ from flexreason.attention.registry import computes
 from flexreason.model.hooks import find_patch, find_root
 from flexreason.model.logprobs import token_logprobs
 from flexreason.proof import oracle
-from flexreason.proof.float64 import each_gradient, relative_l2
+from flexreason.proof.float64 import each_gradient, in_float64, relative_l2
 from flexreason.tree.row import IGNORED
 
 EXACT = 1e-9
@@ -263,4 +263,4 @@ def copy_in(model: nn.Module, dtype: torch.dtype, notes: list[str]) -> nn.Module
     set_checkpointing(twin, False)  # what runs again in backward would not be float64 throughout
     if getattr(root.config.get_text_config(), "_experts_implementation", None) not in (None, "eager"):
         root.set_experts_implementation("eager")  # the others have no float64
-    return twin.to(dtype)
+    return in_float64(twin) if dtype == torch.float64 else twin.to(dtype)

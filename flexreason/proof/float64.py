@@ -32,6 +32,18 @@ class true_float64(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
+def in_float64(model: nn.Module) -> nn.Module:
+    """A model in fp64; what it computed beforehand in float32 is computed anew.
+
+    MiniMax keeps the powers of a decay as numbers of their own: rounded, they are powers of nothing, and what comes out
+    depends on where blocks begin.
+    """
+    for module in model.double().modules():
+        if factors := getattr(module, "decay_factors", None):
+            module.query_decay, module.key_decay, module.diagonal_decay = factors(module.slope_rate)
+    return model
+
+
 @contextmanager
 def each_gradient(model: nn.Module, handle: Callable[[str, Tensor], Any]) -> Iterator[None]:
     """Every backward in here hands its gradients over, parameter by parameter as they come, and keeps none.

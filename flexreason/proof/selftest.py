@@ -23,17 +23,16 @@ from flexreason.attention.registry import INSTEAD, TreeRow, find_decoder
 from flexreason.model import head
 from flexreason.model.hooks import apply_patch, unpatch
 from flexreason.model.refuse import (
-    RECURRENT,
     ROPE_BY_LONGEST,
     SOFTCAP,
-    is_recurrent,
     reason_against,
+    reason_against_layers,
     rope_settings,
     rope_types,
 )
 from flexreason.proof import oracle
 from flexreason.proof.compare import EXACT, Errors, compare, logprobs_pass, one_pass
-from flexreason.proof.float64 import true_float64
+from flexreason.proof.float64 import in_float64, true_float64
 from flexreason.proof.tiny import ORIGINAL, SPECIAL, VOCABULARY, build, class_of, default_config, shrink
 from flexreason.telling import each
 from flexreason.tree.layout import Layout, lay_out_turns, unmerge
@@ -104,12 +103,13 @@ def check(what: Any, cls: type[PreTrainedModel] | None = None, backends: Sequenc
             what, cls = default_config(what), what
         cls = cls or class_of(what)
         name = cls.__name__
-        if is_recurrent(cls, what.get_text_config()):
-            return Result(name, "refused", RECURRENT)
+        if layers := reason_against_layers(cls, what.get_text_config()):
+            return Result(name, "refused", layers)
         small = shrink(what)
         if getattr(small, SOFTCAP, None):
             small._attn_implementation = "eager"  # by default it is sdpa below transformers 5.21, which has no softcap
-        model = build(small, cls).double()
+        model = build(small, cls)
+        in_float64(model)
     except Exception as error:  # whatever a config or class raises: it cannot be tested, and that is the answer
         return Result(name, UNTESTED, said(error))
     notes = _Notes(describe(model))

@@ -138,6 +138,8 @@ def replaced_in_memory(cls: type[PreTrainedModel], structure: str) -> str:
 
 def _homes(value: Any, module: str) -> Iterator[str]:
     """The modules that a value's code is from: of a function by its globals, since wrappers take on names."""
+    while isinstance(value, FunctionType) and getattr(value, "finds_trees", False):
+        value = vars(value)["__wrapped__"]  # what ours calls for all but rows
     if isinstance(value, FunctionType):
         yield value.__globals__.get("__name__") or "?"
     elif isinstance(value, type):
@@ -146,4 +148,4 @@ def _homes(value: Any, module: str) -> Iterator[str]:
             for own in vars(value).values():
                 inner = getattr(own, "fget", None) or getattr(own, "__func__", own)
                 if isinstance(inner, FunctionType):
-                    yield inner.__globals__.get("__name__") or "?"
+                    yield from _homes(inner, module)

@@ -220,6 +220,16 @@ def _kv_heads(value: int, fields: Fields) -> int:
     return 1 if value == 1 else HEADS if value >= heads else HEADS // 2
 
 
+def _shared(value: int, others: Any) -> int:
+    """Heads that are as many as others, or that some of these share."""
+    return HEADS // 2 if isinstance(others, int) and value < others else HEADS
+
+
+def _expanded(fields: Fields) -> int:
+    """The width of state space models, which is all of their heads together."""
+    return int(HIDDEN * (fields.get("mamba_expand") or fields.get("expand") or 2))
+
+
 def _rope_head(value: int, fields: Fields) -> int:
     """In MLA, of the same share as before, since a factor may say it too."""
     return HEAD if value >= (fields.get("qk_nope_head_dim") or 2 * value) else ROPE_HEAD
@@ -232,6 +242,10 @@ def _head_dim(value: int, fields: Fields) -> int:
     if rope and value == rope:
         return _rope_head(rope, fields)
     base = fields.get("head_dim")
+    if "attention_hidden_size" in fields:  # twice as wide as the rest
+        return 2 * HIDDEN // HEADS
+    if "expand" in fields and "num_attention_heads" not in fields:  # Mamba-2
+        return _expanded(fields) // HEADS
     return 2 * HEAD if isinstance(base, int) and base < value and not rope else HEAD
 
 
@@ -241,7 +255,8 @@ def _value_head(value: int, fields: Fields) -> int:
 
 
 def _experts(value: int, fields: Fields) -> int:
-    return min(value, 8 if (fields.get("n_group") or 1) > 1 else 4)
+    groups = fields.get("n_group") or fields.get("num_expert_group") or 1
+    return min(value, 8 if groups > 1 else 4)
 
 
 def _rope_types(fields: Fields) -> set[str]:
@@ -279,11 +294,16 @@ RULES: list[tuple[str, int | Callable[[Any, Fields], Any]]] = [  # the first tha
     (r"type_vocab_size$", 4),
     (r"vocab_size|hash_byte_group_vocab", _set(VOCABULARY)),
     (r"^(hidden_size|n_embd|d_model)$", _set(HIDDEN)),
+    (r"^attention_hidden_size$", 2 * HIDDEN),
     (r"^(intermediate_size|moe_intermediate_size|n_inner|ffn_dim)$", _set(FFN)),
     (r"(num_key_value_heads|kv_heads|kv_n_heads)$", _kv_heads),
     (r"^(index_n_heads|indexer_n_heads|indexer_kv_heads|mamba_n_heads|n_mamba_heads|mamba_num_heads)$", HEADS),
-    (r"^mamba_(d_head|head_dim)$", lambda value, fields: HIDDEN * fields.get("mamba_expand", 2) // HEADS),
-    (r"^linear_num_(key_|value_)?heads$", HEADS),
+    (r"^mamba_(d_head|head_dim|headdim)$", lambda value, fields: _expanded(fields) // HEADS),
+    (r"^mamba_d_ssm$", lambda value, fields: _expanded(fields)),
+    (r"^(mamba_)?n_?groups$", HEADS // 2),
+    (r"(d_state|state_size)$", RANK),
+    (r"^linear_num_key_heads$", lambda value, fields: _shared(value, fields.get("linear_num_value_heads"))),
+    (r"^linear_num_(value_)?heads$", HEADS),
     (r"(num_heads|n_heads?|attention_heads|attention_heads_per_layer)$", _heads),
     (r"^qk_rope_head_dim$", _rope_head),
     (r"^rotary_dim$", ROPE_HEAD),
@@ -292,7 +312,7 @@ RULES: list[tuple[str, int | Callable[[Any, Fields], Any]]] = [  # the first tha
     (r"_rank$|lowrank$", RANK),
     (r"(experts_per_tok(en)?|moe_top_?k|moe_k|top_k_experts)$", 2),
     (r"^topk_group$", 1),
-    (r"^n_group$", 2),
+    (r"^(n_group|num_expert_group)$", 2),
     (r"shared_experts$", 2),
     (r"(num_experts|n_routed_experts|num_local_experts|expert_num)$", _experts),
     (PICKED, 8),
@@ -338,6 +358,7 @@ def _rope(fields: dict[str, Any], config: Fields) -> dict[str, Any]:
 
 
 UNSET: dict[str, dict[str, Any]] = {  # what a class's default config leaves open though its models need it
+    "BambaConfig": {"attn_layer_indices": [9, 18, 27]},  # as published
     "CohereCompassTextConfig": {  # RoPE by kinds of layer, of which it has none by default
         "layer_types": ["sliding_attention", "sliding_attention", "sliding_attention", "full_attention"] * 10,
         "rope_parameters": {
@@ -347,6 +368,10 @@ UNSET: dict[str, dict[str, Any]] = {  # what a class's default config leaves ope
     "DbrxConfig": {"attn_config": {"rope_theta": 1e4, "kv_n_heads": 8, "clip_qkv": 8}},
     "DeepseekV2Config": {"num_experts_per_tok": 6, "n_group": 8, "topk_group": 3, "first_k_dense_replace": 1},
     "Dots1Config": {"n_routed_experts": 128, "n_shared_experts": 2, "num_experts_per_tok": 6},
+    "GraniteMoeHybridConfig": {  # as published
+        "num_hidden_layers": 40,
+        "layer_types": (["linear_attention"] * 5 + ["full_attention"] + ["linear_attention"] * 4) * 4,
+    },
     "HunYuanDenseV1Config": {"head_dim": 128},
     "HunYuanMoEV1Config": {"head_dim": 128},
     "Lfm2Config": {"full_attn_idxs": [2, 5, 8, 10, 12, 14]},  # all its checkpoints are hybrids

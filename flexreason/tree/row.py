@@ -13,6 +13,7 @@ itself and is seen by nobody else.
 Shapes: S tokens, T targets.
 """
 
+import sys
 from collections.abc import Sequence
 from itertools import accumulate
 from multiprocessing.reduction import ForkingPickler
@@ -88,6 +89,10 @@ def collate(layouts: Sequence[Layout], length: int | None = None, *, block_size:
     return row
 
 
+NDIM = vars(torch._C.TensorBase)["ndim"].__get__
+"""What torch says is called where somebody asks for `tensor.ndim`."""
+
+
 class NoMask(Tensor):
     """A row's attention_mask. All is done with it as with any empty tensor; where that raises, it is told why.
 
@@ -101,6 +106,8 @@ class NoMask(Tensor):
         try:
             if func is Tensor.__getitem__ and isinstance(args[1], tuple) and len(args[1]) == 4:
                 raise IndexError("a mask of no tokens is cut to the keys")  # who does so is about to use it
+            if func == NDIM and _is_asked_by("create_recurrent_attention_mask"):
+                raise ValueError("recurrent layers would take it for a mask of no padding")
             made = super().__torch_function__(func, types, args, kwargs or {})
         except (RuntimeError, ValueError, IndexError) as error:
             raise RuntimeError(
@@ -124,6 +131,14 @@ class NoMask(Tensor):
 
     def to_other_process(self) -> Any:
         return _from_other_process, (self.plain(),)
+
+
+def _is_asked_by(function: str) -> bool:
+    """Whether a function of this name asked; modes of torch (`with torch.device(...)`) stand in between."""
+    frame = sys._getframe(2)
+    while frame.f_back is not None and frame.f_globals["__name__"].startswith("torch."):
+        frame = frame.f_back
+    return frame.f_code.co_name == function
 
 
 def _from_other_process(plain: Tensor) -> Tensor:

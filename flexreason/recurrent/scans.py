@@ -1,0 +1,97 @@
+"""Scans through a tree, by the model's own functions: the delta rules (GDN, KDA) and Mamba-2.
+
+Each takes what the function of that name takes, and hands it a call's pieces at a time, with the states that they go
+on from. The function is the model's own, whatever it is by now: transformers' torch code, or the kernel that
+transformers found installed. Places that hold no token must leave a state as it is:
+
+- a delta rule multiplies the state by exp(g) and writes beta times a difference: both are 0 there;
+- Mamba-2 multiplies it by exp(dt A) and adds dt times something: dt is 0 there. That holds of dt as it is used, so the
+  bias, softplus and limits are applied here: a limit from below would make a step of every place.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from flexreason.attention.registry import TreeRow
+from flexreason.recurrent.plan import Call, scan
+
+DELTA_CHUNK = 64
+"""What transformers takes where nothing is said."""
+
+
+def delta_rule(
+    stock: Callable,
+    tree: TreeRow,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    chunk_size: int = DELTA_CHUNK,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """The gated delta rule, with a gate a head (GDN) or a gate a channel (KDA)."""
+    _refuse_states(initial_state, output_final_state)
+
+    def step(call: Call, state: Tensor | None, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor) -> Any:
+        return stock(
+            q,
+            k,
+            v,
+            g=call.neutral(g),
+            beta=call.neutral(beta),
+            chunk_size=call.chunk(chunk_size),
+            initial_state=state,
+            output_final_state=bool(call.kept),
+            **kwargs,
+        )
+
+    return scan(tree, (query, key, value, g, beta), step), None
+
+
+def mamba2(
+    stock: Callable,
+    tree: TreeRow,
+    hidden_states: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    chunk_size: int,
+    dt_bias: Tensor | None = None,
+    dt_softplus: bool = False,
+    dt_limit: tuple[float, float] = (0.0, float("inf")),
+    initial_states: Tensor | None = None,
+    return_final_states: bool = False,
+    **kwargs: Any,
+) -> Tensor:
+    """Mamba-2's state space model."""
+    _refuse_states(initial_states, return_final_states)
+    dt = dt.float() if dt_bias is None else dt.float() + dt_bias.float()
+    dt = (F.softplus(dt) if dt_softplus else dt).clamp(*dt_limit)
+
+    def step(call: Call, states: Tensor | None, x: Tensor, dt: Tensor, B: Tensor, C: Tensor) -> Any:
+        out = stock(
+            x,
+            call.neutral(dt),
+            A,
+            B,
+            C,
+            chunk_size=call.chunk(chunk_size),
+            initial_states=states,
+            return_final_states=bool(call.kept),
+            **kwargs,
+        )
+        return out if call.kept else (out, None)
+
+    return scan(tree, (hidden_states, dt, B, C), step)
+
+
+def _refuse_states(initial: Tensor | None, final: bool) -> None:
+    if initial is not None or final:
+        raise ValueError("row: it came with states of recurrent layers; a row is whole in itself and takes no cache")

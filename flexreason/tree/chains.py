@@ -1,0 +1,50 @@
+"""The tree as chains: stretches of storage whose every token is the child of the one before (the trunk; a branch).
+
+This is all that a recurrent layer needs of a tree, and the cover of attention's region begins here too: the parent of a
+token is the one stored before it, except for the first token of a chain, whose parent is the one before the chain's
+*fork*, or nobody.
+
+>>> import flexreason as fr
+>>> layout = fr.lay_out_turns([([1, 2], [10, 11], [20]), ([3], [12], [21])])
+>>> for chain in chains(layout.until.tolist(), layout.position_ids.tolist()):
+...     print(chain.start, chain.stop, chain.parent, chain.fork)
+0 6 -1 0
+6 9 0 2
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+
+from flexreason.tree.layout import begins_stretch
+
+
+@dataclass(frozen=True, slots=True)
+class Chain:
+    """Storage [start, stop), each token the child of the one before."""
+
+    start: int
+    stop: int
+    position: int  # of its first token
+    end: int  # where the subtree of its first token ends
+    parent: int  # number of the chain it hangs off, or -1
+    fork: int  # behind the index of its first token's parent
+
+
+def chains(until: Sequence[int], position: Sequence[int]) -> list[Chain]:
+    """All chains in storage order."""
+    starts = begins_stretch(torch.tensor(position)).nonzero()[:, 0].tolist()
+    in_storage: list[Chain] = []
+    path: list[int] = []  # chains from the root to here
+    for start, stop in pairwise([*starts, len(until)]):
+        while path and in_storage[path[-1]].position >= position[start]:
+            path.pop()
+        if position[start] == 0:
+            path.clear()
+        parent = path[-1] if path else -1
+        fork = in_storage[parent].start + position[start] - in_storage[parent].position if path else start
+        path.append(len(in_storage))
+        in_storage.append(Chain(start, stop, position[start], until[start], parent, fork))
+    return in_storage
