@@ -130,8 +130,9 @@ def report(
             by_source.append(Source(name, form, intake.n_read, intake.refusals, summary, passed))
     refusals = Refusals.together(source.refusals for source in by_source)
     data_report = DataReport(all_of_them, by_source, refusals, time.perf_counter() - start)
-    if data_report.broken and not data_report.n_read:
-        raise data_report.broken[0]
+    for error in data_report.broken:
+        if not data_report.n_read:
+            raise error
     if sources and not data_report.n_read:
         raise EmptySource(f"{', '.join(data_report.empty)}: nothing in it; expected at least one conversation")
     return data_report

@@ -88,15 +88,15 @@ def _check(options: argparse.Namespace) -> None:
     if options.data is None:
         for name in OF_DATA:
             if getattr(options, name) not in (None, False):
-                raise ValueError(f"--{name} says how to show --data FILE, which is not given")
+                raise ValueError(f"--{name} says how to show --data FILE; give it too")
     elif options.paper:
-        raise ValueError("--paper draws five turns of its own; show FILE without it, or --paper without FILE")
+        raise ValueError("--paper draws five turns of its own; leave FILE out, or --paper")
     if options.conversation is not None and options.conversation < 0:
         raise ValueError(f"--conversation: expected a number from 0 on, found {options.conversation}")
     for name in ("html", "svg", "png"):
         path = getattr(options, name)
         if path is not None and not path.parent.is_dir():
-            raise ValueError(f"--{name}: there is no folder {path.parent}")
+            raise ValueError(f"--{name}: there is no folder {path.parent}; make it first")
 
 
 # --- conversations of yours
@@ -116,11 +116,15 @@ def _yours(options: argparse.Namespace, width: int) -> int:
         shown = _in_terminal(options, found, width)
     if not shown:
         number = options.conversation or 0
-        raise ValueError(f"{', '.join(options.data)}: there is no conversation {number}; they are counted from 0")
+        raise ValueError(
+            f"{', '.join(options.data)}: there is no conversation {number}; expected a number from 0 on, and below "
+            "theirs"
+        )
     refused = [scene for scene in shown if isinstance(scene, RefusedScene)]
     if len(refused) == len(shown):
         first = refused[0]
-        raise ValueError(f"{first.where}: refused, {first.reason}: {first.words}")
+        words = first.words
+        raise ValueError(f"{first.where}: refused, {first.reason}: {words}")
     return 1 if refused and not options.skip_invalid else 0
 
 
@@ -168,7 +172,7 @@ def _turns(text: str | None, n: int) -> list[int] | None:
         raise ValueError(f"--turn: expected a number or two, such as 3 or 3-5, found {text!r}")
     start, end = int(first), int(last or first)
     if not start <= end < n:
-        raise ValueError(f"--turn {text}: the conversation has {n} turns, counted from 0")
+        raise ValueError(f"--turn {text}: the conversation has {n} turns; expected numbers from 0 to {n - 1}")
     return list(range(start, end + 1))
 
 
@@ -206,8 +210,8 @@ def _as_page(options: argparse.Namespace, found: Iterator[Scene | RefusedScene])
         n_tokens += len(scene.layout) if isinstance(scene, Scene) else 0
         if n_tokens > MOST_PAGE_TOKENS:
             raise ValueError(
-                f"--html: {n_tokens:,} tokens are too many for a page, which holds {MOST_PAGE_TOKENS:,}; lower --limit "
-                "or choose with --conversation"
+                f"--html: {n_tokens:,} tokens are too many for a page, which holds {MOST_PAGE_TOKENS:,}; set a lower "
+                "--limit, or choose one with --conversation"
             )
     if shown:
         page.write(options.html, page.page(shown))

@@ -281,7 +281,7 @@ def _from_folder(path: Path, split: str, on_broken: Callable[[BadInput], None] |
             for n_read, entry in enumerate(_from_file(file), start=1):  # noqa: B007 (told where there is none)
                 yield entry
             if on_broken is not None and not n_read:
-                raise EmptySource(f"{file}: nothing in it")
+                raise EmptySource(f"{file}: nothing in it; expected at least one conversation")
         except BadInput as error:
             if on_broken is None:
                 raise

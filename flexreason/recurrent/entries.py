@@ -32,7 +32,7 @@ def _not_fused(stock: Callable, tree: TreeRow, *args: Any, **kwargs: Any) -> Non
 
 def _one_token(stock: Callable, tree: TreeRow, *args: Any, **kwargs: Any) -> Any:
     raise ValueError(
-        f"row: {getattr(stock, '__name__', 'a kernel')} computes one token behind a cache, and a row takes no cache"
+        f"row: {getattr(stock, '__name__', 'a kernel')} computes one token behind a cache; pass a row without one"
     )
 
 

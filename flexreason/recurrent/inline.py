@@ -76,5 +76,8 @@ def zaya_projection(
     if row is None:
         return stock(layer, hidden_states, cache, conv_mask)
     if layer.q_proj.bias is not None:
-        raise ValueError("row: ZayaCCAProjection has biases, which are no zeros before a document's first token")
+        raise ValueError(
+            "row: ZayaCCAProjection has biases, which are no zeros before a document's first token; train on the N "
+            "samples"
+        )
     return near_ancestors(lambda x: stock(layer, x, None, None), row, hidden_states, layer.conv_kernel_size, dim=1)

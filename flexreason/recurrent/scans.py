@@ -94,4 +94,4 @@ def mamba2(
 
 def _refuse_states(initial: Tensor | None, final: bool) -> None:
     if initial is not None or final:
-        raise ValueError("row: it came with states of recurrent layers; a row is whole in itself and takes no cache")
+        raise ValueError("row: it came with states of recurrent layers; a row is whole in itself; leave them out")

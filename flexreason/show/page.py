@@ -135,5 +135,5 @@ def _refused(scene: RefusedScene) -> dict[str, Any]:
 def write(path: Path, text: str) -> None:
     """Write a page. A folder that is not there is told before."""
     if not path.parent.is_dir():
-        raise ValueError(f"--html: there is no folder {path.parent}")
+        raise ValueError(f"--html: there is no folder {path.parent}; make it first")
     path.write_text(text, encoding="utf-8")

@@ -107,7 +107,7 @@ class NoMask(Tensor):
             if func is Tensor.__getitem__ and isinstance(args[1], tuple) and len(args[1]) == 4:
                 raise IndexError("a mask of no tokens is cut to the keys")  # who does so is about to use it
             if func == NDIM and _is_asked_by("create_recurrent_attention_mask"):
-                raise ValueError("recurrent layers would take it for a mask of no padding")
+                raise ValueError("recurrent layers would take it for no mask; call fr.patch(model) first")
             made = super().__torch_function__(func, types, args, kwargs or {})
         except (RuntimeError, ValueError, IndexError) as error:
             raise RuntimeError(
