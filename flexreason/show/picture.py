@@ -137,8 +137,8 @@ def layout_picture(layout: Layout, texts: Sequence[str]) -> Picture:
     n = len(layout)
     if n > MOST:
         raise ValueError(
-            f"a picture of {n:,} tokens would show no cell: at most {MOST} fit; use --html FILE, which shows masks of any size, "
-            "or --mask, which folds one for a terminal"
+            f"a picture of {n:,} tokens would show no cell: at most {MOST} fit; use --html FILE, which shows masks of "
+            "any size, or --mask, which folds one for a terminal"
         )
     words = [printable(text).replace("\n", "↵") or "·" for text in texts]
     left = 24 + 5.2 * max(width_of(word) for word in words)
