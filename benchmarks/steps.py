@@ -2,6 +2,7 @@
 
     python benchmarks/steps.py                                      # on a CPU: a quarter of an hour
     python benchmarks/steps.py --shapes "8 x 64/256/64" --repeats 3 # one conversation
+    python benchmarks/steps.py --model qwen3_5                      # layers with states; nemotron_h has others
     python benchmarks/steps.py --model 4B --fill 8192               # turns grown alike to a row; on a GPU in bf16
 
 The ways are those of `flexreason bench` (flexreason/bench/steps.py): the N samples one by one, padded, packed; one pass
@@ -21,14 +22,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from transformers import NemotronHForCausalLM, PreTrainedModel, Qwen3_5ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 import flexreason as fr
 from flexreason.bench import steps as ways
 from flexreason.bench.measure import Found, measure, ratio, wrong
 from flexreason.bench.report import amount
 from flexreason.bench.steps import Case, Way
-from flexreason.data.figures import Amount, Shape, dense
+from flexreason.data.figures import Amount, Shape, dense, shape_of_model
 from flexreason.memory import available_bytes
 from flexreason.proof.compare import suspended
 from shared import Run, conversation, shape
@@ -44,6 +45,27 @@ CONFIGS = {
 }
 """Models of Qwen3's kind; the larger ones have its vocabulary."""
 
+HYBRIDS = {
+    "qwen3_5": (
+        Qwen3_5ForCausalLM,
+        {
+            "hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 4, "num_attention_heads": 8,
+            "num_key_value_heads": 4, "head_dim": 64, "linear_num_key_heads": 4, "linear_num_value_heads": 4,
+            "linear_key_head_dim": 64, "linear_value_head_dim": 64, "vocab_size": 2048,
+            "layer_types": ["linear_attention"] * 3 + ["full_attention"],
+        },
+    ),
+    "nemotron_h": (
+        NemotronHForCausalLM,
+        {
+            "hidden_size": 256, "intermediate_size": 768, "hybrid_override_pattern": "M-M-M*M-",
+            "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 32, "mamba_num_heads": 8,
+            "mamba_head_dim": 64, "ssm_state_size": 64, "n_groups": 2, "chunk_size": 128, "vocab_size": 2048,
+        },
+    ),
+}  # fmt: skip
+"""Models whose layers carry states, of the toy's width."""
+
 DENSE = {"one pass, dense", "one pass, interleaved, create_block_mask", "N samples, packed, dense mask"}
 
 MOST = 2**13
@@ -52,8 +74,14 @@ MOST = 2**13
 
 def model(
     name: str, device: torch.device, loss: str = "model", checkpointing: bool | None = None
-) -> tuple[Qwen3ForCausalLM, Shape]:
+) -> tuple[PreTrainedModel, Shape]:
     """Random weights, patched, on a GPU in bf16 and with checkpointing; and what its work is counted from."""
+    if name in HYBRIDS:
+        kind, settings = HYBRIDS[name]
+        torch.manual_seed(0)
+        with device:
+            hybrid = kind(kind.config_class(**settings, max_position_embeddings=2**16)).train()
+        return fr.patch(hybrid, loss=loss), shape_of_model(name, hybrid)
     size = {"vocabulary": 151_936, **CONFIGS[name]}
     config = Qwen3Config(
         vocab_size=size["vocabulary"],
@@ -197,7 +225,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     run = Run(__file__, __doc__)
     run.option("--shapes", nargs="+", default=list(SHAPES), help="conversations, turns x h/t/r")
     run.option("--fill", type=int, metavar="TOKENS", help="of a row, to which the parts of every turn are grown alike")
-    run.option("--model", choices=CONFIGS, default="toy")
+    run.option("--model", choices=[*CONFIGS, *HYBRIDS], default="toy")
     run.option("--loss", choices=["model", "chunked"], default="model")
     run.option("--ways", nargs="+", choices=["loop", *ways.WAYS], help="all but the one of packed that is not for here")
     run.option("--backends", nargs="+", default=["segments", "flex", "dense"])

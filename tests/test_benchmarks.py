@@ -90,6 +90,15 @@ def test_attention_under_another_mask_is_not_timed():
     assert given.error(given.over(dense, True), True) > 0.1
 
 
+@pytest.mark.parametrize("model", ["qwen3_5", "nemotron_h"])
+def test_steps_of_models_whose_layers_carry_states(model, tmp_path):
+    ways = ("--ways", "loop", "one-pass", "--backends", "segments")
+    found = main("steps", tmp_path, "--shapes", "2 x 6/12/6", "--model", model, *ways, "--repeats", "1")
+    rows = found["cells"][0]["ways"]
+    assert [row["samples"] for row in rows] == ["the same"] * 2
+    assert rows[0]["work"] > 1
+
+
 def test_steps(tmp_path):
     found = main(
         "steps", tmp_path, "--shapes", "3 x 16/40/16", "--model", "tiny", "--backends", "segments", "dense", "flex"

@@ -172,9 +172,11 @@ def test_rows_of_a_call_are_cut_where_that_saves_more_than_a_call():
 
 def test_chunks_are_as_short_as_pieces():
     made = plan_of(tree_of([fr.lay_out_turns(random_turns([(10, 5, 10)] * 3 + [(64, 256, 64)]))]))
-    chunks = {call.length: call.chunk(64) for call in made.calls}
+    chunks = {call.length: call.chunk(64, torch.device("cuda")) for call in made.calls}
     assert chunks == {10: 16, 15: 16, 20: 32, 394: 64}
-    assert all(call.chunk(24) in (16, 24) for call in made.calls)
+    chunks = {call.length: call.chunk(64, torch.device("cpu")) for call in made.calls}
+    assert (chunks[10], chunks[15], chunks[20]) == (16, 16, 20)
+    assert all(call.chunk(24, torch.device("cpu")) in (16, 20, 24) for call in made.calls)
 
 
 # ---- convolutions

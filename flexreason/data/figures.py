@@ -223,14 +223,16 @@ def shape_of(source: str) -> Shape:
         config = AutoConfig.from_pretrained(source)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
-        return _shape(source, model, config.get_text_config())
+        return shape_of_model(source, model)
     except Exception as error:  # whatever a config may raise
         raise ValueError(
             f"{source}: the shapes of a causal language model cannot be read from it: {error}; leave --model out"
         ) from error
 
 
-def _shape(name: str, model: Any, config: Any) -> Shape:
+def shape_of_model(name: str, model: Any) -> Shape:
+    """The shape of a model that is there, with or without weights."""
+    config = model.config.get_text_config()
     head = model.get_output_embeddings()
     weights = sum(_products(model.base_model, config, head)) + sum(map(_scan, model.base_model.modules()))
     heads, layers = config.num_attention_heads, config.num_hidden_layers

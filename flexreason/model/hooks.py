@@ -4,6 +4,9 @@ What is done to a model, and all that is done:
 
 - its attention layers find an attention function under a new name, in a view of their config that only they have. It
   computes a tree where it is handed one, and otherwise calls what the config names; so do the masks under that name.
+- recurrent layers find functions of ours under the names that they call. These compute over a tree where they are
+  handed one, and otherwise call what stood there before; they stay there, for all models of a class share them. How
+  often a row comes to them is counted.
 - before the decoder runs, a hook turns a row's keywords into one `TreeRow`, which every layer is handed;
   after it, a hook keeps the hidden states that predict a target. So the head, and whatever replaced the
   head's loss, see T rows instead of S, and are left alone.

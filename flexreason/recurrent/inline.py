@@ -27,7 +27,7 @@ def lightning(
     def step(call: Call, state: Tensor | None, q: Tensor, k: Tensor, v: Tensor) -> Any:
         decay = call.neutral(-rate.float().expand(*q.shape[:3]))
         inputs = (q.float(), call.neutral(k.float()), v.float(), decay)
-        out, state = decayed(*inputs, state, call.chunk(layer.block_size))
+        out, state = decayed(*inputs, state, call.chunk(layer.block_size, q.device))
         return out.to(q.dtype), state
 
     mixed = layer.norm(scan(tree, (q, k, v), step).flatten(2))

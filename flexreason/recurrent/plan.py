@@ -40,8 +40,11 @@ CHUNK = 16
 MOST_CUTS = 64
 """Ends of pieces that are considered at a time."""
 
-SIZES = (16, 32, 64)
-"""Tokens of a chunk: kernels take powers of two from 16 on."""
+SIZES = {"cpu": range(16, 257, 4)}
+"""Tokens that a chunk may have, by device: torch's scans take any number."""
+
+KERNELS = (16, 32, 64, 128, 256)
+"""The same for kernels."""
 
 
 @dataclass(frozen=True)
@@ -70,9 +73,9 @@ class Call:
         """[B, L, ...] with zeros in the places that hold no token."""
         return x if self.real is None else x * self.real.view(*self.real.shape, *[1] * (x.dim() - 2))
 
-    def chunk(self, largest: int) -> int:
+    def chunk(self, largest: int, device: torch.device) -> int:
         """Tokens a chunk of it should have, of at most `largest`, so that all is computed soonest."""
-        sizes = [size for size in (*SIZES, largest) if size <= largest]
+        sizes = [size for size in (*SIZES.get(device.type, KERNELS), largest) if size <= largest]
         return min(sizes, key=lambda size: (-(-self.length // size) * (size + CHUNK), -size))
 
 
