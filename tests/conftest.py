@@ -15,8 +15,8 @@ os.environ["FLEXREASON_CACHE"] = tempfile.mkdtemp(prefix="flexreason-tests-")
 
 # what is printed goes by neither the terminal that tests run in nor its owner's taste
 os.environ["COLUMNS"] = "100"
-for taste in ("NO_COLOR", "FORCE_COLOR"):
-    os.environ.pop(taste, None)
+os.environ.pop("NO_COLOR", None)
+os.environ.pop("FORCE_COLOR", None)
 
 import pytest
 import torch
