@@ -19,8 +19,8 @@ from hypothesis import settings
 
 # what is printed goes by neither the terminal that tests run in nor its owner's taste
 os.environ["COLUMNS"] = "100"
-for taste in ("NO_COLOR", "FORCE_COLOR"):
-    os.environ.pop(taste, None)
+os.environ.pop("NO_COLOR", None)
+os.environ.pop("FORCE_COLOR", None)
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # the workers share the cores
     torch.set_num_threads(1)

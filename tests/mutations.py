@@ -722,7 +722,7 @@ def other_data_and_another_model_go_on(original, output, record, resume):
 SHOWN = "what is shown is what is trained on"
 
 
-@mutation(SHOWN, "flexreason.show.Scene._parts", "test_show.py::test_parts_have_the_kinds_of_the_paper")
+@mutation(SHOWN, "flexreason.show.Scene._parts", "test_show.py::test_a_scene_is_the_samples")
 def a_token_more_counts_as_prompt(original, self, path, n_prompt, trained, n_shared):
     return original(self, path, n_prompt + 1, trained, n_shared)
 

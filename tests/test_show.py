@@ -103,6 +103,7 @@ def test_a_scene_is_the_samples(found):
         for part in turn.parts:
             assert part.shared == (part.start < turn.n_shared)
             assert part.trained == (part.start >= n)
+            assert part.kind == ("response" if part.start >= n else "prompt")
             assert part.end <= (turn.n_shared if part.shared else len(ids))
             assert scene.text(number, part) == "".join(f"{token} " for token in ids[part.start : part.end])
         for one, other in pairwise(turn.parts):
