@@ -128,7 +128,8 @@ LONG = {"flexreason demo"}
 def test_every_example_runs_as_it_stands(line, folder, monkeypatch, capsys):
     monkeypatch.chdir(folder)
     assert main(shlex.split(line)[1:]) == 0, capsys.readouterr().err
-    assert capsys.readouterr().out or "train" in line  # which tells people on stderr
+    said = capsys.readouterr()
+    assert said.out or said.err  # where figures are all for people, as of train, they go to stderr
 
 
 def test_every_command_has_an_example_that_is_run():
@@ -289,3 +290,10 @@ def test_options_of_a_template_are_given_alike_in_every_command():
         parser = argparse.ArgumentParser()
         command(name).add_arguments(parser)
         assert "--option" in parser._option_string_actions, name
+
+
+@pytest.mark.parametrize("name", sorted(COMMANDS.keys() - {"show"}))  # which draws
+def test_figures_are_there_as_json(name):
+    parser = argparse.ArgumentParser()
+    command(name).add_arguments(parser)
+    assert "--json" in parser._option_string_actions
