@@ -189,7 +189,7 @@ def test_checkpointing_which_is_trls_default_changes_nothing(conversations, tmp_
         trainer = trainer_of(tmp_path, conversations, model, LORA, max_steps=5, **{CHECKPOINTING: asked})
         randomized(trainer.model)
         computed = []
-        model.model.layers[0].mlp.register_forward_hook(lambda *_, to=computed: to.append(1))
+        model.model.layers[0].mlp.register_forward_pre_hook(lambda *_, to=computed: to.append(1))
         trainer.train()
         found.append((losses_of(trainer), start_of(trainer.model), len(computed)))
     (losses, parameters, n), (losses_again, parameters_again, n_again) = found

@@ -95,7 +95,7 @@ def _take(encoder: EntryEncoder, longest: int | None, entry: Any, number: int) -
     """The layout of an entry, or the reason why it has none, which names it by its number."""
     where = f"entry {number}"
     try:
-        layout = encoder(without_none(dict(entry)) if isinstance(entry, Mapping) else entry, where)
+        layout = encoder(entry, where)
     except BadInput as error:  # which says where
         return error
     except ConversationError as error:
@@ -111,7 +111,7 @@ def _columns(take: Any, entry: Any, number: int) -> dict[str, Any]:
     """The same as columns of a table."""
     if is_document(entry):
         return {**entry, REASON: "", WORDS: ""}
-    taken = take(entry, number)
+    taken = take(without_none(dict(entry)), number)
     if isinstance(taken, ConversationError):
         return {**NOTHING, REASON: taken.reason, WORDS: str(taken)}
     return {**{name: tensor.numpy() for name, tensor in vars(taken).items()}, REASON: "", WORDS: ""}
