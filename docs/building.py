@@ -39,9 +39,10 @@ def on_files(files: Any, config: Any) -> Any:
     for source, name in PAGES.items():
         files.append(File.generated(config, name, abs_src_path=str(ROOT / source)))
     for folder, name in FOLDERS.items():
-        for path in sorted((ROOT / folder).iterdir()):
-            if path.is_file():
-                files.append(File.generated(config, f"{name}/{path.name}", abs_src_path=str(path)))
+        for path in sorted((ROOT / folder).rglob("*")):
+            inside = path.relative_to(ROOT / folder).as_posix()
+            if path.is_file() and "__pycache__" not in inside and "/here/" not in f"/{inside}":
+                files.append(File.generated(config, f"{name}/{inside}", abs_src_path=str(path)))
     return files
 
 

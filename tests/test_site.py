@@ -35,7 +35,7 @@ QUESTIONS = {
     "shared prefix in GRPO": "howto/rl.html#grpo-several-answers-to-one-question",
     "reward per turn": "howto/rl.html#rewards-and-weights-per-turn",
     "is Qwen3.5 supported?": "models-at-a-glance.html#not-supported-refused",
-    "routing replay for mixture of experts": "howto/rl.html#what-is-not-there",
+    "routing replay for mixture of experts": "howto/rl.html#what-is-not-there-routing-replay-for-experts",
     "preserved thinking": "howto/template.html#preserved-thinking-and-other-options-of-the-template",
     "can I train with images?": "models-at-a-glance.html#images-and-sound",
     # what a first reader searched for, and found nothing

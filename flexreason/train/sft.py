@@ -107,12 +107,16 @@ class RowSFTTrainer(RowTraining, SFTTrainer):
     `formatting_func`, `compute_loss_func`, `compute_metrics`, and collators that make no rows.
 
     Args:
-        model, args, data_collator, train_dataset, eval_dataset, processing_class: As SFTTrainer's; `data_collator` is
-            an `fr.Collator(length)`, if any.
+        model: A name or a model.
+        args: trl's `SFTConfig`.
+        data_collator: `fr.Collator(length)`, if rows are to have one length.
+        train_dataset: Conversations or layouts.
+        eval_dataset: The same, or several by name.
+        processing_class: The tokenizer, if it is not the model's.
         encode: `fr.EntryEncoder(tokenizer, ...)`, for its options (`history`, `turns`, `accept`, those of the chat
             template); `fr.EntryEncoder(tokenizer)` if not given.
         skip_invalid: Go on without conversations that are refused, and tell of them.
-        others: As SFTTrainer's: `peft_config`, `quantization_config`, `callbacks`, `optimizers`, ...
+        **others: As SFTTrainer's: `peft_config`, `quantization_config`, `callbacks`, `optimizers`, ...
     """
 
     def __init__(
