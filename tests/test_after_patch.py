@@ -26,9 +26,7 @@ from models import TINY, checkpoint, tiny
 from strategies import random_turns
 from training import trainer_arguments
 
-# transformers 5.23 renames what it calls gradient checkpointing; peft 0.21 and trl 1.16 use the old names.
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:`(is_)?gradient_checkpointing\\w*` is deprecated:FutureWarning"),
     pytest.mark.filterwarnings("ignore:Full backward hook is firing:UserWarning"),
 ]
 

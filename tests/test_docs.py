@@ -189,7 +189,6 @@ def do(line):
     return printed.getvalue()
 
 
-@pytest.mark.filterwarnings("ignore:`(is_)?gradient_checkpointing\\w*` is deprecated:FutureWarning")
 def test_the_tutorial_shows_what_comes(followed):
     _, seen = followed
     assert len(seen) >= 4

@@ -67,9 +67,6 @@ BY_HAND = {  # what makes a trainer take the steps of `fit_by_hand`
     "disable_tqdm": True,
 }
 
-# transformers 5.23 renames what it calls gradient checkpointing; peft 0.21 and trl 1.16 use the old names.
-old_names = pytest.mark.filterwarnings("ignore:`(is_)?gradient_checkpointing\\w*` is deprecated:FutureWarning")
-
 
 def example(name):
     """The script as a module."""
@@ -146,7 +143,6 @@ def with_adapters(model):
     return model
 
 
-@old_names
 @pytest.mark.parametrize(("kind", "tolerance"), [("RowSFTTrainer", 1e-8), ("SFTTrainer", 1e-5)])
 def test_the_sft_trainer_takes_the_steps_of_the_loop(kind, tolerance, monkeypatch, tmp_path):
     """Adapters, rows of four conversations, four rows a step, the last step of two. trl's own trainer will do too where
@@ -269,7 +265,6 @@ def loss_of(model, data, adapters=None):
         return float(fr.patch(loaded)(**fr.collate(layouts)).loss)
 
 
-@old_names
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_examples_run_as_commands_and_leave_a_model(name, material, tmp_path):
     model, data = material
@@ -356,7 +351,6 @@ def without_weights(given):
         return with_lora(model, given["lora"]) if "lora" in given else model
 
 
-@old_names
 @pytest.mark.parametrize("name", SETTINGS)
 def test_settings_say_what_memory_they_take(name):
     text = (EXAMPLES / "settings" / f"{name}.yaml").read_text()
@@ -384,7 +378,6 @@ def test_there_are_settings_for_three_sizes_and_two_ways():
     assert sorted(f"qwen3-{size}-{way}" for size in ("0.6b", "8b", "32b") for way in ("full", "lora")) == SETTINGS
 
 
-@old_names
 @pytest.mark.parametrize("name", SETTINGS)
 def test_settings_train(name, material, tmp_path):
     """With a small model, on one process, and rows that it has use for."""

@@ -31,9 +31,6 @@ from models import TINY, checkpoint, tiny
 from strategies import random_tree, random_turns
 from training import fit_by_hand, trainer_arguments
 
-# transformers 5.23 renames what it calls gradient checkpointing; Trainer, peft 0.21 and trl 1.16 use the old names.
-old_names = pytest.mark.filterwarnings("ignore:`(is_)?gradient_checkpointing\\w*` is deprecated:FutureWarning")
-
 # dynamo looks at .grad of tensors and hides this warning by itself, which does not work where warnings are errors.
 compiles = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 
@@ -177,7 +174,6 @@ def test_trainer_divides_an_accumulated_step_by_all_of_its_targets(tmp_path):
     assert_trains_as_by_hand(trainer, stock, [ROWS[0] + ROWS[1], ROWS[2] + ROWS[3]])
 
 
-@old_names
 @pytest.mark.parametrize("kind", [SFTTrainer, PlainSFTTrainer])
 @pytest.mark.parametrize("accumulated", [1, 2])
 def test_sft_trainer_takes_the_steps_of_a_loop_over_the_samples(kind, accumulated, tmp_path):
@@ -189,7 +185,6 @@ def test_sft_trainer_takes_the_steps_of_a_loop_over_the_samples(kind, accumulate
     assert_trains_as_by_hand(trainer, stock, steps)
 
 
-@old_names
 @pytest.mark.parametrize("first", ["patch", "peft"])
 def test_lora_adapters_have_the_gradients_of_the_samples_whichever_comes_first(first):
     """The head has an adapter too."""
@@ -204,7 +199,6 @@ def test_lora_adapters_have_the_gradients_of_the_samples_whichever_comes_first(f
     assert not wrong(found)
 
 
-@old_names
 @pytest.mark.parametrize("make", [a_trainer, an_sft_trainer])
 @pytest.mark.parametrize("first", ["patch", "peft"])
 def test_trainers_train_lora_adapters_as_the_loop_does(make, first, tmp_path):

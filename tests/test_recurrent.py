@@ -414,7 +414,6 @@ def test_what_is_left_of_a_patch_compiles_as_a_whole():
         torch.testing.assert_close(compiled(input_ids=ids, use_cache=False).logits, expected)
 
 
-@pytest.mark.filterwarnings("ignore:`(is_)?gradient_checkpointing\\w*` is deprecated:FutureWarning")
 @pytest.mark.parametrize("name", ["Qwen3_5", "NemotronH"])
 def test_lora_adapters_have_the_gradients_of_the_samples(name):
     targets = ["in_proj_qkv", "in_proj_a", "in_proj", "q_proj"]

@@ -575,7 +575,7 @@ def test_a_broken_file_is_told_and_stops_nothing(capsys, tmp_path, folder):
         assert "broken.jsonl: cannot be read" in second
     assert main(["report", *map(str, given)]) == 1
     out = capsys.readouterr().out
-    assert "nowhere.jsonl: no such file or folder\n" in out
+    assert "nowhere.jsonl: no such file or folder; did you mean " in out
     assert "broken.jsonl: cannot be read" in out
     assert "Not read, or not to the end: 2 files" in out
     assert run_json(capsys, *given, "--skip-invalid")[0] == 0

@@ -79,7 +79,6 @@ def test_twenty_steps_are_those_of_the_loop(loss, weighting, accumulate, tmp_pat
 
 
 # transformers 5.23 renames what it calls gradient checkpointing; peft 0.21 uses the old name.
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 def test_lora_takes_the_steps_of_the_loop(tmp_path):
     def with_adapters():
         config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj", "down_proj"])

@@ -37,9 +37,6 @@ from training import (
     write_model,
 )
 
-# transformers 5.23 renames what it calls gradient checkpointing; peft 0.21 and trl 1.16 use the old names.
-pytestmark = pytest.mark.filterwarnings("ignore:`(is_)?gradient_checkpointing\\w*` is deprecated:FutureWarning")
-
 STEPS = 20
 TOKENIZER = stand_in(TEMPLATE)
 LORA = peft.LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj", "down_proj"], task_type="CAUSAL_LM")

@@ -273,7 +273,6 @@ def test_conversations_that_are_refused_are_left_out_and_listed(material, tmp_pa
 
 
 # transformers 5.23 renames what it calls gradient checkpointing; peft 0.21 uses the old name.
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 def test_lora_leaves_adapters_and_trains_nothing_else(material, tmp_path):
     with pytest.raises(ValueError, match="lora: the weights beneath would be random, and saved nowhere"):
         train(settings(material, tmp_path / "out", lora=4), silent)

@@ -27,9 +27,6 @@ from flexreason.proof.verify import Error, NoVerdict, limits_from
 from models import TINY, checkpoint, tiny
 from strategies import random_tree, random_turns
 
-# transformers 5.23 renames what it calls gradient checkpointing; peft 0.21 uses the old names.
-pytestmark = pytest.mark.filterwarnings("ignore:`(is_)?gradient_checkpointing\\w*` is deprecated:FutureWarning")
-
 TURNS = [(5, 7, 3), (4, 0, 2), (3, 6, 4)]
 
 

@@ -27,7 +27,6 @@ from training import LEARNING_RATE, trainer_arguments
 
 # transformers 5.23 renames what it calls gradient checkpointing; Trainer, peft 0.21 and trl 1.16 use the old names.
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:`(is_)?gradient_checkpointing\\w*` is deprecated:FutureWarning"),
     pytest.mark.filterwarnings("ignore:`(compute_loss_func|label_smoothing_factor)` is deprecated:FutureWarning"),
     # dynamo looks at .grad of tensors and hides this warning by itself, which does not work where warnings are errors.
     pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"),

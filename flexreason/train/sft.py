@@ -81,6 +81,28 @@ class RowSFTTrainer(RowTraining, SFTTrainer):
         trainer.train()  # after a crash: train(resume_from_checkpoint=True)
         trainer.save_model()
 
+    The same with a model and a tokenizer that are made here:
+
+    >>> import tempfile
+    >>> import flexreason as fr
+    >>> from flexreason.demo.material import config, make_tokenizer
+    >>> from transformers import Qwen3ForCausalLM
+    >>> from trl import SFTConfig
+    >>> tokenizer = make_tokenizer()
+    >>> answer = {"role": "assistant", "reasoning_content": "1+1=2", "content": "2"}
+    >>> chats = [{"messages": [{"role": "user", "content": "1+1"}, answer] * 2}] * 4
+    >>> folder = tempfile.TemporaryDirectory()
+    >>> trainer = fr.RowSFTTrainer(
+    ...     model=Qwen3ForCausalLM(config(tokenizer)),
+    ...     args=SFTConfig(folder.name, max_steps=2, save_strategy="no", use_cpu=True, disable_tqdm=True),
+    ...     train_dataset=chats,
+    ...     processing_class=tokenizer,
+    ... )
+    >>> trainer.train().global_step  # doctest: +ELLIPSIS
+    {'train_runtime': ...}
+    2
+    >>> folder.cleanup()
+
     **Model.** A name or a model, patched (`fr.patch`) or not: then it is patched here, with its loss in chunks, so that
     the logits of all targets are never held. `peft_config` for LoRA. For QLoRA, where bitsandbytes is installed,
     `quantization_config=BitsAndBytesConfig(load_in_4bit=True, ...)` beside a name, or a model that was loaded so.
@@ -133,7 +155,7 @@ class RowSFTTrainer(RowTraining, SFTTrainer):
         **others: Any,
     ) -> None:
         args = _arguments(model, args)
-        _refuse(args, others)
+        _refuse_contradictions(args, others)
         forward, collator = _Forward(), Collator() if data_collator is None else copy.copy(data_collator)
         SFTTrainer.__init__(
             self,
@@ -211,7 +233,7 @@ def _arguments(model: Any, args: Any) -> Any:
     return args
 
 
-def _refuse(args: Any, others: Mapping[str, Any]) -> None:
+def _refuse_contradictions(args: Any, others: Mapping[str, Any]) -> None:
     """Raise where an argument contradicts rows."""
     found = {name: getattr(args, name, None) for name in CONTRADICTIONS}
     wrong = [(f"{name}={found[name]!r}", why) for name, why in CONTRADICTIONS.items() if found[name]]
