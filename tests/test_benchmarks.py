@@ -94,9 +94,9 @@ def test_attention_under_another_mask_is_not_timed():
 def test_steps_of_models_whose_layers_carry_states(model, tmp_path):
     ways = ("--ways", "loop", "one-pass", "--backends", "segments")
     found = main("steps", tmp_path, "--shapes", "2 x 6/12/6", "--model", model, *ways, "--repeats", "1")
-    rows = found["cells"][0]["ways"]
-    assert [row["samples"] for row in rows] == ["the same"] * 2
-    assert rows[0]["work"] > 1
+    rows = {row["way"]: row for row in found["cells"][0]["ways"]}
+    assert [row["samples"] for row in rows.values()] == ["the same"] * 2
+    assert rows["a loop over the N samples"]["work"] > 1
 
 
 def test_steps(tmp_path):

@@ -38,6 +38,7 @@ from flexreason.proof.evidence import (
 from flexreason.proof.selftest import UNTESTED, check, said, unpatched
 from flexreason.proof.source import source_of
 from flexreason.proof.tiny import causal_classes, class_of, default_config
+from flexreason.recurrent.entries import KINDS
 from flexreason.sources import class_like, why_missing
 
 
@@ -200,6 +201,8 @@ PATIENCE = 120.0
 
 IMPLEMENTATIONS = ("eager", "sdpa")
 
+RECURRENT = {*KINDS.values()}
+
 
 def scan(names: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
     """Every class in turn, in a process of its own that is replaced when a class crashes it or takes too long."""
@@ -294,7 +297,9 @@ def table(written: dict[str, Any]) -> str:
         "",
         f"{len(models)} classes: {counts['exact']} exact, {counts['refused']} refused, "
         f"{counts[UNTESTED]} cannot be built tiny. Of the {len(routed)} whose attention goes through "
-        f"transformers' registry, {sum(e['verdict'] == 'exact' for e in routed.values())} are exact.",
+        f"transformers' registry, {sum(e['verdict'] == 'exact' for e in routed.values())} are exact. "
+        f"{sum(e['verdict'] == 'exact' and bool(RECURRENT & {*e['special']}) for e in models.values())} of the exact "
+        "ones have recurrent layers ([hybrids.md](hybrids.md)).",
         "",
         "## Exact",
         "",

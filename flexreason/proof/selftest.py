@@ -34,6 +34,7 @@ from flexreason.proof import oracle
 from flexreason.proof.compare import EXACT, Errors, compare, logprobs_pass, one_pass
 from flexreason.proof.float64 import in_float64, true_float64
 from flexreason.proof.tiny import ORIGINAL, SPECIAL, VOCABULARY, build, class_of, default_config, shrink
+from flexreason.recurrent.entries import KINDS, names_of
 from flexreason.telling import each
 from flexreason.tree.layout import Layout, lay_out_turns, unmerge
 from flexreason.tree.merge import lay_out
@@ -356,6 +357,8 @@ def describe(model: nn.Module) -> list[str]:
     """What is special about a model, as far as its config and the names of its parts say."""
     config = model.config.get_text_config()  # type: ignore[operator, union-attr]
     special = [meaning for key, meaning in NOTED.items() if getattr(config, key, None)]
+    called = {name for module in model.modules() for name in names_of(module)}
+    special += [kind for name, kind in KINDS.items() if name in called]
     names = {type(module).__name__.lower() for module in model.modules()}
     if any("expert" in name or "moe" in name for name in names):
         special.append("MoE")

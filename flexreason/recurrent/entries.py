@@ -66,6 +66,17 @@ INLINE: dict[str, Entry] = {"MiniMaxLightningAttention": lightning, "ZayaAttenti
 """Classes of layers that compute a recurrence in their own forward: it is replaced in the same way."""
 
 
+KINDS = {
+    "torch_chunk_gated_delta_rule": "gated delta rule",
+    "chunk_kimi_delta_attention": "KDA",
+    "mamba2_chunk_scan": "Mamba-2",
+    "causal_conv1d_fn": "short convolutions",
+    "MiniMaxLightningAttention": "lightning attention",
+    "ZayaAttention": "convolutions before attention",
+}
+"""What people call the layers that come to a name."""
+
+
 def names_of(module: nn.Module) -> set[str]:
     """The names in `ENTRIES` and `INLINE` that a layer comes to."""
     forward = inspect.unwrap(type(module).forward)
