@@ -180,10 +180,15 @@ def test_a_process_that_is_started_deaf_does_not_hear_it():
 def test_one_that_comes_while_a_helper_is_started_is_heard():
     from flexreason.interrupt import deaf
 
-    with pytest.raises(KeyboardInterrupt):  # noqa: SIM117 - it comes at the end of the inner block
+    survived = []
+
+    def start():
         with deaf():
             os.kill(os.getpid(), signal.SIGINT)
-            survived = True
+            survived.append(1)
+
+    with pytest.raises(KeyboardInterrupt):
+        start()
     assert survived
 
 
