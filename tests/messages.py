@@ -56,7 +56,7 @@ IMPERATIVES = (
 )
 
 NEXT = re.compile(
-    rf"(?i)\b(expected|did you mean|needs?|may help|missing|takes another)\b|\(--\w"
+    rf"(?i)\b(expected|did you mean|need(s|ed)?|may help|missing|takes another)\b|\(--\w"
     rf"|(^|[;:,.?(=-] (or |and |so |then |instead )*)({IMPERATIVES})\b"
 )
 """Words of what to do next."""

@@ -123,11 +123,11 @@ def test_entries_of_another_type_are_told_in_words_of_the_data(kind, bad):
 
 
 NO_JSON = {  # what follows a good line; where its fault is, counted by hand
-    '{"messages": [}': "no JSON: .* at character 15$",
-    '{"messages": [': "no JSON: .* at character 15$",
-    '{"messages": "[x"}': "messages: no JSON: .* at character 2$",
-    '{"messages": [{"role": "user", "content": "x"}], "tools": "[1,\\n]"}': "tools: no JSON: .* at character [45]$",
-    '{"messages": [{"role": "user", "content": "x"}], "chat_template_kwargs": "{x"}': "kwargs: no JSON: .* 2$",
+    '{"messages": [}': "no JSON: .* at character 15; mend the line",
+    '{"messages": [': "no JSON: .* at character 15; mend the line",
+    '{"messages": "[x"}': "messages: no JSON: .* at character 2; give it",
+    '{"messages": [{"role": "user", "content": "x"}], "tools": "[1,\\n]"}': "tools: no JSON: .* at character [45]; give it",
+    '{"messages": [{"role": "user", "content": "x"}], "chat_template_kwargs": "{x"}': "kwargs: no JSON: .* 2; give it",
 }
 
 
@@ -143,14 +143,16 @@ def test_no_message_has_two_line_numbers(tmp_path, line):
 def test_no_message_about_a_call_or_a_document_has_two_line_numbers(tmp_path):
     calls = [{"function": {"name": "f", "arguments": '{"a":\n]'}}]
     messages = [user("x"), {"role": "assistant", "tool_calls": calls}]
-    with pytest.raises(BadMessage, match=r"tool_calls\[0\]: arguments are no JSON: Expecting value at character 7$"):
+    with pytest.raises(
+        BadMessage, match=r"tool_calls\[0\]: arguments are no JSON: Expecting value at character 7; give"
+    ):
         check(messages)
     turns = [{"from": "human", "value": "x"}, {"from": "function_call", "value": "{x"}]
-    with pytest.raises(BadInput, match=r"turn 1: value: the call is no JSON: .* at character 2$"):
+    with pytest.raises(BadInput, match=r"turn 1: value: the call is no JSON: .* at character 2; mend it$"):
         list(read_conversations([{"conversations": turns}]))
     path = tmp_path / "all.json"
     path.write_text('[\n {"messages":\n  }\n]')
-    with pytest.raises(BadInput, match=r"all.json, line 3: no JSON: Expecting value at character 3$"):
+    with pytest.raises(BadInput, match=r"all.json, line 3: no JSON: Expecting value at character 3; mend it there"):
         list(read_conversations(path))
 
 
@@ -161,7 +163,9 @@ def test_the_nearest_name_is_told():
     for role in ("xyzzy", 5, ["user"]):
         with pytest.raises(BadMessage, match=r"unknown role .*context$"):
             check([{"role": role, "content": "x"}])
-    with pytest.raises(BadMessage, match=r"message 0: it has no role; its keys are rol, content$"):
+    with pytest.raises(
+        BadMessage, match=r"message 0: it has no role; its keys are rol, content; give it role and content$"
+    ):
         check([{"rol": "user", "content": "x"}])
     for speaker, near in (("GPT", "gpt"), ("asistant", "assistant")):
         with pytest.raises(BadInput, match=f"unknown speaker '{speaker}'; .*; did you mean '{near}'"):

@@ -5,10 +5,8 @@ import itertools
 import json
 import os
 import pickle
-import pty
 import subprocess
 import sys
-import termios
 from operator import attrgetter
 
 import pytest
@@ -245,7 +243,7 @@ def test_a_refusal_stops_it_when_all_is_known(tokenizer):
     lines = str(refused.value).splitlines()
     assert lines[0] == "7 of 12 conversations are refused:"
     assert lines[1] == "     5  nothing to train"
-    assert lines[2] == "        entry 3: the conversation has no assistant message"
+    assert lines[2] == "        entry 3: the conversation has no assistant message; leave it out"
     assert lines[5] == "        ..."
     assert lines[-1].startswith("--skip-invalid")
     assert "entry 4: message 1: unknown role 'cat'" in str(refused.value)
@@ -336,30 +334,3 @@ def test_what_then_makes_is_given_out_and_workers_can_be_shared(tokenizer):
     with start_workers(1, encoder, number_of) as pool:
         for n in (3, 20):
             assert list(Intake(chats(n), encoder, workers=1, then=number_of, pool=pool)) == list(range(n))
-
-
-def test_a_bar_is_shown_on_a_terminal_only(tokenizer, tmp_path):
-    tokenizer.save_pretrained(tmp_path)
-    path = tmp_path / "chats.jsonl"
-    path.write_text("".join(json.dumps(entry) + "\n" for entry in chats(4)))
-    command = [sys.executable, "-m", "flexreason", "report", str(path), "--tokenizer", str(tmp_path)]
-    ours, theirs = pty.openpty()
-    termios.tcsetwinsize(theirs, (24, 80))
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=theirs) as running:
-        os.close(theirs)
-        shown = b"".join(_read_to_the_end(ours)).decode()
-    os.close(ours)
-    assert running.returncode == 0
-    assert "/4 [" in shown
-    assert "conversations" in shown
-
-
-def _read_to_the_end(terminal):
-    while True:
-        try:
-            text = os.read(terminal, 1 << 16)
-        except OSError:  # how a terminal tells that nobody writes any more
-            return
-        if not text:
-            return
-        yield text

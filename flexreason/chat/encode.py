@@ -231,7 +231,7 @@ def choose(messages: Sequence[Message], turns: Any) -> list[int]:
     """The numbers of the messages to train on."""
     assistants = [number for number, message in enumerate(messages) if message.role == "assistant"]
     if not assistants:
-        raise NothingToTrain("the conversation has no assistant message to train on; leave it out")
+        raise NothingToTrain("the conversation has no assistant message; leave it out")
     if turns is None:
         wanted = set(assistants)
     elif turns == "last":

@@ -154,11 +154,8 @@ def _check_message(number: int, message: Any) -> dict[str, Any]:
         hint = "; data with from/value is read by flexreason.data.files" if "from" in message else ""
         hint = hint or did_you_mean(role, ROLES)
         if role is None:
-            raise BadMessage(
-                "it has no role, and is expected to have one; its keys are "
-                f"{', '.join(map(str, message)) or 'none'}{hint}",
-                number,
-            )
+            keys = ", ".join(map(str, message)) or "none"
+            raise BadMessage(f"it has no role; its keys are {keys}{hint or '; give it role and content'}", number)
         raise BadMessage(f"unknown role {role!r}; expected one of {', '.join(ROLES)}{hint}", number)
     _check_content(number, message)
     fields = [name for name in REASONING_FIELDS if name in message]
@@ -208,10 +205,8 @@ def _check_calls(number: int, calls: Any) -> None:
             try:
                 arguments = json.loads(arguments or "{}")
             except json.JSONDecodeError as error:
-                raise BadMessage(
-                    f"tool_calls[{at}]: expected arguments as JSON, and they are no JSON: {json_words(error)}",
-                    number,
-                ) from error
+                words = f"arguments are no JSON: {json_words(error)}; give them as an object"
+                raise BadMessage(f"tool_calls[{at}]: {words}", number) from error
         if arguments is not None and not isinstance(arguments, dict):
             kind = type(arguments).__name__
             raise BadMessage(f"tool_calls[{at}]: expected arguments as an object or its JSON, found {kind}", number)

@@ -116,7 +116,7 @@ def _look_at(source: Any, encoder: EntryEncoder, split: str) -> None:
     with suppress(EmptySource):
         first = next((entry for entry in entries if isinstance(entry, Conversation)), None)
     if encoder.tokenizer is None and first is not None and first.format != "samples":
-        raise BadInput(f"{source}: of the kind {first.format}; give the --tokenizer to encode it with")
+        raise BadInput(f"{source}: of the kind {first.format}; --tokenizer is needed to encode it")
 
 
 def _progress(sources: list[Any], limit: int | None) -> Any:

@@ -228,7 +228,7 @@ def _json_document(path: Path) -> list[Any] | None:
         except json.JSONDecodeError:
             words = f"{error.msg} at character {error.colno}"
             raise BadInput(
-                f"{path}, line {error.lineno}: no JSON: {words}; expected one document, or one entry a line"
+                f"{path}, line {error.lineno}: no JSON: {words}; mend it there, or use one entry a line"
             ) from error
         return None
     if isinstance(whole, dict):
@@ -385,9 +385,7 @@ def _call(value: Any, at: int) -> Any:
     try:
         return json.loads(value)
     except (json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(
-            f"turn {at}: value: expected a call as JSON, and it is no JSON: {json_words(error)}"
-        ) from error
+        raise ValueError(f"turn {at}: value: the call is no JSON: {json_words(error)}; mend it") from error
 
 
 def _pairs(entry: Any) -> list[Any]:
@@ -407,7 +405,7 @@ def _loaded(value: Any, name: str) -> Any:
     try:
         return json.loads(value) if isinstance(value, str) and value.strip()[:1] in ("[", "{") else value
     except (json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(f"{name}: no JSON: {json_words(error)}; expected it as JSON or as an object") from error
+        raise ValueError(f"{name}: no JSON: {json_words(error)}; give it as it is, or as its JSON") from error
 
 
 def without_none(value: Any) -> Any:

@@ -67,7 +67,7 @@ class Rows(Dataset):
                 f"Rows: expected epochs, steps and multiple of at least 1, found {epochs}, {steps}, {multiple}"
             )
         if not len(items):
-            raise ValueError("Rows: expected at least one document, found none")
+            raise ValueError("Rows: no documents; expected at least one")
         self.items, self.length, self.seed, self.multiple, self.pool = items, length, seed, multiple, pool
         self.sizes = array("q", map(size_of, items)) if sizes is None else sizes
         if len(self.sizes) != len(items):
