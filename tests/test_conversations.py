@@ -126,7 +126,7 @@ NO_JSON = {  # what follows a good line; where its fault is, counted by hand
     '{"messages": [}': "no JSON: .* at character 15; mend the line",
     '{"messages": [': "no JSON: .* at character 15; mend the line",
     '{"messages": "[x"}': "messages: no JSON: .* at character 2; give it",
-    '{"messages": [{"role": "user", "content": "x"}], "tools": "[1,\\n]"}': "tools: no JSON: .* at character [45]; give it",
+    '{"messages": [{"role": "user", "content": "x"}], "tools": "[1,\\n]"}': "tools: no JSON: .* [45]; give it",
     '{"messages": [{"role": "user", "content": "x"}], "chat_template_kwargs": "{x"}': "kwargs: no JSON: .* 2; give it",
 }
 
