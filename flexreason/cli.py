@@ -6,6 +6,8 @@ leaves something behind when it is stopped has `when_stopped(options)`, which sa
 """
 
 import argparse
+import atexit
+import contextlib
 import importlib
 import os
 import signal
@@ -44,6 +46,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; 0 only when it did its job."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     name = next((word for word in words if word in COMMANDS), None)
+    was_stopped: list[bool] = []
+    if arguments is None:
+        atexit.register(_leave, was_stopped)  # first of all, and so it is the last to be called
     title, options = f"flexreason {name or ''}".strip(), argparse.Namespace()
     try:
         with telling.of(title):
@@ -52,6 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 options = parse(words, name)
             return command(options.command).run(options)
     except KeyboardInterrupt:
+        was_stopped.append(True)
         if arguments is None:
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # another one would only stop this one line
         if os.environ.get("RANK", "0") == "0":
@@ -72,6 +78,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     finally:
         if arguments is None:
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # all is done, and Python's own end is no moment to stop at
+
+
+def _leave(was_stopped: list[bool]) -> None:
+    """Leave with our exit code. Python would end by a signal where a Ctrl-C came while C code ran Python code, though
+    it was caught in the end."""
+    if was_stopped:
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, ValueError, AttributeError):
+                stream.flush()
+        os._exit(STOPPED)
 
 
 def parse(words: list[str], name: str | None) -> argparse.Namespace:

@@ -38,7 +38,7 @@ class Interrupt:
 
 @contextlib.contextmanager
 def deaf() -> Iterator[None]:
-    """Processes that are started in here never see Ctrl-C. One that comes meanwhile is heard by us, afterwards."""
+    """Processes that are started in here never see Ctrl-C. One that comes meanwhile is heard by us."""
     if not hasattr(signal, "pthread_sigmask"):
         yield
         return
