@@ -1,8 +1,10 @@
 """Which models take rows exactly: the list of transformers' classes, one model by name or path, or a new scan.
 
-flexreason models Qwen3ForCausalLM
-flexreason models ./config.json
-flexreason models --scan --only Qwen3ForCausalLM LlamaForCausalLM
+A model by its class is told from that class's default config; a config of your own may differ from it.
+
+    flexreason models Qwen3ForCausalLM
+    flexreason models ./config.json
+    flexreason models --scan --only Qwen3ForCausalLM LlamaForCausalLM
 """
 
 import argparse
