@@ -43,7 +43,8 @@ class Progress(TrainerCallback):
         self.last_step = len(rows) // rows_per_step
         self.ends_of_epochs = {start // rows_per_step for start in rows.starts[1:]}
         self.going: Stage | None = None
-        self.interrupt = Interrupt(self._tell_of_it) if stops else None
+        self.stops = stops
+        self.interrupt: Interrupt | None = None
         self.was_stopped = False
         self.stages = ExitStack()
         self.evaluating: Stage | None = None
@@ -65,13 +66,11 @@ class Progress(TrainerCallback):
     @contextmanager
     def told(self) -> Iterator[None]:
         """Train in here: it is told how far that is, and a first Ctrl-C ends it with a checkpoint."""
-        heeded = self.interrupt.heeded() if self.interrupt else nullcontext()
-        with stage("training", self.last_step, "steps") as self.going, self.stages, heeded:
-            yield
-
-    def _tell_of_it(self) -> None:
-        assert self.going is not None
-        self.going.say("stopping when this step is done and saved; Ctrl-C again stops at once")
+        with stage("training", self.last_step, "steps") as going, self.stages:
+            words = "stopping when this step is done and saved; Ctrl-C again stops at once"
+            self.going, self.interrupt = going, Interrupt(lambda: going.say(words))
+            with self.interrupt.heeded() if self.stops else nullcontext():
+                yield
 
     def _heed(self, step: int, control: Any) -> None:
         """End with a checkpoint if that is asked for; the last step ends by itself."""
