@@ -1,7 +1,8 @@
 """The paper's section 4, measured: N passes against one as conversations grow, and which passes compute the same.
 
-    python benchmarks/growth.py                         # N = 1 to 64, turns of 16/32/16 tokens
-    python benchmarks/growth.py --turns 1 2 4 8         # shorter
+    python benchmarks/growth.py                             # N = 1 to 64, turns of 16/32/16 tokens
+    python benchmarks/growth.py --turns 1 2 4 8             # shorter
+    python benchmarks/growth.py --lengths 16/32/16 64/128/64 --steps-to 16
 
 *Growth*: tokens, visible pairs, time and memory of N passes and of one. Equation 7 says N^3 for the attention of the N
 passes, equation 9 says N^2 for that of one: exponents are slopes over N >= 16, of the counted pairs and of attention's
@@ -245,9 +246,9 @@ def peaked() -> Any:
 # ---- what is printed
 
 
-def draw(rows: list[dict[str, Any]], figure: Any) -> None:
-    figure.set_size_inches(13, 3.4)
-    turns = [row["turns"] for row in rows]
+def draw(grown: dict[str, list[dict[str, Any]]], figure: Any) -> None:
+    """A line of panels for each kind of turn."""
+    figure.set_size_inches(13, 3.4 * len(grown))
     colors = {"one": "#1f4e79", "one pass": "#1f4e79", "N": "#d68910", "N passes": "#d68910", "dense": "#b03a2e"}
     panels = [
         ("visible pairs", {name: f"pairs, {name}" for name in ("one", "N")}),
@@ -255,32 +256,39 @@ def draw(rows: list[dict[str, Any]], figure: Any) -> None:
         ("attention, MiB", {name: f"attention MiB, {name}" for name in ("one pass", "N passes", "dense")}),
         ("a whole step, ms", {name: f"step ms, {name}" for name in ("one", "N")}),
     ]
-    for axes, (title, lines) in zip(figure.subplots(1, 4), panels, strict=True):
-        logarithmic(axes, title, "turns", "", turns)
-        for name, column in lines.items():
-            if points := [(row["turns"], row[column]) for row in rows if row.get(column, 0) > 0.01]:
-                label = {"one": "one pass", "N": "N passes"}.get(name, name)
-                axes.plot(*zip(*points, strict=True), marker="o", markersize=3, color=colors[name], label=label)
-        axes.legend(fontsize=7, frameon=False)
+    for line, (of_a_turn, rows) in zip(figure.subplots(len(grown), 4, squeeze=False), grown.items(), strict=True):
+        turns = [row["turns"] for row in rows]
+        for axes, (title, lines) in zip(line, panels, strict=True):
+            logarithmic(axes, title, "turns", "", turns)
+            for name, column in lines.items():
+                if points := [(row["turns"], row[column]) for row in rows if row.get(column, 0) > 0.01]:
+                    label = {"one": "one pass", "N": "N passes"}.get(name, name)
+                    axes.plot(*zip(*points, strict=True), marker="o", markersize=3, color=colors[name], label=label)
+            if axes.lines:
+                axes.legend(fontsize=7, frameon=False)
+        line[0].set_ylabel(f"turns of {of_a_turn}")
 
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
     run = Run(__file__, __doc__)
     run.option("--turns", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32, 64])
-    run.option("--lengths", default="16/32/16", help="tokens of h/t/r in every turn (%(default)s)")
+    run.option("--lengths", nargs="+", default=["16/32/16"], help="tokens of h/t/r in every turn (%(default)s)")
     run.option("--steps-to", type=int, default=64, help="whole steps up to these turns (%(default)s)")
     options = run.start(arguments)
-    rows = []
-    for turns in options.turns:
-        a_turn = shape(f"{turns} x {options.lengths}")
-        make = lambda n=turns, s=a_turn: growth(n, s, run, n <= options.steps_to)  # noqa: E731
-        rows.append(run.cell({"turns": turns, "lengths": options.lengths}, make))
-    run.table(f"growth, turns of {options.lengths}", rows, hidden=["lengths"])
-    slopes = exponents(rows)
-    run.table(f"exponents over N >= {FROM}", slopes)
+    grown: dict[str, list[dict[str, Any]]] = {}
+    slopes: dict[str, list[dict[str, Any]]] = {}
+    for lengths_of_turns in options.lengths:
+        rows = []
+        for turns in options.turns:
+            a_turn = shape(f"{turns} x {lengths_of_turns}")
+            make = lambda n=turns, s=a_turn: growth(n, s, run, n <= options.steps_to)  # noqa: E731
+            rows.append(run.cell({"turns": turns, "lengths": lengths_of_turns}, make))
+        grown[lengths_of_turns], slopes[lengths_of_turns] = rows, exponents(rows)
+        run.table(f"growth, turns of {lengths_of_turns}", rows, hidden=["lengths"])
+        run.table(f"exponents over N >= {FROM}, turns of {lengths_of_turns}", slopes[lengths_of_turns])
     run.table("tokens stored, as said and counted", [lengths()])
     run.table("passes over one conversation, in fp64", found := passes([(5, 9, 4), (6, 8, 5), (4, 7, 3)]))
-    return run.finish(lambda figure: draw(rows, figure), growth=rows, exponents=slopes, passes=found)
+    return run.finish(lambda figure: draw(grown, figure), growth=grown, exponents=slopes, passes=found)
 
 
 if __name__ == "__main__":

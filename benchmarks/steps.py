@@ -174,7 +174,7 @@ def cell(case: Case, shape: Shape, names: list[str], backends: list[str], repeat
 def draw(cells: list[dict[str, Any]], figure: Any) -> None:
     """A panel a conversation: every way's time by that of one pass."""
     figure.set_size_inches(3.2 * len(cells) + 2, 3.2)
-    panels = figure.subplots(1, len(cells), sharey=True, squeeze=False)[0]
+    panels = figure.subplots(1, len(cells), sharex=True, sharey=True, squeeze=False)[0]
     names = list(dict.fromkeys(row["way"] for one in cells for row in one["ways"] if row.get("by one pass")))
     for axes, one in zip(panels, cells, strict=True):
         for row in one["ways"]:

@@ -138,6 +138,20 @@ def test_a_way_of_the_samples_that_differs_is_no_reference(config, capsys, monke
     assert padded["speed_up"] == 1
 
 
+def test_what_gains_nothing_and_what_gains_more_than_the_work_is_said(config, capsys, monkeypatch):
+    little = "these conversations share too little; train them as they are"
+    more = "more than 100 % of the work's"
+    right = {name: steps.WAYS[name] for name in ("one-by-one", "one-pass")}
+    only = ["--ways", *right, "--turns", "1", "--repeats", "2"]
+    monkeypatch.setitem(steps.WAYS, "one-pass", lambda case, backend: slower(right["one-pass"](case, backend)))
+    notes = " ".join(figures(capsys, config, *SMALL, *only)["notes"])
+    assert (little in notes, more in notes) == (True, False)
+    monkeypatch.undo()
+    monkeypatch.setitem(steps.WAYS, "one-by-one", lambda case: slower(right["one-by-one"](case)))
+    notes = " ".join(figures(capsys, config, *SMALL, *only)["notes"])
+    assert (little in notes, more in notes) == (False, True)
+
+
 def slower(way):
     return replace(way, step=lambda: (time.sleep(0.3), way.step())[1])
 

@@ -179,8 +179,8 @@ def test_work_is_counted_by_hand():
 
 def test_growth(tmp_path):
     found = main("growth", tmp_path, "--turns", "1", "2", "16", "32", "--lengths", "4/8/4", "--steps-to", "2")
-    assert [row["turns"] for row in found["growth"] if row.get("step ms, one")] == [1, 2]
-    one, n = found["exponents"]
+    assert [row["turns"] for row in found["growth"]["4/8/4"] if row.get("step ms, one")] == [1, 2]
+    one, n = found["exponents"]["4/8/4"]
     assert 1.9 < one["pairs"] < 2.0
     assert 2.6 < n["pairs"] < 2.95
     passes = {row["pass"]: row for row in found["passes"]}

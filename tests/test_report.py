@@ -230,6 +230,17 @@ def test_data_of_which_no_row_takes_any(tokenizer):
     assert f"{summary.samples} samples of 6 conversations, by themselves" in words
 
 
+@pytest.mark.parametrize(("turns", "gains"), [(1, False), (12, True)])
+def test_what_gains_nothing_is_said(tokenizer, turns, gains):
+    """One turn shares nothing: its tree is the sample. Of twelve turns nearly all is shared."""
+    messages = [user("two and two"), answer("four")] * turns
+    summary = added(figures(tokenizer, entries=[{"messages": messages}]), 512)
+    speed_up = summary.as_dict()["work"][-1]["speed_up"]
+    assert (speed_up > 1.15) == gains
+    words = f"Speed-up {speed_up:.2f}: these conversations share too little; train them as they are."
+    assert (words in str(summary)) != gains
+
+
 def test_memory_does_not_grow_with_the_conversations():
     summary, sizes = Summary(4096), []
     for n in range(1, 4001):

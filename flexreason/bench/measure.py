@@ -62,8 +62,8 @@ class Ratio(NamedTuple):
 
 def ratio(a: Sequence[float], b: Sequence[float]) -> Ratio:
     """How many times longer a takes than b; each pair was measured side by side."""
-    found = [x / y for x, y in zip(a, b, strict=True)]
-    return Ratio(statistics.median(found), min(found), max(found))
+    ratios = [x / y for x, y in zip(a, b, strict=True)]
+    return Ratio(statistics.median(ratios), min(ratios), max(ratios))
 
 
 # ---- times
@@ -149,12 +149,12 @@ def memory_is_known(device: torch.device) -> bool:
 
 def gradients(model: nn.Module) -> list[Tensor]:
     """Of every parameter's gradient some elements, evenly spaced: two sets of them fit beside any model."""
-    found = []
+    kept = []
     for parameter in model.parameters():
         if parameter.grad is not None:
             flat = parameter.grad.flatten()
-            found.append(flat[:: -(-len(flat) // SAMPLED)].clone())
-    return found
+            kept.append(flat[:: -(-len(flat) // SAMPLED)].clone())
+    return kept
 
 
 def measure(case: Case, ways: Sequence[Way], repeats: int) -> list[Found]:

@@ -7,9 +7,12 @@ from typing import Any
 import torch
 
 from flexreason.bench.measure import Found, Ratio, ratio, wrong
-from flexreason.data.figures import Amount, Shape
+from flexreason.data.figures import Amount, Shape, advice
 from flexreason.tree.draw import draw_table
 from flexreason.tree.layout import Layout
+
+MORE = 1.05
+"""How far a speed-up may be above the ratio of work before it is explained: less is noise."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,17 @@ class Report:
             return None
         return ratio(reference.ms, one.ms)
 
+    def _on_the_speed_up(self) -> list[str]:
+        """Where one pass gains nothing, and where it gains more than the ratio of work says."""
+        ours = [one for one in self.ways if one.name.startswith("one pass") and one.exact]
+        gains = [speed_up.median for one in ours if (speed_up := self.speed_up(one))]
+        if not gains:
+            return []
+        notes = [words] if (words := advice(max(gains))) else []
+        if self.work_ratio and max(gains) > MORE * self.work_ratio:
+            notes.append("more than 100 % of the work's: short samples use this machine less well than one row does")
+        return notes
+
     def as_json(self) -> dict[str, Any]:
         ways = []
         for one in self.ways:
@@ -67,6 +81,7 @@ class Report:
             ways.append({**asdict(one), **shown})
         ratios = {"token_ratio": self.token_ratio, "work_ratio": self.work_ratio, "ok": self.ok}
         named = {"tree": self.tree._asdict(), "samples": self.samples._asdict(), "ways": ways}
+        named |= {"notes": [*self.notes, *self._on_the_speed_up()]}
         return {**asdict(self), **named, **ratios}
 
     def __str__(self) -> str:
@@ -92,7 +107,7 @@ class Report:
             f"So many times less: {times_less}",
             "",
             draw_table(rows),
-            *(["", *(f"- {note}" for note in self.notes)] if self.notes else []),
+            *(["", *(f"- {note}" for note in notes)] if (notes := [*self.notes, *self._on_the_speed_up()]) else []),
         ]
         if not self.ok:
             lines += [

@@ -19,20 +19,16 @@ The marked rendering of one message teaches how others of its shape look; where 
 no second rendering is needed.
 """
 
-import json
-import re
-from dataclasses import dataclass
 from typing import Any
 
-from flexreason.chat.messages import REASONING_FIELDS, Message, marked_arguments
+from flexreason.chat.before import Before
+from flexreason.chat.marks import Marked, joined, mark, new_base, stands_for, texts_between_marks
+from flexreason.chat.messages import REASONING_FIELDS, Message
 from flexreason.chat.render import ALONE, ConversationError, Messages, NoStopToken, NotAligned, NotRendered, Renderer
-from flexreason.chat.seam import Seam, find_seam, says_something
-from flexreason.chat.template import MARK, Stop, Template, user
+from flexreason.chat.seam import find_seam
+from flexreason.chat.template import Stop, Template
 from flexreason.chat.texts import common_suffix, places_of
 from flexreason.chat.turns import Pattern, Turn
-
-QUOTES = "\"'\\"
-"""What templates write around an argument that is text, and leave out around a number."""
 
 
 class Turns:
@@ -62,15 +58,6 @@ class Turns:
         return turn
 
 
-@dataclass
-class _Marked:
-    """A message with marks in its slots, in the order r, c, n0, n1 ...; `wanted` are those that must come out."""
-
-    message: dict[str, Any]
-    marks: dict[str, str]
-    wanted: list[str]
-
-
 class _Survey:
     """One message looked at with marks. `pattern` is what was learned of it, if anything."""
 
@@ -85,50 +72,37 @@ class _Survey:
         whole: str,
     ) -> None:
         self.template, self.render = template, render
-        self.before, self.message, self.number = before, message, number
+        self.messages, self.message, self.number = before, message, number
         self.prompt, self.whole = prompt, whole
         # templates take white space for none
         self.reasoning = message.reasoning if message.reasoning.strip() else ""
         self.response = message.response if message.response.strip() else ""
         self.pattern: Pattern | None = None
-        texts = (whole, prompt, str(message.as_dict))
-        marks = (MARK.format(f"s{n}") for n in range(10**6))
-        self.base = next(mark for mark in marks if not any(mark in text for text in texts))
+        self.base = new_base((whole, prompt, str(message.as_dict)))
+        self.before = Before(template, render, before, number, self.base)
 
     def turn(self) -> Turn:
-        marked = self._mark(self.message)
-        shown = self.render.attempt([*self.before, marked.message], False)
+        marked = mark(self.message, self.base)
+        shown = self.render.attempt([*self.messages, marked.message], False)
         if shown is None:  # the template may know names, or look into contents
-            marked = self._mark(self.message, calls=False)
-            shown = self.render([*self.before, marked.message], False, blame=self.number)
-        if not self._stands_for(marked, shown) and (seen := self._with_texts()):
+            marked = mark(self.message, self.base, calls=False)
+            shown = self.render([*self.messages, marked.message], False, blame=self.number)
+        texts = {"r": self.reasoning, "c": self.message.response}
+        if not stands_for(marked, shown, texts, self.whole) and (seen := self._with_texts()):
             marked, shown = seen
         if shown.startswith(self.prompt) and self.whole.startswith(self.prompt):
             known, shown_tail, whole_tail = "", shown[len(self.prompt) :], self.whole[len(self.prompt) :]
             ahead = self.prompt
         else:
-            known, shown_tail, whole_tail = self._align(marked.message)
+            known, shown_tail, whole_tail = self.before.tails(marked.message, self.message.as_dict)
+            if not (self.prompt.endswith(known) and self.whole.endswith(whole_tail)):
+                raise self._looks_before()
             ahead = known
             if shown_tail.startswith(known) and whole_tail.startswith(known):
                 shown_tail, whole_tail, known = shown_tail[len(known) :], whole_tail[len(known) :], ""
         return self._behind(marked, known, shown_tail, whole_tail, ahead)
 
-    def _stands_for(self, marked: _Marked, shown: str) -> bool:
-        """Whether the real rendering is the marked one with the texts in place of the marks.
-
-        Arguments of tool calls need not be texts. So in a message with calls, only what stands before the first call
-        is compared.
-        """
-        if not marked.wanted:
-            return True  # nothing of it need come out
-        texts = {"r": self.reasoning, "c": self.message.response}
-        values = {mark: texts[slot] for slot, mark in marked.marks.items() if slot in texts}
-        calls = [at for slot, mark in marked.marks.items() if slot not in texts and (at := shown.find(mark)) >= 0]
-        if not calls:
-            return places_of(shown, values, self.whole)[1] == len(self.whole)
-        return places_of(shown[: min(calls)].rstrip(QUOTES), values, self.whole)[1] >= 0
-
-    def _with_texts(self) -> tuple[_Marked, str] | None:
+    def _with_texts(self) -> tuple[Marked, str] | None:
         """The message with a mark before and a mark behind each of its texts, and its rendering.
 
         So the template sees the texts too. In the rendering, each pair of marks with its text is written as one mark.
@@ -143,11 +117,11 @@ class _Survey:
                 marked = marked.changed(**dict.fromkeys(names, f"{marks['r']}b{self.reasoning}{marks['r']}e"))
             if "c" in marks:
                 marked = marked.between(f"{marks['c']}b", f"{marks['c']}e")
-            text = self.render.attempt([*self.before, marked.as_dict], False) or ""
-            shown, values = self._joined(text), {pair.group(1): pair.group(2) for pair in self._pairs.finditer(text)}
+            text = self.render.attempt([*self.messages, marked.as_dict], False) or ""
+            shown, values = joined(self.base, text), texts_between_marks(self.base, text)
             same = places_of(shown, values, self.whole)[1] == len(self.whole)
             if same and shown.startswith(self.prompt) == self.whole.startswith(self.prompt):  # no text is in the prompt
-                return _Marked(marked.as_dict, marks, list(marks)), shown
+                return Marked(marked.as_dict, marks, list(marks)), shown
         if not marks:
             return None
         raise NotRendered(
@@ -156,16 +130,7 @@ class _Survey:
             self.number,
         )
 
-    @property
-    def _pairs(self) -> re.Pattern[str]:
-        """Finds a text between its two marks; the groups are the mark and the text."""
-        return re.compile(f"({self.base}[rc])b(.*?)\\1e", re.DOTALL)
-
-    def _joined(self, text: str) -> str:
-        """A rendering in which each pair of marks, with the text between them, is written as one mark."""
-        return self._pairs.sub(r"\1", text)
-
-    def _behind(self, marked: _Marked, known: str, shown: str, whole: str, ahead: str) -> Turn:
+    def _behind(self, marked: Marked, known: str, shown: str, whole: str, ahead: str) -> Turn:
         """The turn, from what stands behind the prompt, or, with `known`, behind the text before the prompt's end."""
         places = {slot: shown.find(mark) for slot, mark in marked.marks.items()}
         missing = [slot for slot in marked.wanted if places[slot] < 0]
@@ -193,15 +158,15 @@ class _Survey:
             return turn
         if off and self.reasoning and inside:
             return self._thinking_off(known)
-        seam = self._seam(known, lead, marked)
+        seam = self.before.seam(known, lead, marked, guess=not self.reasoning)
         rest = body[seam.end :]
         if inside and markers.opening in seam.more:  # both open the block, behind a header that ends otherwise
             begun, own = seam.more[seam.more.find(markers.opening) :], lead.find(markers.opening, seam.end)
             if own < 0 or lead[seam.end : own].strip() or not lead.startswith(begun, own):
-                raise self._no_seam(known, lead)
+                raise self.before.no_seam(known, lead)
             rest = body[own + len(begun) :]
         elif inside and seam.more and not seam.more.strip():
-            raise self._no_seam(known, lead)
+            raise self.before.no_seam(known, lead)
         if off and markers.around(lead):  # both close an empty block, and need not do so with the same white space
             behind = known[known.rfind(markers.closing) :]
             rest = body[lead.rfind(markers.closing) :]
@@ -209,58 +174,6 @@ class _Survey:
         if inside or off or not (self.reasoning or opened):
             return Turn(self.prompt, rest, 0, "thinking off" if off and self.reasoning else "rendered")
         return self._splice(known, rest, "")
-
-    def _seam(self, known: str, lead: str, marked: _Marked) -> Seam:
-        """How much of the lead the prompt holds; its own block of reasoning, open or closed, stands behind that."""
-        markers, added = self.template.markers, self.template.added
-        mark = self.base + "w"
-        unasked = self.render.attempt([*self.before[:-1], self._append(self.before[-1], mark)], False)
-        closed = unasked.rpartition(mark)[2] if unasked and mark in unasked else None
-        seam = find_seam(known, lead, closed, markers.opening, added)
-        if seam is None:
-            blocks = [text.rfind(markers.opening) if markers.opening in text else len(text) for text in (known, lead)]
-            seam = find_seam(known[: blocks[0]], lead[: blocks[1]], closed, markers.opening, added)
-            seam = seam and Seam(seam.end, seam.more + known[blocks[0] :])
-        if seam is None or not self._is_attribute(seam, lead, closed):
-            seam = self._without_header(known, lead, closed, marked) or (None if self.reasoning else seam)
-        if seam is None:
-            raise self._no_seam(known, lead)
-        return seam
-
-    def _is_attribute(self, seam: Seam, lead: str, closed: str | None) -> bool:
-        """Whether the prompt has no more than an attribute that the lead has not: one line without added tokens, behind
-        a header that both have. The prompt's own block of reasoning is not counted."""
-        attribute = seam.more.partition(self.template.markers.opening)[0]
-        header = lead[len(closed) if closed and lead.startswith(closed) else 0 : seam.end]
-        one_line = not self.template.added.search(attribute) and "\n" not in attribute.strip()
-        return not attribute.strip() or (one_line and says_something(header, self.template.added))
-
-    def _without_header(self, known: str, lead: str, closed: str | None, marked: _Marked) -> Seam | None:
-        """The seam where the prompt ends with a header and this message has none, since its turn has already begun.
-
-        The same message is rendered behind a user's text, where it has the header. If it goes on behind that header
-        just as it begins here, then only the header is missing here.
-        """
-        if closed is None or not (known.startswith(closed) and lead.startswith(closed)):
-            return None
-        mark = self.base + "u"
-        question = self.template.take([user(mark)])[0]
-        texts = [
-            self.render.attempt(messages, prompt)
-            for messages, prompt in (([question], False), ([question], True), ([question, marked.message], False))
-        ]
-        if any(text is None or mark not in text for text in texts):
-            return None
-        ended, asked, answered = (text.rpartition(mark)[2] for text in texts if text is not None)
-        alike = asked == ended + known[len(closed) :] and answered.startswith(asked + lead[len(closed) :] + self.base)
-        return Seam(len(closed)) if alike else None
-
-    def _no_seam(self, known: str, lead: str) -> NotAligned:
-        return NotAligned(
-            f"the chat template's prompt ends with {known[-60:]!r}, and this message begins with {lead[-60:]!r}: "
-            f"neither goes on from the other, so what the model must generate here is unknown{ALONE}",
-            self.number,
-        )
 
     def _cut(self, shown: str, whole: str, last: int) -> tuple[str, int, Stop]:
         """What the message must generate of `whole`: up to its stop token."""
@@ -295,15 +208,17 @@ class _Survey:
 
     def _close_block(self, known: str) -> Turn | None:
         """A turn without reasoning behind a prompt that opens a block: rendered with reasoning, and that removed."""
-        mark = self.base + "e"
+        text = self.base + "e"
         for name in self.template.fields or REASONING_FIELDS[:1]:
-            filled = self.message.without_reasoning().changed(**{name: mark})
-            marked = self._mark(filled)
-            shown = self.render.attempt([*self.before, marked.message], False)
-            whole = self.render.attempt([*self.before, filled.as_dict], False)
-            if shown is None or whole is None or whole.count(mark) != 1 or marked.marks["r"] not in shown:
+            filled = self.message.without_reasoning().changed(**{name: text})
+            marked = mark(filled, self.base)
+            shown = self.render.attempt([*self.messages, marked.message], False)
+            whole = self.render.attempt([*self.messages, filled.as_dict], False)
+            if shown is None or whole is None or whole.count(text) != 1 or marked.marks["r"] not in shown:
                 continue
-            asked, shown, whole = self._align(marked.message, filled.as_dict)
+            asked, shown, whole = self.before.tails(marked.message, filled.as_dict)
+            if not self.prompt.endswith(asked):
+                raise self._looks_before()
             lead = shown[: shown.find(marked.marks["r"])]
             if not whole.startswith(lead):
                 continue
@@ -316,68 +231,19 @@ class _Survey:
                 continue
             if begin < 0:
                 continue
-            last = max(shown.find(text) for text in marked.marks.values())
+            last = max(shown.find(mark) for mark in marked.marks.values())
             body, _, _ = self._cut(shown[begin:], whole[begin:], last - begin)
-            return Turn(self.prompt, body.replace(mark, ""), body.find(mark), "empty block")
+            return Turn(self.prompt, body.replace(text, ""), body.find(text), "empty block")
         return None
 
     def _thinking_off(self, known: str) -> Turn:
         """The prompt has closed the block: what the model generates is the message without reasoning."""
         bare = self.message.without_reasoning()
-        whole = self.render([*self.before, bare.as_dict], False, blame=self.number)
-        turn = _Survey(self.template, self.render, self.before, bare, self.number, self.prompt, whole).turn()
+        whole = self.render([*self.messages, bare.as_dict], False, blame=self.number)
+        turn = _Survey(self.template, self.render, self.messages, bare, self.number, self.prompt, whole).turn()
         return Turn(turn.prompt, turn.target, turn.response, "thinking off")
 
-    def _align(self, marked: dict[str, Any], filled: dict[str, Any] | None = None) -> tuple[str, str, str]:
-        """What follows the last text before the message: in the prompt, and in renderings of the marked message and of
-        the message itself, or of another one that is `filled` in."""
-        mark = self.base + "w"
-        before = [*self.before[:-1], self._append(self.before[-1], mark)]
-        prompt = self.render.attempt(before, True)
-        messages = (marked, filled or self.message.as_dict)
-        texts = [prompt, *(self.render.attempt([*before, message], False) for message in messages)]
-        if any(text is None or mark not in text for text in texts):
-            raise NotAligned(
-                "the chat template renders the messages before this one differently once it is there, and does not "
-                f"show where they end{ALONE}",
-                self.number,
-            )
-        tails = [self._joined(text.rpartition(mark)[2]) for text in texts if text is not None]
-        if not self.prompt.endswith(tails[0]) or (filled is None and not self.whole.endswith(tails[2])):
-            raise NotAligned(f"the chat template looks into the text before this message{ALONE}", self.number)
-        return tails[0], tails[1], tails[2]
-
-    def _append(self, message: dict[str, Any], mark: str) -> dict[str, Any]:
-        content = message.get("content")
-        if isinstance(content, list):
-            return {**message, "content": [*content, {"type": "text", "text": mark}]}
-        return {**message, "content": (content or "") + mark}
-
-    def _mark(self, message: Message, calls: bool = True) -> _Marked:
-        """The message with marks for its texts; a content that is empty is marked, but need not come out."""
-        marks, wanted = {}, []
-        functions = message.functions if calls else []
-        if message.reasoning.strip():
-            marks["r"] = self.base + "r"
-            wanted.append("r")
-        if message.response or not message.functions or not (marks or functions):
-            marks["c"] = self.base + "c"
-            wanted += ["c"] if message.response.strip() else []
-        marked = message.with_texts(marks.get("r"), marks.get("c"))
-        named = []
-        for n, function in enumerate(functions):
-            marks[f"n{n}"] = f"{self.base}n{n}x"
-            wanted.append(f"n{n}")
-            named.append({**function, "name": marks[f"n{n}"]})
-            if "arguments" in function:
-                named[-1]["arguments"] = marked_arguments(function["arguments"], f"{self.base}v{n}x")
-        for n, function in enumerate(functions):
-            if _has_arguments(function):
-                marks[f"v{n}"] = f"{self.base}v{n}x"
-                wanted.append(f"v{n}")
-        return _Marked((marked.with_functions(named) if functions else marked).as_dict, marks, wanted)
-
-    def _learn(self, marked: _Marked, places: dict[str, int], shown: str, whole: str, kept: int, stop: Stop) -> None:
+    def _learn(self, marked: Marked, places: dict[str, int], shown: str, whole: str, kept: int, stop: Stop) -> None:
         """Keep what stands around the slots as the pattern, where it shows all of them in order and how it ends."""
         slots = [slot for slot in marked.marks if slot in ("r", "c", "n0")]
         marks = {slot: marked.marks[slot] for slot in slots}
@@ -392,7 +258,7 @@ class _Survey:
         until = places["n0"] + len(marks["n0"]) if self.message.functions else last + begin
         self.pattern = Pattern(shown[:until], marks, tail[begin:], kept - begin, stop)
 
-    def _response(self, marked: _Marked, places: dict[str, int], shown: str, body: str) -> int:
+    def _response(self, marked: Marked, places: dict[str, int], shown: str, body: str) -> int:
         """Where the response begins in the target, for roles only."""
         if places.get("r", -1) < 0:
             return 0
@@ -402,11 +268,9 @@ class _Survey:
         text = self.reasoning.strip()
         return min(len(body), max(0, body.find(text)) + len(text) + between)
 
+    def _looks_before(self) -> NotAligned:
+        return NotAligned(f"the chat template looks into the text before this message{ALONE}", self.number)
+
     def _not_rendered(self, lost: list[str]) -> ConversationError:
         what = "content" if lost[0] == "c" else "tool call" if lost[0][0] == "n" else "tool call's arguments"
         return NotRendered(f"the chat template does not render the {what} of this message{ALONE}", self.number)
-
-
-def _has_arguments(function: dict[str, Any]) -> bool:
-    arguments = function.get("arguments")
-    return bool(json.loads(arguments or "{}") if isinstance(arguments, str) else arguments)

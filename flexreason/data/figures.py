@@ -14,6 +14,9 @@ again.
 (1152, 80, 224)
 >>> shape.work(Amount(tokens=5, pairs=15, targets=3)) == 6 * 1152 * 5 + 6 * 80 * 3 + 224 * 15
 True
+
+The rule of thumb: one pass is faster by the work of the N samples over the work of the tree. docs/performance.md says
+how near measured times come to it.
 """
 
 import re
@@ -168,6 +171,17 @@ class Shape:
     def work(self, amount: Amount) -> int:
         """Floating-point operations of a step."""
         return 6 * self.weights * amount.tokens + 6 * self.head * amount.targets + self.pair * amount.pairs
+
+
+LITTLE = 1.15
+"""A speed-up from which on one pass pays. Below, what it saves is lost in the noise of most machines."""
+
+
+def advice(speed_up: float) -> str:
+    """What to do where one pass gains nothing; empty where it gains."""
+    if speed_up >= LITTLE:
+        return ""
+    return f"speed-up {speed_up:.2f}: these conversations share too little; train them as they are"
 
 
 def dense(

@@ -42,7 +42,7 @@ EXAMPLES = 3
 OURS = {"tokenizer", "format", "turns", "history", "accept"}
 """Options of `EntryEncoder` itself, which are none of a template."""
 
-CHUNK = 8
+AT_A_TIME = 8
 """Conversations that a worker takes at a time."""
 
 
@@ -251,7 +251,7 @@ class _Workers(ProcessPoolExecutor):
 
 def _in_processes(pool: ProcessPoolExecutor, workers: int, read: Iterator[Any]) -> Iterator[tuple[bool, Any]]:
     """What `_take` gives, in order, from processes of their own, which are only a few chunks ahead of who asks."""
-    chunks = iter(lambda: list(itertools.islice(read, CHUNK)), [])
+    chunks = iter(lambda: list(itertools.islice(read, AT_A_TIME)), [])
     waiting = deque(pool.submit(_take_each, chunk) for chunk in itertools.islice(chunks, 4 * workers))
     try:
         while waiting:

@@ -198,13 +198,13 @@ def seen_from(layout: Layout, at: Sequence[int]) -> Tensor:
 def _part(layout: Layout, turns: list[int], last: dict[int, int]) -> Layout:
     """The layout of some turns: the tokens they see, in the same order, which is a preorder still."""
     kept = seen_from(layout, [last[turn] for turn in turns])
-    before = torch.cat([kept.new_zeros(1, dtype=torch.int64), kept.cumsum(0)])  # kept tokens before each index
+    index = torch.cat([kept.new_zeros(1, dtype=torch.int64), kept.cumsum(0)])  # of each token in the part
     number = torch.full((layout.n_samples,), -1, dtype=torch.int64, device=layout.device)
     number[turns] = torch.arange(len(turns), device=layout.device)
     targets = number[layout.target_turn] >= 0
     tensors = {f.name: getattr(layout, f.name) for f in fields(layout)}
     tensors = {name: x[targets if name in PER_TARGET else kept] for name, x in tensors.items()}
-    tensors["until"] = before[tensors["until"].long()].to(torch.int32)
-    tensors["target_source"] = before[tensors["target_source"]]
+    tensors["until"] = index[tensors["until"].long()].to(torch.int32)
+    tensors["target_source"] = index[tensors["target_source"]]
     tensors["target_turn"] = number[tensors["target_turn"]]
     return Layout(**tensors)

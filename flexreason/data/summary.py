@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from flexreason.chat.encode import REMARKS
-from flexreason.data.figures import SIZES, Amount, Figures, Shape
+from flexreason.data.figures import SIZES, Amount, Figures, Shape, advice
 from flexreason.data.pack import Packer
 
 EXAMPLES = 5
@@ -256,6 +256,8 @@ class Summary:
         yield "Operations of matrix products, forward and backward: layers by token, attention by visible pair, the"
         yield "head by target in both. N samples one by one or packed into rows are the same work. The speed-up is the"
         yield "ratio of work: what to expect where kernels are equally fast."
+        if words := advice(max(samples / one for _, samples, one in self.work())):
+            yield words[0].upper() + words[1:] + "."
 
 
 def _line(label: str, text: str) -> str:

@@ -155,9 +155,9 @@ def lay_out_turns(turns: Sequence[tuple[Ids, Ids, Ids]]) -> Layout:
             pieces.append((r, i, Role.RESPONSE if len(t) else both, fork[i] + len(t), ends[i]))
 
     generated = [torch.cat([t, r]) for _, t, r in parts]
-    path = [torch.arange(start[i] - 1, start[i] - 1 + len(ids)) for i, ids in enumerate(generated)]
-    for i, sources in enumerate(path):
-        sources[0] = fork[i] - 1  # h_i's last token, not the one stored before, predicts the first
+    sources = [torch.arange(start[i] - 1, start[i] - 1 + len(ids)) for i, ids in enumerate(generated)]
+    for i, of_turn in enumerate(sources):
+        of_turn[0] = fork[i] - 1  # h_i's last token, not the one stored before, predicts the first
     ids, turns_of, roles, positions, untils = zip(*pieces, strict=True)
     return Layout(
         input_ids=torch.cat(ids).long(),
@@ -165,7 +165,7 @@ def lay_out_turns(turns: Sequence[tuple[Ids, Ids, Ids]]) -> Layout:
         until=_spread(untils, ids),
         turn=_spread(turns_of, ids),
         role=_spread(roles, ids),
-        target_source=torch.cat(path),
+        target_source=torch.cat(sources),
         target_ids=torch.cat(generated).long(),
         target_turn=_spread(range(len(parts)), generated).long(),
         target_weight=torch.ones(sum(map(len, generated))),

@@ -69,7 +69,7 @@ def lay_out(samples: Sequence[Sample]) -> Layout:
 
     lengths = [branch.end - branch.depth for branch in stored]
     index = np.arange(sum(lengths))
-    before = np.repeat([branch.start - branch.depth for branch in stored], lengths)
+    shift = np.repeat([branch.start - branch.depth for branch in stored], lengths)  # storage index less position
     until = np.repeat([branch.start + branch.size for branch in stored], lengths)
 
     role = np.zeros(len(index), dtype=np.int32)
@@ -82,13 +82,13 @@ def lay_out(samples: Sequence[Sample]) -> Layout:
         role[path] |= sample.roles
         turn[path] = np.where(sample.turns == UNSAID, turn[path], sample.turns)
         first[path] = i
-        sources[i] = path[sample.n_prompt - 1 : -1]
+        sources[i] = path[sample.n_prompt - 1 : -1]  # a target is predicted by the token before it on this path
 
     targets = [sample.ids[sample.n_prompt :] for sample in checked]
     turns = np.repeat(np.arange(len(checked)), [len(ids) for ids in targets])
     made = {
         "input_ids": np.concatenate([checked[b.sample].ids[b.depth : b.end] for b in stored]),
-        "position_ids": index - before,
+        "position_ids": index - shift,
         "until": until,
         "turn": np.where(turn == UNSAID, first, turn),
         "role": role,

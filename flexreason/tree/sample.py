@@ -72,7 +72,7 @@ def as_ids(ids: Any, owner: str, *, lowest: int = 0) -> Tensor:
         tensor = tensor.cpu()
     else:
         tensor = _from_python(ids, owner)
-    values = tensor.numpy()  # and not torch, which shares long lines out among threads; see tree.py
+    values = tensor.numpy()  # and not torch, which shares long lines out among threads; see merge.py
     if len(values):
         low, high = int(values.min()), int(values.max())
         if low < lowest or high > LARGEST_ID:

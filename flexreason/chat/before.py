@@ -1,0 +1,104 @@
+"""What stands before an assistant message, seen behind its last text.
+
+The prompt and the rendering of the message are compared behind a mark that is put at the end of the last text before
+the message. So what the template writes there, and leaves out once an answer follows, is seen by itself; and the *seam*
+(seam.py) is where the one goes on from the other.
+"""
+
+from typing import Any
+
+from flexreason.chat.marks import Marked, joined
+from flexreason.chat.render import ALONE, Messages, NotAligned, Renderer
+from flexreason.chat.seam import Seam, find_seam, says_something
+from flexreason.chat.template import Template, user
+
+
+class Before:
+    """The messages before assistant message `number`, as one template renders them.
+
+    Args:
+        base: What marks begin with.
+    """
+
+    def __init__(self, template: Template, render: Renderer, messages: Messages, number: int, base: str) -> None:
+        self.template, self.render, self.number, self.base = template, render, number, base
+        self.mark = base + "w"
+        self.messages = [*messages[:-1], _appended(messages[-1], self.mark)]
+
+    def tails(self, *messages: dict[str, Any]) -> list[str]:
+        """What follows the last text before a message: in the prompt, and in the rendering of each of these."""
+        texts = [
+            self.render.attempt(self.messages, True),
+            *(self.render.attempt([*self.messages, message], False) for message in messages),
+        ]
+        if any(text is None or self.mark not in text for text in texts):
+            raise NotAligned(
+                "the chat template renders the messages before this one differently once it is there, and does not "
+                f"show where they end{ALONE}",
+                self.number,
+            )
+        return [joined(self.base, text.rpartition(self.mark)[2]) for text in texts if text is not None]
+
+    def seam(self, known: str, lead: str, marked: Marked, guess: bool) -> Seam:
+        """How much of the lead the prompt holds; its own block of reasoning, open or closed, stands behind that.
+
+        Args:
+            known: What follows the last text in the prompt.
+            lead: What follows it in the rendering of the marked message, up to the first mark.
+            guess: Whether what the prompt has more may be something other than an attribute in its header.
+        """
+        opening, added = self.template.markers.opening, self.template.added
+        unasked = self.render.attempt(self.messages, False)
+        closed = unasked.rpartition(self.mark)[2] if unasked and self.mark in unasked else None
+        seam = find_seam(known, lead, closed, opening, added)
+        if seam is None:
+            blocks = [text.rfind(opening) if opening in text else len(text) for text in (known, lead)]
+            seam = find_seam(known[: blocks[0]], lead[: blocks[1]], closed, opening, added)
+            seam = seam and Seam(seam.end, seam.more + known[blocks[0] :])
+        if seam is None or not self._is_attribute(seam, lead, closed):
+            seam = self._without_header(known, lead, closed, marked) or (seam if guess else None)
+        if seam is None:
+            raise self.no_seam(known, lead)
+        return seam
+
+    def no_seam(self, known: str, lead: str) -> NotAligned:
+        return NotAligned(
+            f"the chat template's prompt ends with {known[-60:]!r}, and this message begins with {lead[-60:]!r}: "
+            f"neither goes on from the other, so what the model must generate here is unknown{ALONE}",
+            self.number,
+        )
+
+    def _is_attribute(self, seam: Seam, lead: str, closed: str | None) -> bool:
+        """Whether the prompt has no more than an attribute that the lead has not: one line without added tokens, behind
+        a header that both have. The prompt's own block of reasoning is not counted."""
+        attribute = seam.more.partition(self.template.markers.opening)[0]
+        header = lead[len(closed) if closed and lead.startswith(closed) else 0 : seam.end]
+        one_line = not self.template.added.search(attribute) and "\n" not in attribute.strip()
+        return not attribute.strip() or (one_line and says_something(header, self.template.added))
+
+    def _without_header(self, known: str, lead: str, closed: str | None, marked: Marked) -> Seam | None:
+        """The seam where the prompt ends with a header and this message has none, since its turn has already begun.
+
+        The same message is rendered behind a user's text, where it has the header. If it goes on behind that header
+        just as it begins here, then only the header is missing here.
+        """
+        if closed is None or not (known.startswith(closed) and lead.startswith(closed)):
+            return None
+        mark = self.base + "u"
+        question = self.template.take([user(mark)])[0]
+        texts = [
+            self.render.attempt(messages, prompt)
+            for messages, prompt in (([question], False), ([question], True), ([question, marked.message], False))
+        ]
+        if any(text is None or mark not in text for text in texts):
+            return None
+        ended, asked, answered = (text.rpartition(mark)[2] for text in texts if text is not None)
+        alike = asked == ended + known[len(closed) :] and answered.startswith(asked + lead[len(closed) :] + self.base)
+        return Seam(len(closed)) if alike else None
+
+
+def _appended(message: dict[str, Any], mark: str) -> dict[str, Any]:
+    content = message.get("content")
+    if isinstance(content, list):
+        return {**message, "content": [*content, {"type": "text", "text": mark}]}
+    return {**message, "content": (content or "") + mark}
