@@ -70,10 +70,20 @@ def is_cached(name: str) -> bool:
     from huggingface_hub.errors import HFValidationError
 
     try:
-        files = ("config.json", "tokenizer_config.json", "tokenizer.json")
+        files = ("config.json", "adapter_config.json", "tokenizer_config.json", "tokenizer.json")
         return any(isinstance(try_to_load_from_cache(name, file), str) for file in files)
     except HFValidationError:
         return False
+
+
+def is_cached_set(name: str) -> bool:
+    """Whether a data set of this name was once loaded; `datasets` takes that where no hub answers."""
+    try:
+        from datasets import config
+    except ImportError:
+        return False
+    folder, kept = Path(config.HF_DATASETS_CACHE), name.replace("/", "___").lower()
+    return folder.is_dir() and any(one.name.lower() == kept for one in folder.iterdir())
 
 
 def unreachable() -> str:

@@ -219,3 +219,15 @@ def test_lines_are_read_as_they_are_needed(tmp_path):
     entries = read_entries(path)
     assert next(entries)[1]["messages"] == CHAT
     assert isinstance(next(entries)[1], BadInput)  # whoever goes on after a bad line, can
+
+
+def test_a_data_set_that_was_loaded_before_is_not_refused_where_no_hub_answers(tmp_path, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path))
+    with pytest.raises(BadInput, match=r"someone/chats: no such file or folder, and no hub can be asked"):
+        list(read_conversations("someone/chats"))
+    (tmp_path / "someone___chats").mkdir()
+    with pytest.raises(
+        BadInput, match="someone/chats: cannot be read as a data set"
+    ):  # datasets was asked: it is empty
+        list(read_conversations("someone/chats"))

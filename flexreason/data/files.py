@@ -24,7 +24,7 @@ from typing import Any
 from flexreason.chat.messages import json_words
 from flexreason.chat.render import ConversationError
 from flexreason.nearest import did_you_mean, near_file
-from flexreason.sources import is_path, unreachable
+from flexreason.sources import is_cached_set, is_path, unreachable
 from flexreason.tree.sample import Sample
 
 DATA = "conversations: a .jsonl, .json or .parquet file, a folder, a data set's name"
@@ -176,7 +176,7 @@ def read_entries(source: str | Path | Iterable[Any], split: str = "train") -> It
         yield from _from_folder(path, split)
     elif is_path(str(source)):
         raise BadInput(f"{source}: no such file or folder{near_file(source) or '; give one that is there'}")
-    elif why := unreachable():
+    elif not is_cached_set(str(source)) and (why := unreachable()):
         raise BadInput(
             f"{source}: no such file or folder, and no hub can be asked for a data set of this name ({why})"
             f"{near_file(source) or '; give a file or a folder'}"
