@@ -227,7 +227,5 @@ def test_a_data_set_that_was_loaded_before_is_not_refused_where_no_hub_answers(t
     with pytest.raises(BadInput, match=r"someone/chats: no such file or folder, and no hub can be asked"):
         list(read_conversations("someone/chats"))
     (tmp_path / "someone___chats").mkdir()
-    with pytest.raises(
-        BadInput, match="someone/chats: cannot be read as a data set"
-    ):  # datasets was asked: it is empty
+    with pytest.raises(BadInput, match="someone/chats: cannot be read as a data set"):  # which is empty
         list(read_conversations("someone/chats"))
