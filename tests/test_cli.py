@@ -290,3 +290,10 @@ def test_options_of_a_template_are_given_alike_in_every_command():
         parser = argparse.ArgumentParser()
         command(name).add_arguments(parser)
         assert "--option" in parser._option_string_actions, name
+
+
+@pytest.mark.parametrize("name", sorted(COMMANDS.keys() - {"show"}))  # which draws
+def test_figures_are_there_as_json(name):
+    parser = argparse.ArgumentParser()
+    command(name).add_arguments(parser)
+    assert "--json" in parser._option_string_actions
