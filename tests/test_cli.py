@@ -123,6 +123,7 @@ LONG = {"flexreason demo"}
 """Examples that take minutes, and are run by tests of their own."""
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`")  # peft asks for it by its old name
 @pytest.mark.parametrize("line", [line for name in COMMANDS for line in examples(name) if line not in LONG])
 def test_every_example_runs_as_it_stands(line, folder, monkeypatch, capsys):
     monkeypatch.chdir(folder)
