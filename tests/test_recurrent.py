@@ -359,7 +359,7 @@ def test_caches_and_lengths_of_sequences_are_refused_with_a_row(name, key):
         model(**fr.collate(LAYOUTS["paper"]()), **{key: torch.zeros(1, dtype=torch.int32)})
 
 
-@pytest.mark.parametrize("name", HYBRIDS)
+@pytest.mark.parametrize("name", [*HYBRIDS, "RecurrentGemma"])
 def test_an_unpatched_hybrid_computes_nothing_of_a_row(name):
     model, row = made(name).float(), fr.collate(LAYOUTS["paper"]())
     computed = []

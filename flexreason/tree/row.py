@@ -89,8 +89,11 @@ def collate(layouts: Sequence[Layout], length: int | None = None, *, block_size:
     return row
 
 
-NDIM = vars(torch._C.TensorBase)["ndim"].__get__
-"""What torch says is called where somebody asks for `tensor.ndim`."""
+SIZE = [vars(torch._C.TensorBase)[name].__get__ for name in ("ndim", "shape")]
+"""What torch says is called where somebody asks for `tensor.ndim`, or for its shape."""
+
+MAKERS = ("create_recurrent_attention_mask", "_preprocess_mask_arguments")
+"""Where transformers asks, before layers compute: for recurrent layers it would take this for no padding at all."""
 
 
 class NoMask(Tensor):
@@ -106,8 +109,13 @@ class NoMask(Tensor):
         try:
             if func is Tensor.__getitem__ and isinstance(args[1], tuple) and len(args[1]) == 4:
                 raise IndexError("a mask of no tokens is cut to the keys")  # who does so is about to use it
+<<<<<<< HEAD
             if func == NDIM and _is_asked_by("create_recurrent_attention_mask"):
                 raise ValueError("recurrent layers would take it for no mask; call fr.patch(model) first")
+=======
+            if func in SIZE and _asker() in MAKERS:
+                raise RuntimeError("a mask of no tokens is taken for one of all tokens")
+>>>>>>> hybrid
             made = super().__torch_function__(func, types, args, kwargs or {})
         except (RuntimeError, ValueError, IndexError) as error:
             raise RuntimeError(
@@ -133,12 +141,12 @@ class NoMask(Tensor):
         return _from_other_process, (self.plain(),)
 
 
-def _is_asked_by(function: str) -> bool:
-    """Whether a function of this name asked; modes of torch (`with torch.device(...)`) stand in between."""
+def _asker() -> str:
+    """The function that asked a mask; modes of torch (`with torch.device(...)`) stand in between."""
     frame = sys._getframe(2)
     while frame.f_back is not None and frame.f_globals["__name__"].startswith("torch."):
         frame = frame.f_back
-    return frame.f_code.co_name == function
+    return frame.f_code.co_name
 
 
 def _from_other_process(plain: Tensor) -> Tensor:
