@@ -109,13 +109,8 @@ class NoMask(Tensor):
         try:
             if func is Tensor.__getitem__ and isinstance(args[1], tuple) and len(args[1]) == 4:
                 raise IndexError("a mask of no tokens is cut to the keys")  # who does so is about to use it
-<<<<<<< HEAD
-            if func == NDIM and _is_asked_by("create_recurrent_attention_mask"):
-                raise ValueError("recurrent layers would take it for no mask; call fr.patch(model) first")
-=======
             if func in SIZE and _asker() in MAKERS:
                 raise RuntimeError("a mask of no tokens is taken for one of all tokens")
->>>>>>> hybrid
             made = super().__torch_function__(func, types, args, kwargs or {})
         except (RuntimeError, ValueError, IndexError) as error:
             raise RuntimeError(
