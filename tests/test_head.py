@@ -1,8 +1,11 @@
 """The head a chunk at a time: the chunked loss and token log-probabilities against the samples and the full logits."""
 
+from types import MethodType
+
 import pytest
 import torch
 import transformers
+from accelerate.utils import convert_outputs_to_fp32
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 import flexreason as fr
@@ -147,6 +150,23 @@ def test_logprobs_of_a_frozen_head():
     model.lm_head.weight.requires_grad_(True)
     expected = torch.autograd.grad(fr.token_logprobs(model, row, temperature=0.7) @ upstream, trained)
     assert relative_l2(found, expected) < 1e-5
+
+
+def test_autocast_around_a_models_forward_ends_with_it():
+    """accelerate wraps a model's forward in one autocast object, which cannot be entered twice, and the head calls it."""
+    model, layout = fr.patch(tiny("Qwen3"), loss="chunked"), conversation()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        expected = model(**fr.collate([layout])).loss
+    wrapped = convert_outputs_to_fp32(torch.autocast("cpu", dtype=torch.bfloat16)(model.forward.__func__))
+    model.forward = MethodType(wrapped, model)
+    for _ in range(2):
+        loss = model(**fr.collate([layout])).loss
+        assert not torch.is_autocast_enabled("cpu")
+        loss.backward()
+        assert not torch.is_autocast_enabled("cpu")
+    fr.token_logprobs(model, fr.collate([layout])).sum().backward()
+    assert not torch.is_autocast_enabled("cpu")
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
 
 
 def test_chunked_under_autocast_is_as_the_model_does_it():

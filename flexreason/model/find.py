@@ -3,7 +3,8 @@
 import contextlib
 import inspect
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -66,6 +67,22 @@ def replaced_forward(module: nn.Module, harmless: Sequence[str] = WRAPPERS) -> A
             return inner
         forward = getattr(forward, "__wrapped__", None)
     return None
+
+
+AUTOCAST = ("torch.amp.autocast_mode", "accelerate.utils.operations")
+
+
+def beneath_autocast(module: nn.Module) -> Callable:
+    """A module's forward without the autocast that was put around it, for whoever calls it inside that forward.
+
+    There autocast is on already. And torch's does not enter twice: the one object in the wrapper would forget what was
+    before, and leave autocast on for the rest of the process.
+    """
+    forward: Any = module.forward
+    is_bound = inspect.ismethod(forward)
+    while is_of(home_of(forward), AUTOCAST) and hasattr(forward, "__wrapped__"):
+        forward = forward.__wrapped__
+    return partial(forward, module) if is_bound and not inspect.ismethod(forward) else forward
 
 
 def packages_of(cls: type) -> set[str]:

@@ -24,6 +24,7 @@ from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 
 from flexreason.attention.registry import find_decoder
+from flexreason.model.find import beneath_autocast
 from flexreason.tree.row import IGNORED
 
 CHUNK_LOGITS = 2**26
@@ -41,7 +42,7 @@ class Head:
         answer = with_states(self.decoder_output, hidden[None])
         ids = torch.zeros(1, len(hidden), dtype=torch.int64, device=hidden.device)
         with _answering(find_decoder(self.root), answer):
-            return self.root.forward(input_ids=ids, use_cache=False, return_dict=True).logits[0]
+            return beneath_autocast(self.root)(input_ids=ids, use_cache=False, return_dict=True).logits[0]
 
     def parameters(self, hidden: Tensor) -> list[nn.Parameter]:
         """Those that train and that logits depend on, wherever they are, also outside the model: found by following one
