@@ -680,7 +680,7 @@ def what_is_refused_is_left_out(original, refused, n_read, skip_invalid):
 
 @mutation(
     "what contradicts rows is refused by name",
-    "flexreason.train._refuse",
+    "flexreason.train._refuse_arguments",
     "test_sft_trainer.py::test_what_contradicts_rows_is_refused_by_name",
 )
 def contradictions_are_left_to_trl(original, args, others):

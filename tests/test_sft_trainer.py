@@ -522,13 +522,15 @@ needs_bitsandbytes = pytest.mark.skipif(
 
 @needs_bitsandbytes
 @pytest.mark.parametrize("how", ["by name", "loaded", "patched"])
-def test_adapters_over_four_bits_take_the_steps_of_the_loop(how, material, conversations, tmp_path):
-    """QLoRA: what is quantized is the same weights for both, in fp32 here."""
+def test_adapters_over_four_bits_take_the_steps_of_the_loop(how, conversations, tmp_path):
+    """QLoRA: what is quantized is the same weights for both, computed in fp32 here."""
     four = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
-    name = str(material / "Qwen" / "Qwen3-0.6B")
+    name = str(tmp_path / "model")
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16}  # blocks of 64 are quantized together
+    tiny("Qwen3", vocab_size=len(TOKENIZER), **sizes).save_pretrained(name)
 
     def loaded():
-        return AutoModelForCausalLM.from_pretrained(name, quantization_config=four, dtype=torch.float32)
+        return AutoModelForCausalLM.from_pretrained(name, quantization_config=four, dtype=torch.float32).train()
 
     given = {"by name": lambda: name, "loaded": loaded, "patched": lambda: fr.patch(loaded())}[how]()
     trainer = fr.RowSFTTrainer(

@@ -129,7 +129,7 @@ class RowSFTTrainer(RowTraining, SFTTrainer):
         **others: Any,
     ) -> None:
         args = _arguments(model, args)
-        _refuse(args, others)
+        _refuse_arguments(args, others)
         forward, collator = _Forward(), Collator() if data_collator is None else copy.copy(data_collator)
         SFTTrainer.__init__(
             self,
@@ -207,7 +207,7 @@ def _arguments(model: Any, args: Any) -> Any:
     return args
 
 
-def _refuse(args: Any, others: Mapping[str, Any]) -> None:
+def _refuse_arguments(args: Any, others: Mapping[str, Any]) -> None:
     """Raise where an argument contradicts rows."""
     found = {name: getattr(args, name, None) for name in CONTRADICTIONS}
     wrong = [(f"{name}={found[name]!r}", why) for name, why in CONTRADICTIONS.items() if found[name]]
