@@ -1,6 +1,7 @@
 """RowSFTTrainer takes the steps of a loop over the samples, whatever holds the conversations; what it is told that
 contradicts rows is refused."""
 
+import copy
 import importlib.util
 import json
 import re
@@ -538,14 +539,15 @@ def test_adapters_over_four_bits_take_the_steps_of_the_loop(how, conversations, 
         args=arguments(tmp_path, max_steps=5),
         train_dataset=conversations,
         processing_class=TOKENIZER,
-        peft_config=LORA,
+        peft_config=copy.copy(LORA),
         **({"quantization_config": four} if how == "by name" else {}),
     )
     assert any(type(module).__name__ == "Linear4bit" for module in trainer.model.modules())
-    stock = peft.get_peft_model(loaded(), LORA)
+    stock = peft.get_peft_model(loaded(), copy.copy(LORA))
     for model in (stock, trainer.model):
-        for p in randomized(model).parameters():
+        for p in model.parameters():
             p.data = p.data.float() if p.requires_grad else p.data  # trl makes them bf16
+        randomized(model)
     start = start_of(stock)
     expected = fit_by_hand(stock, steps_by_hand(conversations, 5))
     trainer.train()
