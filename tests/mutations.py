@@ -660,6 +660,15 @@ def evaluation_is_what_the_trainer_says(original, self):
 
 
 @mutation(
+    STEP,
+    "flexreason.train.FilledStream.__iter__",
+    "test_sft_trainer.py::test_twenty_steps_are_those_of_the_loop[stream-True-2]",
+)
+def a_stream_ends_in_the_middle_of_a_step(original, self):
+    return iter(self.data)
+
+
+@mutation(
     "RowSFTTrainer computes the model's own loss, by weight, with evaluation by targets",
     "flexreason.train.RowSFTTrainer.compute_loss",
     "test_sft_trainer.py::test_weights_of_targets_count",
@@ -680,7 +689,7 @@ def what_is_refused_is_left_out(original, refused, n_read, skip_invalid):
 
 @mutation(
     "what contradicts rows is refused by name",
-    "flexreason.train._refuse_contradictions",
+    "flexreason.train._refuse_arguments",
     "test_sft_trainer.py::test_what_contradicts_rows_is_refused_by_name",
 )
 def contradictions_are_left_to_trl(original, args, others):

@@ -153,7 +153,7 @@ def test_logprobs_of_a_frozen_head():
 
 
 def test_autocast_around_a_models_forward_ends_with_it():
-    """accelerate wraps a model's forward in one autocast object, which cannot be entered twice, and the head calls it."""
+    """accelerate wraps a forward in one autocast object, which cannot be entered twice, and the head calls it again."""
     model, layout = fr.patch(tiny("Qwen3"), loss="chunked"), conversation()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         expected = model(**fr.collate([layout])).loss

@@ -1,6 +1,7 @@
 """RowSFTTrainer takes the steps of a loop over the samples, whatever holds the conversations; what it is told that
 contradicts rows is refused."""
 
+import copy
 import importlib.util
 import json
 import re
@@ -519,13 +520,15 @@ needs_bitsandbytes = pytest.mark.skipif(
 
 @needs_bitsandbytes
 @pytest.mark.parametrize("how", ["by name", "loaded", "patched"])
-def test_adapters_over_four_bits_take_the_steps_of_the_loop(how, material, conversations, tmp_path):
-    """QLoRA: what is quantized is the same weights for both, in fp32 here."""
+def test_adapters_over_four_bits_take_the_steps_of_the_loop(how, conversations, tmp_path):
+    """QLoRA: what is quantized is the same weights for both, computed in fp32 here."""
     four = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
-    name = str(material / "Qwen" / "Qwen3-0.6B")
+    name = str(tmp_path / "model")
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16}  # blocks of 64 are quantized together
+    tiny("Qwen3", vocab_size=len(TOKENIZER), **sizes).save_pretrained(name)
 
     def loaded():
-        return AutoModelForCausalLM.from_pretrained(name, quantization_config=four, dtype=torch.float32)
+        return AutoModelForCausalLM.from_pretrained(name, quantization_config=four, dtype=torch.float32).train()
 
     given = {"by name": lambda: name, "loaded": loaded, "patched": lambda: fr.patch(loaded())}[how]()
     trainer = fr.RowSFTTrainer(
@@ -533,14 +536,15 @@ def test_adapters_over_four_bits_take_the_steps_of_the_loop(how, material, conve
         args=arguments(tmp_path, max_steps=5),
         train_dataset=conversations,
         processing_class=TOKENIZER,
-        peft_config=LORA,
+        peft_config=copy.copy(LORA),
         **({"quantization_config": four} if how == "by name" else {}),
     )
     assert any(type(module).__name__ == "Linear4bit" for module in trainer.model.modules())
-    stock = peft.get_peft_model(loaded(), LORA)
+    stock = peft.get_peft_model(loaded(), copy.copy(LORA))
     for model in (stock, trainer.model):
-        for p in randomized(model).parameters():
+        for p in model.parameters():
             p.data = p.data.float() if p.requires_grad else p.data  # trl makes them bf16
+        randomized(model)
     start = start_of(stock)
     expected = fit_by_hand(stock, steps_by_hand(conversations, 5))
     trainer.train()

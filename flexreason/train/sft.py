@@ -155,7 +155,7 @@ class RowSFTTrainer(RowTraining, SFTTrainer):
         **others: Any,
     ) -> None:
         args = _arguments(model, args)
-        _refuse_contradictions(args, others)
+        _refuse_arguments(args, others)
         forward, collator = _Forward(), Collator() if data_collator is None else copy.copy(data_collator)
         SFTTrainer.__init__(
             self,
@@ -233,7 +233,7 @@ def _arguments(model: Any, args: Any) -> Any:
     return args
 
 
-def _refuse_contradictions(args: Any, others: Mapping[str, Any]) -> None:
+def _refuse_arguments(args: Any, others: Mapping[str, Any]) -> None:
     """Raise where an argument contradicts rows."""
     found = {name: getattr(args, name, None) for name in CONTRADICTIONS}
     wrong = [(f"{name}={found[name]!r}", why) for name, why in CONTRADICTIONS.items() if found[name]]

@@ -110,7 +110,7 @@ class NoMask(Tensor):
             if func is Tensor.__getitem__ and isinstance(args[1], tuple) and len(args[1]) == 4:
                 raise IndexError("a mask of no tokens is cut to the keys")  # who does so is about to use it
             if func in SIZE and _asker() in MAKERS:
-                raise RuntimeError("a mask of no tokens is taken for one of all tokens")
+                raise RuntimeError("a mask of no tokens is taken for one of all tokens; call fr.patch(model) first")
             made = super().__torch_function__(func, types, args, kwargs or {})
         except (RuntimeError, ValueError, IndexError) as error:
             raise RuntimeError(
