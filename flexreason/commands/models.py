@@ -70,9 +70,9 @@ def _overview(options: argparse.Namespace) -> int:
     for verdict, names in sorted(by_verdict.items()):
         print(f"{verdict}: {len(names)}\n  " + "\n  ".join(names))
     print(f"with transformers {the_list['transformers']}, torch {the_list['torch']}")
-    if since := since_the_list():
+    if since := since_the_list(the_list["transformers"]):
         print(f"The transformers here is {since} than that. The list holds for all classes whose code is the same in")
-        print("both; any other is tested once, when it is first patched or named here.")
+        print("both; any other is tested when it is first patched, or named here.")
     return 0
 
 
