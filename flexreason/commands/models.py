@@ -166,10 +166,8 @@ def _numbers(entry: dict[str, Any]) -> str:
 def _scan_command(options: argparse.Namespace) -> int:
     names, start = list(options.only) or causal_classes(), time.monotonic()
     if unknown := [name for name in names if not getattr(getattr(transformers, name, None), "config_class", None)]:
-        raise ValueError(
-            "--only: expected classes of transformers, found "
-            f"{', '.join(unknown)}{did_you_mean(unknown[0], causal_classes())}"
-        )
+        hint = did_you_mean(unknown[0], causal_classes()) or "; flexreason models lists them"
+        raise ValueError(f"--only: transformers has no model of the name {', '.join(unknown)}{hint}")
     entries: dict[str, Any] = {}
     for name, entry in telling.each(scan(names), "testing all classes", len(names), "classes"):
         entries[name] = entry
