@@ -71,9 +71,9 @@ def _overview(options: argparse.Namespace) -> int:
     for verdict, names in sorted(by_verdict.items()):
         print(f"{verdict}: {len(names)}\n  " + "\n  ".join(names))
     print(f"with transformers {the_list['transformers']}, torch {the_list['torch']}")
-    if since := since_the_list():
+    if since := since_the_list(the_list["transformers"]):
         print(f"The transformers here is {since} than that. The list holds for all classes whose code is the same in")
-        print("both; any other is tested once, when it is first patched or named here.")
+        print("both; any other is tested when it is first patched, or named here.")
     return 0
 
 
@@ -167,10 +167,8 @@ def _numbers(entry: dict[str, Any]) -> str:
 def _scan_command(options: argparse.Namespace) -> int:
     names, start = list(options.only) or causal_classes(), time.monotonic()
     if unknown := [name for name in names if not getattr(getattr(transformers, name, None), "config_class", None)]:
-        raise ValueError(
-            "--only: expected classes of transformers, found "
-            f"{', '.join(unknown)}{did_you_mean(unknown[0], causal_classes())}"
-        )
+        hint = did_you_mean(unknown[0], causal_classes()) or "; flexreason models lists them"
+        raise ValueError(f"--only: transformers has no model of the name {', '.join(unknown)}{hint}")
     entries: dict[str, Any] = {}
     for name, entry in telling.each(scan(names), "testing all classes", len(names), "classes"):
         entries[name] = entry

@@ -115,9 +115,9 @@ def evidence_of_class(
     return _tested(cls, config, structure, source, edited, "dense" if backend == "dense" else "segments")
 
 
-def since_the_list() -> str:
+def since_the_list(listed_version: str | None = None) -> str:
     """What the transformers here is against that of the list: newer, older, or nothing where it is the same."""
-    here, there = (Version(version) for version in (transformers.__version__, listed()["transformers"]))
+    here, there = Version(transformers.__version__), Version(listed_version or listed()["transformers"])
     return "newer" if here > there else "older" if here < there else ""
 
 
