@@ -392,7 +392,6 @@ def test_settings_train(name, material, tmp_path):
     assert (out / "model" / "adapter_model.safetensors").exists() == name.endswith("lora")
 
 
-@old_names
 @pytest.mark.parametrize("lora", [None, 4])
 def test_memory_that_is_counted_is_what_training_holds(lora):
     """What is held between two steps of AdamW, byte by byte; and what checkpointing keeps of a row."""

@@ -242,3 +242,80 @@ def test_a_template_that_throws_dice_is_refused(dice):
 
 def test_a_name_that_only_sounds_like_dice_is_not():
     assert targets(template(answered="{% set random = m.random %}" + ANSWERED)) == WHOLE
+
+
+# --- what a hostile reader found
+
+
+def test_a_token_that_ends_no_turn_stands_before_the_one_that_does_in_every_message():
+    for header in ("<h>{}<s>", "<h>{}\n"):
+        bot, human = header.format("assistant"), header.format("user")
+        said = ANSWERED.replace("<a>", bot).replace("</a>", "<s><end>\n")
+        source = template(f"{human}{{{{ m.content }}}}<s><end>\n", said, bot)
+        assert targets(source, eos="<|endoftext|>")[0] == "<think>why</think>two<s><end>"
+
+
+def test_words_about_calls_behind_the_users_text_do_not_say_where_a_call_stops():
+    asks = "<u>{{ m.content }}{% if tools %} Write <call>..</call>{% endif %}<end>"
+    source = template(asks, f"<a>{{{{ m.content }}}}{CALLS}<end>")
+    found = targets(source, LOOP, TOOLS, eos="<|endoftext|>", special=[t for t in TAGS if "call" not in t])
+    assert found[0].endswith('<call>search{"key": "k"}</call><end>')
+
+
+def test_eos_stops_generation_where_more_stands_behind_it_at_the_end():
+    ends = "{% if loop.last %}<end><last>{% else %}</a>{% endif %}"
+    assert targets(template(answered=ANSWERED.replace("</a>", ends)), eos="<end>")[0] == "<think>why</think>two<end>"
+
+
+@pytest.mark.parametrize(("asked", "header"), [("<s>", "<s>assistant<h>"), ("", "<s>assistant<h>")])
+def test_reasoning_is_not_put_before_a_header_that_the_model_must_write(asked, header):
+    with pytest.raises(NotAligned):
+        targets(template(answered=header + "{{ m.content }}</a>", asked=asked))
+
+
+@pytest.mark.parametrize("asked", ["<a><thought>\n", "<a>Sure, ", "<a>Thinking: "])
+def test_what_the_prompt_has_behind_the_whole_header_is_not_passed_over(asked):
+    with pytest.raises(NotAligned):
+        targets(template(answered="<a>{{ m.content }}</a>", asked=asked))
+
+
+@pytest.mark.parametrize("asked", ["<a><thought>\n", "<a>Sure, "])
+def test_a_prefill_that_begins_the_content_or_a_block_is_not_written_twice(asked):
+    with pytest.raises(NotAligned):
+        targets(template(answered="<a>{{ m.content }}</a>", asked=asked), [user("one"), answer("Sure, two")])
+
+
+@pytest.mark.parametrize("opening", ["◁think▷", "Thinking: "])
+@pytest.mark.parametrize("suffix", ["", " /x"])
+def test_a_block_that_the_prompt_opens_with_no_tag(opening, suffix):
+    block = "{% if m.reasoning_content and loop.last %}" + opening + "{{ m.reasoning_content }};{% endif %}"
+    asks = "<u>{{ m.content }}" + IN_LAST.replace("WHAT", suffix) + "</u>"
+    source = template(asks, f"<a>{block}{{{{ m.content }}}}</a>", "<a>" + opening)
+    assert targets(source, [*CHAT, user("five"), answer("six")]) == ["why;two</a>", "how;four</a>", ";six</a>"]
+
+
+def test_an_empty_block_that_the_prompt_has_begun_is_closed_once():
+    empty = "<a><think>\n\n</think>\n\n{{ m.content }}</a>"
+    source = template(answered=empty, asked="<s>Be kind.</s><a><think>\n")
+    assert targets(source, [user("one"), answer("two")]) == ["\n</think>\n\ntwo</a>"]
+
+
+def test_a_reminder_that_names_the_markers_opens_and_closes_nothing():
+    reminder = IN_LAST.replace("WHAT", " Write <think></think>.")
+    assert targets(template("<u>{{ m.content }}" + reminder + "</u>")) == WHOLE
+
+
+@pytest.mark.parametrize("blank", ["", " "])
+def test_reasoning_stands_where_it_is_not_blank(blank):
+    messages = [user("one"), {**answer("two"), "reasoning_content": blank, "reasoning": "why"}]
+    assert targets(template(), messages) == WHOLE[:1]
+    messages = [user("one"), {**answer("<think>why</think>two"), "reasoning_content": blank}]
+    assert targets(template(asked="<a><think>"), messages) == ["why</think>two</a>"]
+
+
+def test_a_template_that_must_have_a_system_message():
+    needs = "{% if messages[0].role != 'system' %}{{ raise_exception('no system') }}{% endif %}"
+    muses = "<a>{% if m.thinking %}<muse>{{ m.thinking }}</muse>{% endif %}{{ m.content }}<r_end>\n<end>\n"
+    source = needs + template("<u>{{ m.content }}<end>\n", muses)
+    found = targets(source, [{"role": "system", "content": "s"}, *CHAT], eos="<|endoftext|>")
+    assert found[0] == "<muse>why</muse>two<r_end>\n<end>"

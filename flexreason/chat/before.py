@@ -39,13 +39,20 @@ class Before:
             )
         return [joined(self.base, text.rpartition(self.mark)[2]) for text in texts if text is not None]
 
-    def seam(self, known: str, lead: str, marked: Marked, guess: bool) -> Seam:
+    def asked(self, known: str) -> str:
+        """What of a prompt's end is there only because generation is asked for; all of it where that is unknown."""
+        unasked = self.render.attempt(self.messages, False)
+        closed = unasked.rpartition(self.mark)[2] if unasked and self.mark in unasked else ""
+        return (known.removeprefix(closed) or known) if known.startswith(closed) else known
+
+    def seam(self, known: str, lead: str, marked: Marked, guess: bool, said: str) -> Seam:
         """How much of the lead the prompt holds; its own block of reasoning, open or closed, stands behind that.
 
         Args:
             known: What follows the last text in the prompt.
             lead: What follows it in the rendering of the marked message, up to the first mark.
             guess: Whether what the prompt has more may be something other than an attribute in its header.
+            said: The message's content.
         """
         opening, added = self.template.markers.opening, self.template.added
         unasked = self.render.attempt(self.messages, False)
@@ -56,7 +63,9 @@ class Before:
             seam = find_seam(known[: blocks[0]], lead[: blocks[1]], closed, opening, added)
             seam = seam and Seam(seam.end, seam.more + known[blocks[0] :])
         if seam is None or not self._is_attribute(seam, lead, closed):
-            seam = self._without_header(known, lead, closed, marked) or (seam if guess else None)
+            seam = self._without_header(known, lead, closed, marked) or (
+                seam if guess and seam and not self._is_begun(seam, lead, said) else None
+            )
         if seam is None:
             raise self.no_seam(known, lead)
         return seam
@@ -71,10 +80,17 @@ class Before:
     def _is_attribute(self, seam: Seam, lead: str, closed: str | None) -> bool:
         """Whether the prompt has no more than an attribute that the lead has not: one line without added tokens, behind
         a header that both have. The prompt's own block of reasoning is not counted."""
-        attribute = seam.more.partition(self.template.markers.opening)[0]
+        markers = self.template.markers
+        begins = [at for at in map(seam.more.find, filter(None, (markers.opening, markers.closing))) if at >= 0]
+        attribute = seam.more[: min(begins, default=len(seam.more))]
         header = lead[len(closed) if closed and lead.startswith(closed) else 0 : seam.end]
         one_line = not self.template.added.search(attribute) and "\n" not in attribute.strip()
-        return not attribute.strip() or (one_line and says_something(header, self.template.added))
+        return not attribute.strip() or (bool(begins) and one_line and says_something(header, self.template.added))
+
+    def _is_begun(self, seam: Seam, lead: str, said: str) -> bool:
+        """Whether what the prompt has behind the whole header begins the content, or a block of an unknown kind."""
+        begun = seam.more.strip() if seam.end == len(lead) else ""
+        return bool(begun) and (begun[-1] in ">]▷" or said.lstrip().startswith(begun))
 
     def _without_header(self, known: str, lead: str, closed: str | None, marked: Marked) -> Seam | None:
         """The seam where the prompt ends with a header and this message has none, since its turn has already begun.

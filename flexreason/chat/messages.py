@@ -107,8 +107,7 @@ class Message:
 
 def take_apart(message: dict[str, Any]) -> Message:
     """The parts of a message that has been checked. Only an assistant's has reasoning."""
-    content = message.get("content")
-    text = "\n".join(part["text"] for part in content) if isinstance(content, list) else content or ""
+    text = _text_of(message)
     functions = [call.get("function", call) for call in message.get("tool_calls") or []]
     if message["role"] != "assistant":
         return Message(message, text, "", text, (), False, functions)
@@ -117,6 +116,11 @@ def take_apart(message: dict[str, Any]) -> Message:
     if block := _inline_block(text):
         return Message(message, text, *block, (), True, functions)
     return Message(message, text, "", text, (), False, functions)
+
+
+def _text_of(message: dict[str, Any]) -> str:
+    content = message.get("content")
+    return "\n".join(part["text"] for part in content) if isinstance(content, list) else content or ""
 
 
 def _inline_block(text: str) -> tuple[str, str] | None:
@@ -167,6 +171,10 @@ def _check_message(number: int, message: Any) -> dict[str, Any]:
                 f"a {role} message has {name}; only assistant messages can have reasoning; leave it out",
                 number,
             )
+    blank = {name for name in fields if not message[name].strip()}
+    inline = _inline_block(_text_of(message)) if blank else None
+    if len(blank) < len(fields) or (inline and inline[0].strip()):  # the reasoning stands elsewhere
+        message = {key: value for key, value in message.items() if key not in blank}
     if message.get("tool_calls"):
         if role != "assistant":
             raise BadMessage(

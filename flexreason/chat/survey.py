@@ -26,7 +26,7 @@ from flexreason.chat.marks import Marked, joined, mark, new_base, stands_for, te
 from flexreason.chat.messages import REASONING_FIELDS, Message
 from flexreason.chat.render import ALONE, ConversationError, Messages, NoStopToken, NotAligned, NotRendered, Renderer
 from flexreason.chat.seam import find_seam
-from flexreason.chat.template import Stop, Template
+from flexreason.chat.template import ANSWER, USER, Stop, Template, assistant, user
 from flexreason.chat.texts import common_suffix, places_of
 from flexreason.chat.turns import Pattern, Turn
 
@@ -147,18 +147,21 @@ class _Survey:
         body, kept, stop = self._cut(shown, whole, max(places.values()))
         if not known:
             if self.reasoning and "r" in missing:
+                if self._header_is_open(shown[:first]):
+                    raise self.before.no_seam(ahead, shown[:first])
                 return self._splice(ahead, body, shown[:first])
             if not missing and not (set(marked.marks) - set(marked.wanted)):
                 self._learn(marked, places, shown, whole, kept, stop)
             return Turn(self.prompt, body, self._response(marked, places, shown, body), "rendered")
         lead = shown[:first]
         markers = self.template.markers
-        off, opened, inside = markers.closed_by(known), markers.opened_by(known), places.get("r", -1) >= 0
+        asked, inside = self.before.asked(known), places.get("r", -1) >= 0
+        off, opened = markers.closed_by(asked), markers.opened_by(asked)
         if not self.reasoning and (turn := self._close_block(known)):
             return turn
         if off and self.reasoning and inside:
             return self._thinking_off(known)
-        seam = self.before.seam(known, lead, marked, guess=not self.reasoning)
+        seam = self.before.seam(known, lead, marked, guess=not self.reasoning, said=self.response)
         rest = body[seam.end :]
         if inside and markers.opening in seam.more:  # both open the block, behind a header that ends otherwise
             begun, own = seam.more[seam.more.find(markers.opening) :], lead.find(markers.opening, seam.end)
@@ -173,6 +176,11 @@ class _Survey:
             rest = rest[len(self.template.shared(behind, rest)) :]
         if inside or off or not (self.reasoning or opened):
             return Turn(self.prompt, rest, 0, "thinking off" if off and self.reasoning else "rendered")
+        between = lead[seam.end :]
+        if opened and markers.closing in between:  # an empty block of the template's, which the prompt has begun
+            skip = between.find(markers.opening) + len(markers.opening) if markers.around(between) else 0
+            between, rest = between[skip:], rest[skip:]
+            return self._splice(known, rest, between) if self.reasoning else Turn(self.prompt, rest, 0, "rendered")
         return self._splice(known, rest, "")
 
     def _cut(self, shown: str, whole: str, last: int) -> tuple[str, int, Stop]:
@@ -189,9 +197,28 @@ class _Survey:
         body = whole[: len(whole) - len(tail) + kept]
         return body + stop.text if stop.appended else body, kept, stop
 
+    def _header_is_open(self, lead: str) -> bool:
+        """Whether the model must write a header, or words of one, before its reasoning: behind which of these the
+        reasoning stands is unknown. A token by itself begins the response."""
+        opening = self.template.markers.opening
+        lead = lead.partition(opening)[0] if opening else lead
+        if self.message.functions:  # what begins an answer too
+            plain = self.template.probe(self.template.take([user(USER), assistant(ANSWER)])) or ""
+            begins = plain.rpartition(USER)[2].partition(ANSWER)[0].removeprefix(self.template.prompt_end)
+            lead = self.template.shared(lead, begins)
+        asks = self.prompt != self.render.attempt(self.messages, False) or self.template.appends_always
+        words = self.template.added.sub(" ", lead)
+        return bool(lead.strip()) and (bool(words.strip()) or not asks)
+
     def _splice(self, ahead: str, body: str, lead: str) -> Turn:
         """Reasoning put in by hand, since the template does not render it."""
         markers, reasoning = self.template.markers, self.reasoning
+        if self.message.functions and len(self.template.added.findall(markers.close)) > 1:
+            raise NotAligned(
+                "the chat template does not render the reasoning of this message, and what it writes behind that of "
+                f"an answer, {markers.close!r}, begins an answer too: what stands before a call is unknown",
+                self.number,
+            )
         end = ahead.rstrip()
         if end.endswith(markers.closing):
             return Turn(self.prompt, body, 0, "thinking off")
@@ -224,7 +251,7 @@ class _Survey:
                 continue
             if lead.startswith(asked):
                 begin = len(asked)
-            elif self.template.markers.opened_by(asked):
+            elif self.template.markers.opened_by(self.before.asked(asked)):
                 seam = find_seam(asked, lead, None, self.template.markers.opening, self.template.added)
                 begin = seam.end if seam and not seam.more else -1
             else:

@@ -16,7 +16,7 @@ from flexreason.chat.texts import common_prefix, common_suffix
 
 MARK = "zQ7xV{}Kmark"
 
-USER, ANSWER, THOUGHT, AGAIN = (MARK.format(letter) for letter in ("u", "b", "a", "w"))
+USER, ANSWER, THOUGHT, AGAIN, SYSTEM = (MARK.format(letter) for letter in ("u", "b", "a", "w", "y"))
 
 KNOWN_MARKERS = (
     ("<think>", "</think>"),
@@ -115,8 +115,12 @@ class Template:
         self.added = _any_of([*(str(t.content) for t in added), *tokenizer.all_special_tokens])
 
     def probe(self, messages: Messages, prompt: bool = False) -> str | None:
-        """The text, or None where the template raises."""
-        return self.render.attempt(messages, prompt)
+        """The text, or None where the template raises, behind a system message too."""
+        text = self.render.attempt(messages, prompt)
+        if text is None and messages[0]["role"] != "system":
+            for content in (SYSTEM, [{"type": "text", "text": SYSTEM}]):
+                text = text or self.render.attempt([{"role": "system", "content": content}, *messages], prompt)
+        return text
 
     # --- which form of a message the template takes
 
@@ -193,12 +197,17 @@ class Template:
         if with_ is None or not 0 <= with_.rfind(USER) < with_.find(THOUGHT) < with_.find(ANSWER):
             return None
         head = with_[with_.rfind(USER) + len(USER) : with_.find(THOUGHT)]
-        seam = find_seam(self.prompt_end, head, None, "", self.added)
+        closed = (self.probe(self.take([user(USER)])) or "").rpartition(USER)[2]
+        seam = find_seam(self.prompt_end, head, closed, "", self.added)
         opening = head[seam.end :] if seam else ""
         close = with_[with_.find(THOUGHT) + len(THOUGHT) : with_.find(ANSWER)]
         if not opening.strip():  # the prompt opens the block itself
             word = re.search(r"(<[^<>\s]+>|\[[^\[\]\s]+\])\s*$", head)
-            opening = word.group(0) if word else opening
+            plain = (
+                (self.probe(self.take([user(USER), assistant(ANSWER)])) or "").rpartition(USER)[2].partition(ANSWER)[0]
+            )
+            bare = find_seam(plain, head, None, "", self.added) if plain else None
+            opening = word.group(0) if word else head[bare.end :] if bare and not bare.more else opening
         return Markers(opening, close, "template")
 
     # --- the end of a message
@@ -228,9 +237,9 @@ class Template:
         if self.appends_always:
             tail = self._without_prompt(tail)
         always = self._whole(common_prefix(tail, between), tail)
-        if stop := self._end_of_turn(always):
-            return stop
         for text in (always, tail):
+            if stop := self._end_of_turn(text):
+                return stop
             if run := self._run(text):
                 return Stop(run, False, guessed=True)
         after_tail = between[len(tail) :] if between.startswith(tail) else between
@@ -260,15 +269,27 @@ class Template:
         stop generation, whether flagged special or not, and whatever stands before them."""
         if self.eos and self.eos in text:
             return Stop(self.eos, False)
-        ends = (token.group() for token in self.added.finditer(text) if token.group() in self._between_turns)
+        ends = (token.group() for token in self.added.finditer(text) if token.group() in self._ends_users)
         token = next((token for token in ends if token != self.bos), None)
         return Stop(token, False) if token else None
 
     @cached_property
-    def _between_turns(self) -> str:
-        """What stands between a user's text and an answer, in a prompt and in a history."""
-        text = self.probe(self.take([user(USER), assistant(ANSWER), user(AGAIN)])) or ""
-        return self.prompt_end + text.partition(USER)[2].partition(ANSWER)[0]
+    def _ends_users(self) -> list[str]:
+        """The token that ends a user's message: the last one there, since others may stand before it that end no turn.
+        Where the answer's header cannot be told from that end, all tokens between a user's text and an answer."""
+        asked = self.take([user(USER)])
+        closed, text = (
+            self.probe(asked) or "",
+            self.probe(self.take([user(USER), assistant(ANSWER), user(AGAIN)])) or "",
+        )
+        closed, between = closed.rpartition(USER)[2], text.partition(USER)[2].partition(ANSWER)[0]
+        size = next((n for n in range(min(len(closed), len(between)), 0, -1) if closed.endswith(between[:n])), 0)
+        header = self.added.search(self.prompt_end.removeprefix(closed))  # where it begins, if it shows
+        at = between.rfind(header.group()) if header and self.prompt_end.startswith(closed) else 0
+        for end in (between[:size], between[: max(at, 0)], self.shared(closed, between)):
+            if not self.appends_always and (tokens := [t for t in self.added.findall(end) if t != self.bos]):
+                return tokens[-1:]
+        return self.added.findall(self.prompt_end + between)
 
     def _without_prompt(self, tail: str) -> str:
         """The end of a message without a generation prompt that nobody asked for."""
