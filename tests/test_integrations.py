@@ -306,7 +306,7 @@ def assert_ordinary(model, stock):
     assert torch.equal(model(**batch).logits, stock(**batch).logits)
     assert model.config._attn_implementation == stock.config._attn_implementation
     assert model.loss_function is stock.loss_function
-    with pytest.raises(RuntimeError, match="call fr.patch"):
+    with pytest.raises(RuntimeError, match="this model is not patched"):
         model(**fr.collate(PACKED, LENGTH))
 
 

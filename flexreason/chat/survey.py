@@ -148,7 +148,8 @@ class _Survey:
         if not known:
             if self.reasoning and "r" in missing:
                 if self._header_is_open(shown[:first]):
-                    raise self.before.no_seam(ahead, shown[:first])
+                    lead = shown[:first]
+                raise self.before.no_seam(ahead, lead)
                 return self._splice(ahead, body, shown[:first])
             if not missing and not (set(marked.marks) - set(marked.wanted)):
                 self._learn(marked, places, shown, whole, kept, stop)
