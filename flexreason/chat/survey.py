@@ -147,10 +147,10 @@ class _Survey:
         body, kept, stop = self._cut(shown, whole, max(places.values()))
         if not known:
             if self.reasoning and "r" in missing:
-                if self._header_is_open(shown[:first]):
-                    lead = shown[:first]
-                raise self.before.no_seam(ahead, lead)
-                return self._splice(ahead, body, shown[:first])
+                lead = shown[:first]
+                if self._header_is_open(lead):
+                    raise self.before.no_seam(ahead, lead)
+                return self._splice(ahead, body, lead)
             if not missing and not (set(marked.marks) - set(marked.wanted)):
                 self._learn(marked, places, shown, whole, kept, stop)
             return Turn(self.prompt, body, self._response(marked, places, shown, body), "rendered")
@@ -217,7 +217,7 @@ class _Survey:
         if self.message.functions and len(self.template.added.findall(markers.close)) > 1:
             raise NotAligned(
                 "the chat template does not render the reasoning of this message, and what it writes behind that of "
-                f"an answer, {markers.close!r}, begins an answer too: what stands before a call is unknown",
+                f"an answer, {markers.close!r}, begins an answer too: what stands before a call is unknown{ALONE}",
                 self.number,
             )
         end = ahead.rstrip()
