@@ -17,7 +17,7 @@ import flexreason as fr
 from flexreason.chat.render import ConversationError
 from flexreason.data import options
 from flexreason.data.files import BadInput
-from flexreason.data.intake import CHUNK, EntryEncoder, Intake, Refusals, Refused, start_workers
+from flexreason.data.intake import AT_A_TIME, EntryEncoder, Intake, Refusals, Refused, start_workers
 from templating import SHAPES, TOOLS, answer, call, result, trl_tokenizer, user
 
 CHAT = SHAPES["reasoning chat"]
@@ -217,7 +217,7 @@ def outcome(intake):
 
 def test_the_number_of_workers_changes_nothing(tokenizer, tmp_path):
     path = tmp_path / "chats.jsonl"
-    entries = chats(5 * CHUNK + 3)
+    entries = chats(5 * AT_A_TIME + 3)
     entries[7:7], entries[30:30] = BAD, BAD
     path.write_text("\n".join(["{broken" if n == 12 else json.dumps(entry) for n, entry in enumerate(entries)]))
     encoder = EntryEncoder(tokenizer)
@@ -324,7 +324,7 @@ def test_nobody_reads_far_ahead(tokenizer, workers):
     taken = 0
     some = iter(Intake(endless(), EntryEncoder(tokenizer), workers=workers))
     assert [item.conversation.number for item in itertools.islice(some, 3)] == [0, 1, 2]
-    assert taken <= (4 * workers + 1) * CHUNK if workers else taken == 3
+    assert taken <= (4 * workers + 1) * AT_A_TIME if workers else taken == 3
     some.close()
 
 

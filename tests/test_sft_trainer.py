@@ -472,7 +472,7 @@ def material(tmp_path_factory):
 def test_the_script_of_the_docstring_runs_as_it_stands(material):
     """In a folder that holds what it names, and with what it says of machines without a GPU."""
     script = textwrap.dedent(
-        re.search(r"\n( +import flexreason.*?)\n\n    \*\*Model", fr.RowSFTTrainer.__doc__, re.S)[1]
+        re.search(r"\n( +import flexreason.*?)\n\n    The same with", fr.RowSFTTrainer.__doc__, re.S)[1]
     )
     assert script.count('output_dir="runs/sft",') == 1
     done = subprocess.run(

@@ -402,7 +402,7 @@ def test_a_tree_that_is_too_large_for_a_terminal_is_cut_and_told(tmp_path, capsy
     assert main([*given, "--all"]) == 0
     assert len(capsys.readouterr().out.splitlines()) > 600
     assert main([*given[:-1], "--svg", str(tmp_path / "x.svg")]) == 2
-    assert "--html FILE shows masks of any size" in capsys.readouterr().err
+    assert "use --html FILE, which shows masks of any size" in capsys.readouterr().err
 
 
 def test_tokenized_samples_need_no_tokenizer(tmp_path, capsys):
