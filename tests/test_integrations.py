@@ -185,6 +185,8 @@ def test_sft_trainer_takes_the_steps_of_a_loop_over_the_samples(kind, accumulate
     assert_trains_as_by_hand(trainer, stock, steps)
 
 
+# peft 0.19 warns of adapters on tied embeddings
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning")
 @pytest.mark.parametrize("first", ["patch", "peft"])
 def test_lora_adapters_have_the_gradients_of_the_samples_whichever_comes_first(first):
     """The head has an adapter too."""
@@ -214,6 +216,7 @@ def test_trainers_train_lora_adapters_as_the_loop_does(make, first, tmp_path):
 @pytest.mark.parametrize("backend", ["segments", "dense"])
 def test_gradient_checkpointing_changes_nothing(backend, reentrant, attended):
     model, stock = a_model(backend=backend)
+    attended.clear()  # of a self-test, where the list of models is of other versions
     checkpoint(again_in_float64(model.train()), reentrant)
     assert not wrong(errors(model, stock))
     assert len(attended) == 2 * TINY["num_hidden_layers"]  # every layer ran again during backward
