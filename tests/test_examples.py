@@ -42,6 +42,7 @@ from training import (
     environment,
     fit_by_hand,
     free_port,
+    randomized,
     some_layouts,
     steps_of,
     way_gone,
@@ -134,13 +135,7 @@ def test_the_trainer_takes_the_steps_of_the_loop(monkeypatch, tmp_path):
 def with_adapters(model):
     """LoRA with weights of their own instead of B = 0, which would leave every gradient of A at 0 at first."""
     config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj", "down_proj"])
-    model = peft.get_peft_model(model, config)
-    draw = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for p in model.parameters():
-            if p.requires_grad:
-                p.copy_(torch.randn(p.shape, generator=draw) * 0.1)
-    return model
+    return randomized(peft.get_peft_model(model, config))
 
 
 @pytest.mark.parametrize(("kind", "tolerance"), [("RowSFTTrainer", 1e-8), ("SFTTrainer", 1e-5)])

@@ -29,7 +29,7 @@ from flexreason.proof import oracle
 from flexreason.proof.float64 import relative_l2, true_float64
 from models import TINY, checkpoint, tiny
 from strategies import random_tree, random_turns
-from training import fit_by_hand, trainer_arguments
+from training import fit_by_hand, randomized, trainer_arguments
 
 # dynamo looks at .grad of tensors and hides this warning by itself, which does not work where warnings are errors.
 compiles = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
@@ -140,13 +140,7 @@ class PlainSFTTrainer(SFTTrainer):
 def with_lora(model, **settings):
     """LoRA with random weights instead of B = 0, which would leave every gradient of A at 0."""
     config = peft.LoraConfig(r=4, lora_alpha=8, lora_dropout=0.0, task_type="CAUSAL_LM", **settings)
-    model = peft.get_peft_model(model, config)
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for p in model.parameters():
-            if p.requires_grad:
-                p.copy_(torch.randn(p.shape, generator=generator) * 0.1)
-    return model
+    return randomized(peft.get_peft_model(model, config))
 
 
 @pytest.fixture

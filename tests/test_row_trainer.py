@@ -27,6 +27,7 @@ from training import (
     environment,
     fit_by_hand,
     free_port,
+    randomized,
     some_layouts,
     some_turns,
     steps_of,
@@ -82,13 +83,7 @@ def test_twenty_steps_are_those_of_the_loop(loss, weighting, accumulate, tmp_pat
 def test_lora_takes_the_steps_of_the_loop(tmp_path):
     def with_adapters():
         config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj", "down_proj"])
-        model = peft.get_peft_model(tiny("Qwen3").double(), config)
-        draw = torch.Generator().manual_seed(3)
-        with torch.no_grad():
-            for p in model.parameters():
-                if p.requires_grad:
-                    p.copy_(torch.randn(p.shape, generator=draw) * 0.1)
-        return model
+        return randomized(peft.get_peft_model(tiny("Qwen3").double(), config))
 
     layouts = some_layouts()
     stock, model = with_adapters(), fr.patch(with_adapters())

@@ -32,6 +32,7 @@ from training import (
     CollatorAsEver,
     environment,
     fit_by_hand,
+    randomized,
     trainer_arguments,
     way_gone,
     write_data,
@@ -104,16 +105,6 @@ def trainer_of(folder, data, model=None, peft_config=None, eval_dataset=None, sk
         skip_invalid=skip_invalid,
         peft_config=peft_config,
     )
-
-
-def randomized(model):
-    """Adapters with weights of their own: with B = 0 every gradient of A would be 0 at first."""
-    draw = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for p in model.parameters():
-            if p.requires_grad:
-                p.copy_(torch.randn(p.shape, generator=draw) * 0.1)
-    return model
 
 
 def steps_by_hand(conversations, n_steps=STEPS, batch=2):

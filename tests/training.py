@@ -133,6 +133,16 @@ def write_data(path, n=60, seed=0, turns=5):
     return path
 
 
+def randomized(model):
+    """What trains of a model, its adapters, with random weights: with B = 0 every gradient of A would be 0 at first."""
+    draw = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad:
+                p.copy_(torch.randn(p.shape, generator=draw) * 0.1)
+    return model
+
+
 def free_port():
     with socket.socket() as opened:
         opened.bind(("localhost", 0))
