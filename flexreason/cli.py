@@ -15,9 +15,9 @@ import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from flexreason import telling
-from flexreason.nearest import did_you_mean
-from flexreason.parsing import Parser
+from flexreason.talk import telling
+from flexreason.talk.nearest import did_you_mean
+from flexreason.talk.parsing import Parser
 
 COMMANDS = {  # what each is for
     "bench": "time one pass against the N samples on your own machine, model and data",
@@ -127,7 +127,7 @@ class _Versions(argparse.Action):
         super().__init__(**{**about, "nargs": 0, "dest": argparse.SUPPRESS, "default": argparse.SUPPRESS})
 
     def __call__(self, *about: Any) -> NoReturn:
-        from flexreason.versions import lines
+        from flexreason.talk.versions import lines
 
         print("\n".join(lines()))
         raise SystemExit(DONE)

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from flexreason.sources import why_missing
-from flexreason.telling import stage
+from flexreason.talk.sources import why_missing
+from flexreason.talk.telling import stage
 
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 

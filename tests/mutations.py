@@ -801,7 +801,7 @@ def a_run_is_stopped_without_a_checkpoint(original, self, step, control):
 
 @mutation(
     "helpers leave Ctrl-C to the command that they help",
-    "flexreason.interrupt.deaf",
+    "flexreason.talk.interrupt.deaf",
     "test_interrupt.py::test_a_process_that_is_started_deaf_does_not_hear_it",
 )
 def helpers_hear_it_too(original):
@@ -810,7 +810,7 @@ def helpers_hear_it_too(original):
 
 @mutation(
     "the time that is left is counted from what was done here",
-    "flexreason.telling.Stage.left",
+    "flexreason.talk.telling.Stage.left",
     "test_telling.py::test_what_went_on_before_a_run_was_resumed_does_not_count_for_the_time_left",
 )
 def what_was_done_before_counts(original, self, now=None):
@@ -823,7 +823,7 @@ def what_was_done_before_counts(original, self, now=None):
 
 @mutation(
     "a misspelt option of a template is refused, and none that is only like another",
-    "flexreason.nearest.misspelt",
+    "flexreason.talk.nearest.misspelt",
     "test_encode.py::test_an_option_of_the_template_that_is_misspelt_is_refused_and_one_that_means_nothing_to_it_is_not",
 )
 def options_that_are_only_alike_are_misspelt(original, name, known):

@@ -181,7 +181,7 @@ def test_what_was_probably_meant_is_said(words, meant, capsys):
 
 
 def test_a_model_that_is_nearly_named_is_told_at_once(capsys, monkeypatch):
-    from flexreason import sources
+    from flexreason.talk import sources
 
     monkeypatch.setattr(sources, "unreachable", lambda: pytest.fail("a hub was asked in vain"))
     for wrong in ("qwen3", "Qwen-3", "qwen3forcausallm", "Qwen3ForCasualLM"):
@@ -190,7 +190,7 @@ def test_a_model_that_is_nearly_named_is_told_at_once(capsys, monkeypatch):
 
 
 def test_names_that_a_hub_may_know_are_not_refused_for_a_class_that_is_like_them(monkeypatch):
-    from flexreason import sources
+    from flexreason.talk import sources
 
     monkeypatch.setattr(sources, "unreachable", lambda: "")
     for name in ("gpt2", "gpt2-medium", "distilgpt2", "roberta-base", "bert-base-uncased", "Qwen/Qwen3-0.6B"):

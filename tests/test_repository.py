@@ -22,7 +22,7 @@ PACKAGE = Path(flexreason.__file__).parent
 
 TREE = ["sample", "layout", "chains", "merge", "mask", "blocks", "row"]  # reading order is import order
 PROOF = ["float64", "oracle", "tiny", "compare", "selftest", "source", "kept", "evidence", "conversations", "diagnose"]
-TOOLS = ["memory", "nearest", "telling", "interrupt", "versions", "sources", "load"]  # these know nothing of the rest
+TOOLS = ["talk", "memory", "load"]  # these know nothing of the rest
 
 LAYERS = {  # what a folder may import, beside itself
     "tree": set(),
@@ -139,7 +139,7 @@ def test_a_layer_imports_what_is_below_it_only(name):
 
 
 def test_nothing_imports_a_command_but_commands_and_the_command_line():
-    assert {layer(module) for module in MODULES} == {*LAYERS, "commands", "parsing", "cli", "__main__"}
+    assert {layer(module) for module in MODULES} == {*LAYERS, "commands", "cli", "__main__"}
     for module in MODULES:
         commands = {other for other in imports_of(module)[0] if layer(other) == "commands"}
         assert not commands or layer(module) in ("cli", "commands"), module

@@ -7,13 +7,13 @@ import sys
 
 import pytest
 
-from flexreason import telling
+from flexreason.talk import telling
 from terminal import ERASE, command_of, in_pipe, in_terminal
 from training import write_data, write_model
 
 SCRIPT = """
 import sys, time
-from flexreason import telling
+from flexreason.talk import telling
 telling.PATIENCE, scale = {patience}, {scale}
 with telling.of("a command"):
     with telling.stage("the first thing"):

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from flexreason.bench.steps import Case, Way
 from flexreason.memory import begins_anew, peak_bytes
 from flexreason.proof.float64 import relative_l2
-from flexreason.telling import Stage, stage
+from flexreason.talk.telling import Stage, stage
 
 SAME = {torch.float64: 1e-6, torch.float32: 1e-3, torch.bfloat16: 0.03, torch.float16: 0.01}
 """How far losses of two ways may be apart, relative: no nonsense is to be timed. `flexreason verify` is the proof."""

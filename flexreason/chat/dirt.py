@@ -18,7 +18,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from flexreason.chat.messages import REASONING_FIELDS, Message
 from flexreason.chat.render import ConversationError
 from flexreason.chat.template import KNOWN_MARKERS, Markers
-from flexreason.nearest import did_you_mean
+from flexreason.talk.nearest import did_you_mean
 
 Pair = tuple[str, str]
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from flexreason.chat.render import BadMessage
-from flexreason.nearest import did_you_mean
+from flexreason.talk.nearest import did_you_mean
 
 REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
 

@@ -17,7 +17,7 @@ from types import MappingProxyType
 from typing import Any
 
 from flexreason.chat.bounds import OutOfBounds, bounded, huge_product
-from flexreason.nearest import misspelt
+from flexreason.talk.nearest import misspelt
 
 Messages = list[dict[str, Any]]
 

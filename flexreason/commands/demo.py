@@ -17,7 +17,7 @@ from pathlib import Path
 from textwrap import indent
 from typing import Any
 
-from flexreason.telling import aside, each, stage
+from flexreason.talk.telling import aside, each, stage
 
 STEPS, TO_COMPARE = 1400, 1000
 

@@ -23,10 +23,7 @@ import torch
 import transformers
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from flexreason import telling
-from flexreason.interrupt import deaf
 from flexreason.model.refuse import reason_against_config
-from flexreason.nearest import did_you_mean
 from flexreason.proof.evidence import (
     LIST,
     evidence_of_class,
@@ -39,7 +36,10 @@ from flexreason.proof.selftest import UNTESTED, check, said, unpatched
 from flexreason.proof.source import source_of
 from flexreason.proof.tiny import causal_classes, class_of, default_config
 from flexreason.recurrent.entries import KINDS
-from flexreason.sources import class_like, why_missing
+from flexreason.talk import telling
+from flexreason.talk.interrupt import deaf
+from flexreason.talk.nearest import did_you_mean
+from flexreason.talk.sources import class_like, why_missing
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -23,7 +23,7 @@ from flexreason.data.summary import Summary
 from flexreason.load import load_tokenizer
 from flexreason.show.page import write
 from flexreason.show.report import report_page
-from flexreason.telling import stage
+from flexreason.talk.telling import stage
 from flexreason.tree.blocks import BLOCK
 
 __all__ = ["DataReport", "Figures", "Source", "Summary", "figures_of", "report"]

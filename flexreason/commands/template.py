@@ -29,7 +29,7 @@ from flexreason.chat.template import (
     user,
 )
 from flexreason.load import is_bare, load_tokenizer, option_of
-from flexreason.nearest import near_file
+from flexreason.talk.nearest import near_file
 from flexreason.tree.layout import Layout
 from flexreason.tree.merge import lay_out
 

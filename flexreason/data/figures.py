@@ -30,7 +30,7 @@ from torch import nn
 
 from flexreason.data.intake import Item
 from flexreason.data.splitting import Split, in_storage, seen_from, split
-from flexreason.sources import why_missing
+from flexreason.talk.sources import why_missing
 from flexreason.tree.layout import Layout
 from flexreason.tree.sample import Role, Sample
 

@@ -24,8 +24,8 @@ from typing import Any
 
 from flexreason.chat.messages import json_words
 from flexreason.chat.render import ConversationError
-from flexreason.nearest import did_you_mean, near_file
-from flexreason.sources import is_cached_set, is_path, unreachable
+from flexreason.talk.nearest import did_you_mean, near_file
+from flexreason.talk.sources import is_cached_set, is_path, unreachable
 from flexreason.tree.sample import Sample
 
 DATA = "conversations: a .jsonl, .json or .parquet file, a folder, a data set's name"

@@ -32,7 +32,7 @@ from flexreason.data.files import (
     read_all,
     without_none,
 )
-from flexreason.interrupt import deaf
+from flexreason.talk.interrupt import deaf
 from flexreason.tree.layout import Layout
 from flexreason.tree.merge import lay_out
 

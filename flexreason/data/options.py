@@ -13,7 +13,7 @@ from flexreason.chat.render import ConversationError
 from flexreason.data.files import DATA, FORMATS, BadInput, Conversation, read_all
 from flexreason.data.intake import OURS, EntryEncoder, Refusals, Refused
 from flexreason.load import load_tokenizer, option_of
-from flexreason.telling import each, stage
+from flexreason.talk.telling import each, stage
 from flexreason.tree.sample import Sample
 
 READ = 2000

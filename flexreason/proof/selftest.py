@@ -35,7 +35,7 @@ from flexreason.proof.compare import EXACT, Errors, compare, logprobs_pass, one_
 from flexreason.proof.float64 import in_float64, true_float64
 from flexreason.proof.tiny import ORIGINAL, SPECIAL, VOCABULARY, build, class_of, default_config, shrink
 from flexreason.recurrent.entries import KINDS, names_of
-from flexreason.telling import each
+from flexreason.talk.telling import each
 from flexreason.tree.layout import Layout, lay_out_turns, unmerge
 from flexreason.tree.merge import lay_out
 from flexreason.tree.row import Row, collate

@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from flexreason import telling
 from flexreason.memory import available_bytes, peak_bytes
 from flexreason.model.hooks import Patch, apply_patch, find_patch, find_root, unpatch
 from flexreason.model.refuse import reason_against, reason_against_adapters
@@ -40,6 +39,7 @@ from flexreason.proof.conversations import Conversation, choose, n_tokens, token
 from flexreason.proof.diagnose import layout_faults, model_fault
 from flexreason.proof.evidence import evidence_of_model, note_verified
 from flexreason.proof.float64 import relative_l2, true_float64
+from flexreason.talk import telling
 from flexreason.tree.blocks import BLOCK
 from flexreason.tree.layout import Layout
 from flexreason.tree.row import Row, collate

@@ -10,7 +10,7 @@ from transformers import AutoTokenizer
 
 import flexreason as fr
 from flexreason.load import load_model
-from flexreason.sources import why_missing
+from flexreason.talk.sources import why_missing
 from flexreason.train.settings import Settings
 
 

@@ -20,7 +20,7 @@ from flexreason.data.documents import Documents, write_documents
 from flexreason.data.figures import Figures, figures_of
 from flexreason.data.files import count_entries
 from flexreason.data.intake import EntryEncoder, Intake, Item, Refusals
-from flexreason.telling import each, stage
+from flexreason.talk.telling import each, stage
 from flexreason.train.record import content_hash, key_of, write_whole
 from flexreason.tree.layout import Layout
 

@@ -9,8 +9,8 @@ from typing import Any
 from transformers import TrainerCallback
 
 from flexreason.data.rows import Rows
-from flexreason.interrupt import Interrupt
-from flexreason.telling import Stage, clock, stage
+from flexreason.talk.interrupt import Interrupt
+from flexreason.talk.telling import Stage, clock, stage
 from flexreason.train.settings import Settings
 
 

@@ -23,8 +23,8 @@ from torch import nn
 import flexreason
 from flexreason.data.intake import EntryEncoder
 from flexreason.model.hooks import find_root
+from flexreason.talk.versions import version_of
 from flexreason.train.settings import Settings
-from flexreason.versions import version_of
 
 MAY_CHANGE = {
     *("output", "workers", "log_every", "evaluate_every", "save_every", "keep", "resume", "report_to", "data", "model"),

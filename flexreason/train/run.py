@@ -30,7 +30,7 @@ from flexreason.data.intake import EntryEncoder
 from flexreason.data.rows import Rows
 from flexreason.data.summary import Summary
 from flexreason.model.hooks import find_root
-from flexreason.telling import aside, stage
+from flexreason.talk.telling import aside, stage
 from flexreason.train import record
 from flexreason.train.arguments import arguments_of
 from flexreason.train.model import patched_model_of, precision_of, tokenizer_of

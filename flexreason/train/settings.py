@@ -21,7 +21,7 @@ from flexreason.data.documents import WEIGHTINGS
 from flexreason.data.files import DATA
 from flexreason.data.intake import OURS
 from flexreason.data.options import template_options
-from flexreason.nearest import did_you_mean, near_file
+from flexreason.talk.nearest import did_you_mean, near_file
 
 PRECISIONS = ("auto", "fp32", "bf16", "bf16-weights", "fp16")
 CHOICES = {

@@ -26,7 +26,7 @@ from flexreason.data.rows import Rows, RowStream
 from flexreason.model.hooks import find_patch, find_root
 from flexreason.model.loss import REQUEST, Request
 from flexreason.model.refuse_rows import vocabulary_of
-from flexreason.telling import stage
+from flexreason.talk.telling import stage
 from flexreason.train import record
 from flexreason.train.filling import Filled, FilledStream, Filling
 from flexreason.train.sums import Sums, total_weight

@@ -9,7 +9,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from flexreason.nearest import near_file, nearest
+from flexreason.talk.nearest import near_file, nearest
 
 FILES = (".json", ".jsonl", ".parquet", ".jinja", ".jinja2", ".j2", ".yaml", ".yml", ".safetensors", ".bin", ".gguf")
 """Endings that no name on a hub has."""

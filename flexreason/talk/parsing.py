@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from flexreason.nearest import did_you_mean, nearest
+from flexreason.talk.nearest import did_you_mean, nearest
 
 
 class Parser(argparse.ArgumentParser):
