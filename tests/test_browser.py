@@ -266,7 +266,12 @@ def test_what_is_to_be_looked_at_is_a_click_away(opened):
     ]
     first = Scene(layout, Tokenizer(), "chats.jsonl, line 1", [1, 5, 7, 9], remarks, [untrained])
     tab = opened(first, refused, viewport={"width": 1200, "height": 700})
-    assert tab.locator("#remarks button").count() == 3
+    named = ["chats.jsonl, line 1, message 7 (turn 2)", "chats.jsonl, line 1, message 3"]
+    assert tab.locator("#remarks .at").all_inner_texts() == [*named, "chats.jsonl, line 2, message 1"]
+    tab.set_viewport_size({"width": 390, "height": 844})
+    box = tab.locator("#remarks")
+    assert box.evaluate("it => it.scrollHeight <= it.clientHeight + 1"), "all three are seen on a phone"
+    tab.set_viewport_size({"width": 1200, "height": 700})
     tab.click("#remarks button >> text=no answer")
     assert tab.locator("#turn-2").bounding_box()["y"] < 500
     assert "no answer" in tab.inner_text("#turn-2 .warning")

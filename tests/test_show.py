@@ -304,7 +304,7 @@ def test_a_refusal_is_shown_at_its_message_and_stops_nothing(data, capsys):
     assert "3 assistan" in refused[at - 1]
     assert main([*data, "--limit", "4", "--skip-invalid"]) == 0
     assert main([*data, "--limit", "4", "--accept", "unclosed-reasoning"]) == 0
-    assert "! turn 1 (message 3): content that begins a reasoning block and never closes it" in capsys.readouterr().out
+    assert "! message 3 (turn 1): content that begins a reasoning block and never closes it" in capsys.readouterr().out
 
 
 def test_what_a_template_refuses_is_shown_at_its_message(data, capsys, tmp_path):

@@ -106,7 +106,7 @@ document.addEventListener("keydown", (event) => {
 
 function remarks() {
   const all = data.conversations.flatMap((one, at) => [
-    ...(one.refused ? [{ at, words: `refused, ${one.refused.reason}: ${one.refused.words}`, message: one.refused.message }] : []),
+    ...(one.refused ? [{ at, words: `refused, ${one.refused.reason}: ${one.refused.words}`, message: one.refused.message, where: one.refused.where }] : []),
     ...one.remarks.map((remark) => ({ at, ...remark })),
   ]);
   if (!all.length) return;
@@ -117,9 +117,8 @@ function remarks() {
     const button = element("button"), place = [];
     button.type = "button";
     if (data.conversations.length > 1) place.push(data.conversations[remark.at].where.replace(/^.*\//, ""));
-    if (remark.turn >= 0 && remark.turn !== null) place.push(`turn ${remark.turn}`);
-    else if (remark.message !== null) place.push(`message ${remark.message}`);
-    button.append(element("span", "at", place.join(", ")), element("span", "words", remark.words));
+    if (remark.where) place.push(remark.where);
+    button.append(element("span", "at", place.join(", ") || "here"), element("span", "words", remark.words));
     button.onclick = () => {
       if (conversation !== remark.at) open(remark.at);
       show("samples");

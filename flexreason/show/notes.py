@@ -16,10 +16,10 @@ class Remark:
 
     @property
     def where(self) -> str:
-        """The turn or the message that it is about, in words."""
-        if self.turn is None:
-            return "" if self.message is None else f"message {self.message}"
-        return f"turn {self.turn}" + ("" if self.message is None else f" (message {self.message})")
+        """The message that it is about, in words, and its turn where it is trained on."""
+        if self.message is None:
+            return "" if self.turn is None else f"turn {self.turn}"
+        return f"message {self.message}" + ("" if self.turn is None else f" (turn {self.turn})")
 
 
 @dataclass(frozen=True)

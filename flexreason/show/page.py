@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from flexreason.show.notes import RefusedScene, Spoken
+from flexreason.show.notes import RefusedScene, Remark, Spoken
 from flexreason.show.scene import Scene, Turn
 from flexreason.show.texts import printable
 from flexreason.tree.blocks import BLOCK, block_mask
@@ -105,8 +105,8 @@ def _block_rows(layout: Layout) -> list[list[list[int]]]:
     return rows
 
 
-def _remark(remark: Any) -> dict[str, Any]:
-    return {"turn": remark.turn, "message": remark.message, "words": printable(remark.words)}
+def _remark(remark: Remark) -> dict[str, Any]:
+    return {"turn": remark.turn, "message": remark.message, "where": remark.where, "words": printable(remark.words)}
 
 
 def _spoken(message: Spoken) -> dict[str, Any]:
@@ -120,6 +120,7 @@ def _refused(scene: RefusedScene) -> dict[str, Any]:
         "reason": scene.reason,
         "words": printable(scene.words),
         "message": scene.message,
+        "where": Remark("", message=scene.message).where,
         "messages": [_spoken(message) for message in scene.messages],
     }
     return {
