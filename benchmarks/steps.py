@@ -12,12 +12,16 @@ the paper's code, a plain row of as many tokens. *A loop* is the N samples once 
 
 Every way makes logits for target rows alone. Loss and gradients are compared before anything is timed. *By one pass* is
 a way's time by that of one pass (segments on a CPU, flex on a GPU), repeat by repeat; *work* is the same ratio counted
-(flexreason/data/work.py), *by work* one by the other, and *TFLOP/s* that work by time. *Peak* is what a step adds to
-memory without gradients, by token of the row; the allocator is the default one unless the first line says otherwise. On
-a CPU flex has no backward, so that *forward alone* is timed; packing there means a mask of all tokens by all, which is
-run where it fits.
+(flexreason/data/figures.py), *by work* one by the other, and *TFLOP/s* that work by time. *Peak* is what a step adds to
+memory without gradients, by token of the row, and *faults* are the pages that it asks the system for; the allocator is
+the default one unless the first line says otherwise. On a CPU flex has no backward, so that *forward alone* is timed;
+packing there means a mask of all tokens by all, which is run where it fits.
 """
 
+import resource
+import statistics
+from collections import defaultdict
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -162,7 +166,19 @@ def work_of(name: str, case: Case, shape: Shape) -> float | None:
     return shape.work(Amount(sum(lengths), pairs, tree.targets)) / shape.work(tree)
 
 
-def row_of(one: Found, case: Case, found: list[Found], shape: Shape) -> dict[str, Any]:
+def counting_faults(way: Way, faults: list[int]) -> Way:
+    """The way, which writes down how many pages each of its steps asks the system for."""
+
+    def step() -> float:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        loss = way.step()
+        faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+        return loss
+
+    return replace(way, step=step)
+
+
+def row_of(one: Found, case: Case, found: list[Found], shape: Shape, faults: list[int]) -> dict[str, Any]:
     usual = f"one pass, {'flex' if case.device.type == 'cuda' else 'segments'}"
     ours = next((way for way in found if way.name == usual and way.ms), None)
     shown: dict[str, Any] = {"way": one.name, "forward alone": None if one.trains else "yes"}
@@ -182,6 +198,7 @@ def row_of(one: Found, case: Case, found: list[Found], shape: Shape) -> dict[str
         "by work": by[0] / work if by and work else None,
         "TFLOP/s": done / one.median / 1e9 if done and one.trains else None,
         "peak B/token": None if one.added is None else (one.added - gradients) / case.row["until"].shape[1],
+        "faults": int(statistics.median(faults)) if case.device.type == "cpu" else None,
         "loss": one.loss,
         "gradients off by": one.gradient_error,
         "samples": "the same" if not wrong(one, found, root.dtype) else "no" if not one.exact else "WRONG",
@@ -190,8 +207,10 @@ def row_of(one: Found, case: Case, found: list[Found], shape: Shape) -> dict[str
 
 def cell(case: Case, shape: Shape, names: list[str], backends: list[str], repeats: int) -> dict[str, Any]:
     notes: list[str] = []
-    found = measure(case, ways_of(case, names, backends, notes), repeats)
-    rows = [row_of(one, case, found, shape) for one in found]
+    faults: dict[str, list[int]] = defaultdict(list)
+    counted = [counting_faults(way, faults[way.name]) for way in ways_of(case, names, backends, notes)]
+    found = measure(case, counted, repeats)
+    rows = [row_of(one, case, found, shape, faults[one.name][-repeats:]) for one in found]
     if any(row.get("samples") == "WRONG" for row in rows):
         raise ArithmeticError(f"a way that should be exact is not: {rows}")
     rows += [{"way": way, "left out": why} for way, _, why in (note.partition(": ") for note in notes)]
