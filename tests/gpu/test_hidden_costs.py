@@ -26,6 +26,9 @@ pytestmark = [pytest.mark.gpu, warnings_allowed]
 WAITS = 0
 """How often the host waits for the device in a step."""
 
+LOOKED_AT_ON_A_CPU = 1
+"""In a rehearsal: the loss looks at what it divides by, where that is no wait."""
+
 WAITS_WINDOWED = 4
 """Under a window: twice to fetch the tree, and twice to send what was found of its blocks."""
 
@@ -178,7 +181,7 @@ def test_how_often_the_host_waits_for_flex_however_many_layers(family, expected,
     few, many = (waits_of_a_step(family, "flex", n_layers, device, rehearsal) for n_layers in (1, 3))
     assert len(few) == len(many), (few, many)
     if family == "Qwen3" or not rehearsal:  # on a CPU nobody can tell what of a window is made on the host
-        assert len(few) == expected, few
+        assert len(few) == expected + rehearsal * LOOKED_AT_ON_A_CPU, few
 
 
 def test_the_host_waits_for_segments_as_often_however_many_layers(device, rehearsal):
