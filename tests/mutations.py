@@ -902,6 +902,15 @@ def kernels_are_gone_past(original, stock, package):
 
 
 @mutation(
+    "backward keeps hardly more of a row than of a plain one",
+    "flexreason.recurrent.is_torch",
+    "test_recurrent.py::test_backward_keeps_hardly_more_of_a_row_than_of_a_plain_one",
+)
+def transformers_scan_keeps_its_states(original, stock, package):
+    return False
+
+
+@mutation(
     "what was put in the place of a recurrent layer is noticed at the first row",
     "flexreason.model.Patch.refuse_passed_by",
     "test_recurrent.py::test_a_layer_that_somebody_replaced_is_refused_at_the_first_row",

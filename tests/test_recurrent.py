@@ -372,6 +372,7 @@ def test_caches_and_lengths_of_sequences_are_refused_with_a_row(name, key):
 @pytest.mark.parametrize("name", [*HYBRIDS, "RecurrentGemma"])
 def test_an_unpatched_hybrid_computes_nothing_of_a_row(name):
     model, row = made(name).float(), fr.collate(LAYOUTS["paper"]())
+    model.config.use_cache = False  # for a cache RecurrentGemma of transformers 5.17 wants an attention layer
     computed = []
     for module in model.modules():
         if isinstance(module, nn.Linear):
@@ -605,6 +606,35 @@ def test_kernels_of_convolutions_are_used_without_states(name, monkeypatch):
     assert calls
     states = {"seq_idx", "initial_states", "return_final_states"}
     assert not any(kwargs.get(key) is not None for kwargs in calls for key in states)
+
+
+def drawn(*shapes):
+    draw = torch.Generator().manual_seed(0)
+    return [torch.randn(*shape, generator=draw, dtype=torch.float64).requires_grad_() for shape in shapes]
+
+
+@pytest.mark.parametrize("limit", [(0.0, float("inf")), (0.3, 1.2)])
+def test_transformers_mamba2_is_what_its_kernel_is_held_to(limit):
+    """Bias, softplus and limits in this order; a state to begin from for each row, and the last one back."""
+    stock = transformers.models.nemotron_h.modeling_nemotron_h.mamba2_chunk_scan
+    per_token = [(3, 37, 4, 8), (3, 37, 4), (3, 37, 2, 6), (3, 37, 2, 6)]
+    of_all = x, dt, B, C, state, A, D, bias = drawn(*per_token, (3, 4, 8, 6), (4,), (4,), (4,))
+    given = {"D": D, "dt_bias": bias, "dt_softplus": True, "dt_limit": limit}
+    given |= {"initial_states": state, "return_final_states": True}
+    with true_float64():
+        found = [function(x, dt, -A.exp(), B, C, chunk_size=16, **given) for function in (stock, scans.mamba2)]
+    gradients = [torch.autograd.grad(sum((y * y).sum() for y in out), of_all) for out in found]
+    for a, b in zip((*found[0], *gradients[0]), (*found[1], *gradients[1]), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_transformers_convolution_is_what_its_kernel_is_held_to():
+    stock = transformers.models.nemotron_h.modeling_nemotron_h.causal_conv1d_fn
+    given = drawn((2, 5, 9), (5, 4), (5,))
+    found = [function(*given, activation="silu") for function in (stock, scans.convolution)]
+    gradients = [torch.autograd.grad((out * out).sum(), given) for out in found]
+    for a, b in zip((found[0], *gradients[0]), (found[1], *gradients[1]), strict=True):
+        torch.testing.assert_close(a, b)
 
 
 def test_where_kernels_are_installed_no_torch_of_ours_computes_mamba2(monkeypatch):

@@ -1,8 +1,8 @@
 """Linear attention with a decay, in torch, a chunk at a time: what lightning attention is, and Mamba-2.
 
 A head's state is multiplied by exp(decay) at each token, and the product of its key and its value is added; a query
-reads it. Heads of a group share keys and queries, which are not repeated for them. Of states one a chunk is kept for
-backward, and no gradient needs another.
+reads it. Heads of a group share keys and queries, which are not repeated for them. For backward one state a chunk is
+kept, the one that it begins from.
 
 Shapes: B rows, L tokens, G groups, R heads of a group, D key size, E value size.
 """

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from contextvars import ContextVar
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from flexreason.attention.registry import TREE, TreeRow
@@ -39,7 +40,7 @@ _handed_down: ContextVar[TreeRow | None] = ContextVar("flexreason_handed_down", 
 
 
 def handed_down() -> TreeRow | None:
-    return _handed_down.get()
+    return None if torch.compiler.is_compiling() else _handed_down.get()  # what has a tree is not compiled
 
 
 def hand_down(stock: Callable, tree: TreeRow, layer: nn.Module, *args: Any, **kwargs: Any) -> Any:

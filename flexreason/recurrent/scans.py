@@ -107,7 +107,8 @@ def mamba2_in_torch(
     D: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """What transformers' torch code computes, which keeps four states a chunk for backward where one will do."""
+    """What transformers' torch code computes. For backward that keeps two states a chunk and two more a call: here one
+    a chunk is kept, and none that nothing goes on from."""
     x, heads = x.float(), (B.shape[2], -1)
     written, decay = (part.unflatten(2, heads) for part in (x * dt[..., None], dt * A))
     out, behind = decayed(C.float(), B.float(), written, decay, states, chunk, final)
