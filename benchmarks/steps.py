@@ -2,7 +2,8 @@
 
     python benchmarks/steps.py                                      # on a CPU: a quarter of an hour
     python benchmarks/steps.py --shapes "8 x 64/256/64" --repeats 3 # one conversation
-    python benchmarks/steps.py --model qwen3_5                      # layers with states; nemotron_h has others
+    python benchmarks/steps.py --model qwen3_5 --ways one-by-one one-pass plain-row --backends segments \\
+        --shapes "8 x 64/256/64" "60 x 10/5/10"                     # layers with states; nemotron_h has others
     python benchmarks/steps.py --model 4B --fill 8192               # turns grown alike to a row; on a GPU in bf16
 
 The ways are those of `flexreason bench` (flexreason/bench/steps.py): the N samples one by one, padded, packed; one pass
@@ -12,10 +13,12 @@ the paper's code, a plain row of as many tokens. *A loop* is the N samples once 
 
 Every way makes logits for target rows alone. Loss and gradients are compared before anything is timed. *By one pass* is
 a way's time by that of one pass (segments on a CPU, flex on a GPU), repeat by repeat; *work* is the same ratio counted
-(flexreason/data/figures.py), *by work* one by the other, and *TFLOP/s* that work by time. *Peak* is what a step adds to
-memory without gradients, by token of the row, and *faults* are the pages that it asks the system for; the allocator is
-the default one unless the first line says otherwise. On a CPU flex has no backward, so that *forward alone* is timed;
-packing there means a mask of all tokens by all, which is run where it fits.
+(flexreason/data/figures.py), *by work* one by the other, *by tokens* the same by tokens, and *TFLOP/s* that work by
+time. *Peak* is what a step adds to memory without gradients, by token of the row, and *faults* are the pages that it
+asks the system for; the allocator is the default one unless the first line says otherwise. On a CPU flex has no
+backward, so that *forward alone* is timed; packing there means a mask of all tokens by all, which is run where it fits.
+Models whose layers carry states have a second table: what one pass and a plain row keep for backward, and what the scan
+of a layer takes by itself.
 """
 
 import resource
@@ -37,6 +40,7 @@ from flexreason.data.figures import Amount, Shape, dense, shape_of_model
 from flexreason.memory import available_bytes
 from flexreason.proof.compare import suspended
 from shared import Run, conversation, shape
+from states import beside_a_plain_row
 
 SHAPES = ("2 x 64/256/64", "4 x 64/256/64", "8 x 64/256/64", "16 x 64/256/64", "30 x 150/60/30")
 
@@ -151,8 +155,8 @@ def ways_of(case: Case, names: list[str], backends: list[str], notes: list[str])
     return kept
 
 
-def work_of(name: str, case: Case, shape: Shape) -> float | None:
-    """A way's work by that of one pass; none for ways that compute more than anyone must."""
+def work_of(name: str, case: Case, shape: Shape) -> tuple[float | None, float | None]:
+    """A way's work and tokens by those of one pass; none for ways that compute more than anyone must."""
     tree = amount(case.layouts)
     if name.startswith(("N samples", "a loop")) and name not in DENSE:
         lengths = [len(s.prompt_ids) + len(s.target_ids) for s in case.samples]
@@ -161,9 +165,9 @@ def work_of(name: str, case: Case, shape: Shape) -> float | None:
     elif "leaking" in name:
         lengths = [len(one) - int((one.role == int(fr.Role.CONTEXT)).sum()) for one in case.layouts]
     else:
-        return None
-    pairs = sum(n * (n + 1) // 2 for n in lengths)
-    return shape.work(Amount(sum(lengths), pairs, tree.targets)) / shape.work(tree)
+        return None, None
+    pairs, n_tokens = sum(n * (n + 1) // 2 for n in lengths), sum(lengths)
+    return shape.work(Amount(n_tokens, pairs, tree.targets)) / shape.work(tree), n_tokens / tree.tokens
 
 
 def counting_faults(way: Way, faults: list[int]) -> Way:
@@ -185,7 +189,7 @@ def row_of(one: Found, case: Case, found: list[Found], shape: Shape, faults: lis
     if one.failed:
         return {**shown, "left out": one.failed}
     times = [one.median, min(one.ms), max(one.ms)]
-    work = work_of(one.name, case, shape)
+    work, tokens = work_of(one.name, case, shape)
     by = list(ratio(one.ms, ours.ms)) if one.trains and ours else None
     done = shape.work(amount(case.layouts)) * (work or float(one.name.startswith("one pass")))
     root = case.root
@@ -196,6 +200,7 @@ def row_of(one: Found, case: Case, found: list[Found], shape: Shape, faults: lis
         "by one pass": by,
         "work": work,
         "by work": by[0] / work if by and work else None,
+        "by tokens": by[0] / tokens if by and tokens else None,
         "TFLOP/s": done / one.median / 1e9 if done and one.trains else None,
         "peak B/token": None if one.added is None else (one.added - gradients) / case.row["until"].shape[1],
         "faults": int(statistics.median(faults)) if case.device.type == "cpu" else None,
@@ -215,7 +220,9 @@ def cell(case: Case, shape: Shape, names: list[str], backends: list[str], repeat
         raise ArithmeticError(f"a way that should be exact is not: {rows}")
     rows += [{"way": way, "left out": why} for way, _, why in (note.partition(": ") for note in notes)]
     tree = amount(case.layouts)
-    return {"tokens": tree.tokens, "sample tokens": sum(one.sample_tokens for one in case.layouts), "ways": rows}
+    n_samples = sum(one.sample_tokens for one in case.layouts)
+    beside = {"beside a plain row": beside_a_plain_row(case, repeats)} if shape.name in HYBRIDS else {}
+    return {"tokens": tree.tokens, "sample tokens": n_samples, "ways": rows, **beside}
 
 
 def draw(cells: list[dict[str, Any]], figure: Any) -> None:
@@ -266,6 +273,8 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     for one in cells:
         title = f"{one['conversation']}, {one.get('tokens')} tokens for {one.get('sample tokens')}, {options.model}"
         run.table(title, one.get("ways", [one]))
+        if "beside a plain row" in one:
+            run.table(f"{title}: beside a plain row", one["beside a plain row"])
     return run.finish(lambda figure: draw([one for one in cells if "ways" in one], figure), cells=cells)
 
 

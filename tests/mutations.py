@@ -887,6 +887,29 @@ def the_fused_kernel_is_left_alone(original, tree, name, entry, stock, *args, **
     return original(tree, name, entry, stock, *args, **kwargs)
 
 
+@mutation(FORKED, "flexreason.recurrent.decayed", ANY_TREE)
+def scans_in_torch_begin_from_nothing(original, q, k, v, decay, state, *args):
+    return original(q, k, v, decay, None, *args)
+
+
+@mutation(
+    "where a kernel is installed, it computes Mamba-2",
+    "flexreason.recurrent.is_torch",
+    "test_recurrent.py::test_where_kernels_are_installed_no_torch_of_ours_computes_mamba2",
+)
+def kernels_are_gone_past(original, stock, package):
+    return True
+
+
+@mutation(
+    "backward keeps hardly more of a row than of a plain one",
+    "flexreason.recurrent.is_torch",
+    "test_recurrent.py::test_backward_keeps_hardly_more_of_a_row_than_of_a_plain_one",
+)
+def transformers_scan_keeps_its_states(original, stock, package):
+    return False
+
+
 @mutation(
     "what was put in the place of a recurrent layer is noticed at the first row",
     "flexreason.model.Patch.refuse_passed_by",

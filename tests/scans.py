@@ -21,11 +21,18 @@ def delta_rule(query, key, value, g, beta, initial_state=None, output_final_stat
     return torch.stack(outputs, 1), state if output_final_state else None
 
 
-def mamba2(x, dt, A, B, C, chunk_size, D=None, initial_states=None, return_final_states=False, **kwargs):
-    """Mamba-2 [B, L, H, P] with dt as it is used; from a state for each row, [B, H, P, N]."""
-    assert kwargs.get("dt_bias") is None
-    assert not kwargs.get("dt_softplus")
-    assert kwargs.get("seq_idx") is None
+def mamba2(
+    x, dt, A, B, C, chunk_size, D=None, dt_bias=None, dt_softplus=False, dt_limit=(0.0, float("inf")),
+    initial_states=None, return_final_states=False, seq_idx=None, **kwargs,
+):  # fmt: skip
+    """Mamba-2 [B, L, H, P]: bias, then softplus, then limits make dt; from a state for each row, [B, H, P, N].
+
+    The chunk is a matter of speed, and `z` a gate that no model leaves to it.
+    """
+    assert seq_idx is None
+    assert kwargs.get("z") is None
+    dt = dt if dt_bias is None else dt + dt_bias
+    dt = (nn.functional.softplus(dt) if dt_softplus else dt).clamp(*dt_limit)
     B, C = (part.repeat_interleave(x.shape[2] // part.shape[2], 2) for part in (B, C))
     state = x.new_zeros(*x[:, 0].shape, B.shape[-1]) if initial_states is None else initial_states
     outputs = []
@@ -36,3 +43,14 @@ def mamba2(x, dt, A, B, C, chunk_size, D=None, initial_states=None, return_final
         outputs.append(out if D is None else out + D[:, None] * x[:, t])
     out = torch.stack(outputs, 1)
     return (out, state) if return_final_states else out
+
+
+def convolution(x, weight, bias=None, seq_idx=None, initial_states=None, activation=None, **kwargs):
+    """A short convolution [B, D, L] by channel: a token and the ones before it, zeros before the first."""
+    assert seq_idx is None
+    assert initial_states is None
+    width = weight.shape[-1]
+    padded = nn.functional.pad(x, (width - 1, 0))
+    out = sum(weight[:, k, None] * padded[:, :, k : k + x.shape[2]] for k in range(width))
+    out = out if bias is None else out + bias[:, None]
+    return nn.functional.silu(out) if activation in ("silu", "swish") else out

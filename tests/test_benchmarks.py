@@ -92,11 +92,17 @@ def test_attention_under_another_mask_is_not_timed():
 
 @pytest.mark.parametrize("model", ["qwen3_5", "nemotron_h"])
 def test_steps_of_models_whose_layers_carry_states(model, tmp_path):
-    ways = ("--ways", "loop", "one-pass", "--backends", "segments")
+    ways = ("--ways", "loop", "one-pass", "plain-row", "--backends", "segments")
     found = main("steps", tmp_path, "--shapes", "2 x 6/12/6", "--model", model, *ways, "--repeats", "1")
     rows = {row["way"]: row for row in found["cells"][0]["ways"]}
-    assert [row["samples"] for row in rows.values()] == ["the same"] * 2
-    assert rows["a loop over the N samples"]["work"] > 1
+    assert [row["samples"] for row in rows.values()] == ["the same", "the same", "no"]
+    lean = rows["a loop over the N samples"]
+    assert lean["work"] > 1
+    assert lean["by tokens"] == pytest.approx(lean["by one pass"][0] / 60 * 54)
+    beside = {row["way"]: row for row in found["cells"][0]["beside a plain row"]}
+    assert list(beside) == ["one pass, segments", "a plain row"]
+    assert 0 < beside["one pass, segments"]["kept by a plain row's"] < 2
+    assert beside["one pass, segments"]["ms by a plain row's"][0] > 0
 
 
 def test_steps(tmp_path):

@@ -3,6 +3,7 @@
 import copy
 import importlib.metadata
 import pickle
+from statistics import median
 
 import peft
 import pytest
@@ -12,20 +13,21 @@ from hypothesis import given
 from torch import nn
 
 import flexreason as fr
+import scans
 from exact import EXACT, errors, samples_of
 from flexreason.attention.registry import TREE, TreeRow
 from flexreason.data.figures import shape_of
 from flexreason.model import refuse
 from flexreason.proof import oracle, selftest
 from flexreason.proof.compare import by_samples, compare, one_pass
-from flexreason.proof.float64 import in_float64, true_float64
+from flexreason.proof.float64 import in_float64, saved_bytes, true_float64
 from flexreason.proof.tiny import build, default_config, shrink
 from flexreason.recurrent import entries, kernels
+from flexreason.recurrent import scans as ours
 from flexreason.recurrent.convolution import beginnings, convolve
 from flexreason.recurrent.plan import best_cuts, plan_of
 from flexreason.tree.layout import Layout
 from models import checkpoint
-from scans import delta_rule
 from strategies import random_tree, random_turns, samples, turns
 from training import trainer_arguments
 
@@ -52,8 +54,16 @@ ONE_EACH = ["Lfm2", "Qwen3_5", "KimiLinear", "NemotronH", "Mamba2", "MiniMax", "
 """A family of each kind."""
 
 
+def class_of(name):
+    """A family's class, where the installed transformers has it."""
+    try:
+        return getattr(transformers, f"{name}ForCausalLM")
+    except AttributeError:
+        pytest.skip(f"transformers {transformers.__version__} has no {name}")
+
+
 def made(name, seed=0):
-    cls = getattr(transformers, f"{name}ForCausalLM")
+    cls = class_of(name)
     return in_float64(build(shrink(default_config(cls)), cls, seed))
 
 
@@ -221,7 +231,7 @@ def test_only_the_beginnings_of_chains_are_computed_anew():
 
 @pytest.mark.parametrize("name", HYBRIDS)
 def test_hybrids_are_exact(name):
-    cls = getattr(transformers, f"{name}ForCausalLM")
+    cls = class_of(name)
     found = selftest.check(default_config(cls), cls)
     assert found.verdict == "exact", found
     assert max(found.loss, found.logprobs, found.gradients) <= EXACT
@@ -362,6 +372,7 @@ def test_caches_and_lengths_of_sequences_are_refused_with_a_row(name, key):
 @pytest.mark.parametrize("name", [*HYBRIDS, "RecurrentGemma"])
 def test_an_unpatched_hybrid_computes_nothing_of_a_row(name):
     model, row = made(name).float(), fr.collate(LAYOUTS["paper"]())
+    model.config.use_cache = False  # for a cache RecurrentGemma of transformers 5.17 wants an attention layer
     computed = []
     for module in model.modules():
         if isinstance(module, nn.Linear):
@@ -376,6 +387,26 @@ def test_states_are_kept_where_chains_leave_and_nowhere_else():
     made_plan = plan_of(tree_of(LAYOUTS["packed"]()))
     kept = [piece for call in made_plan.calls for piece in call.kept]
     assert sorted(kept) == sorted({piece.before for piece in made_plan.pieces} - {None})
+
+
+@pytest.mark.parametrize("name", ["Qwen3_5", "NemotronH", "Lfm2", "MiniMax"])
+def test_backward_keeps_hardly_more_of_a_row_than_of_a_plain_one(name):
+    """Many short turns, whose states are the most that there can be."""
+    cls = class_of(name)
+    config = shrink(default_config(cls))
+    for size in ("linear_key_head_dim", "linear_value_head_dim", "ssm_state_size", "mamba_head_dim", "head_dim"):
+        if hasattr(config, size):
+            setattr(config, size, 64)
+    model, layout = fr.patch(build(config, cls, 0)), fr.lay_out_turns(random_turns([(10, 5, 10)] * 20))
+    row = fr.collate([layout], length=len(layout), block_size=1)
+    source, labels = row["target_source"][0], row["labels"][0]
+
+    def plain():
+        states = model.base_model(input_ids=row["input_ids"], use_cache=False).last_hidden_state[0, source]
+        return nn.functional.cross_entropy(model.lm_head(states).float(), labels)
+
+    of_row, of_plain = (saved_bytes(call, model.parameters()) for call in (lambda: model(**row).loss, plain))
+    assert of_row <= 1.15 * of_plain, of_row / of_plain
 
 
 def test_the_oracle_is_the_untouched_function():
@@ -424,7 +455,7 @@ def test_lora_adapters_have_the_gradients_of_the_samples(name):
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
-@pytest.mark.parametrize("name", ["Qwen3_5", "NemotronH", "Lfm2"])
+@pytest.mark.parametrize("name", ONE_EACH)
 def test_a_compiled_hybrid_has_the_gradients_of_the_samples(name):
     """Traced, models hand their layers the empty mask of a row."""
     model, layouts = made(name), LAYOUTS["packed"]()
@@ -437,18 +468,20 @@ def test_a_compiled_hybrid_has_the_gradients_of_the_samples(name):
     assert max(found.largest().values()) <= EXACT
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("name", ONE_EACH)
-def test_in_low_precision_a_row_is_no_further_off_than_the_samples(name):
-    """Errors against fp64, of all log-probabilities and of all gradients together; at most twice the samples' own."""
-    layouts = LAYOUTS["packed"]()
-    with true_float64():
-        exact = oracle.n_samples(made(name), samples_of(layouts))
-    model = made(name).bfloat16()
-    plain = oracle.n_samples(model, samples_of(layouts))
-    own = compare(by_samples(plain), exact)
-    ours = compare(one_pass(fr.patch(model), fr.collate(layouts)), exact)
-    assert ours.logprobs <= 2 * own.logprobs
-    assert ours.gradients <= 2 * own.gradients
+def test_in_low_precision_a_row_is_no_further_off_than_the_samples(name, dtype):
+    """Errors against fp64 of all log-probabilities, and of all gradients together: the median over 8 seeds."""
+    layouts, ratios = LAYOUTS["packed"](), []
+    for seed in range(8):
+        model = made(name, seed).to(dtype)
+        with true_float64():
+            exact = oracle.n_samples(in_float64(copy.deepcopy(model)), samples_of(layouts))
+        own = compare(by_samples(oracle.n_samples(model, samples_of(layouts))), exact)
+        row = compare(one_pass(fr.patch(model), fr.collate(layouts)), exact)
+        ratios.append((row.logprobs / own.logprobs, row.gradients / own.gradients))
+    assert [median(column) <= 1.5 for column in zip(*ratios, strict=True)] == [True] * 2, ratios
 
 
 @pytest.mark.parametrize("name", ["Qwen3_5", "NemotronH", "MiniMax"])
@@ -457,9 +490,10 @@ def test_verify_says_that_hybrids_are_exact(name):
     assert report.verdict == "exact", report
 
 
-def test_two_steps_of_a_trainer_are_those_of_the_samples(tmp_path):
+@pytest.mark.parametrize("name", ["Qwen3_5", "NemotronH", "Lfm2"])
+def test_two_steps_of_a_trainer_are_those_of_the_samples(name, tmp_path):
     layouts = [*LAYOUTS["paper"](), *LAYOUTS["general"]()]
-    stock = made("Qwen3_5")
+    stock = made(name)
     model = fr.patch(copy.deepcopy(stock))
     settings = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2, "num_train_epochs": 2}
     arguments = trainer_arguments(tmp_path, **settings)
@@ -522,21 +556,94 @@ def test_hub_kernels_are_refused_where_layers_are_recurrent():
         fr.patch(model)
 
 
-def test_whatever_computes_the_function_is_used_through_its_own_arguments(monkeypatch):
-    """A stand-in of a kernel, put in the place of torch's function: it is called, and the row is the samples' still."""
+def stands_in(monkeypatch, model, name, kernel):
+    """A stand-in of a kernel in the place of a model's function: what it is called with."""
     calls = []
 
-    def kernel(*args, **kwargs):
+    def watched(*args, **kwargs):
         calls.append(kwargs)
-        return delta_rule(*args, **kwargs)
+        return kernel(*args, **kwargs)
 
-    space = vars(transformers.models.qwen3_5.modeling_qwen3_5)
-    monkeypatch.setitem(space, "torch_chunk_gated_delta_rule", kernel)
-    assert max(errors(made("Qwen3_5"), LAYOUTS["packed"]()).values()) <= 1e-5  # eps of the norms differ
+    layer = next(module for module in model.modules() if name in entries.names_of(module))
+    monkeypatch.setitem(entries.space_of(layer), name, watched)
+    return calls
+
+
+@pytest.mark.parametrize("name", ["Qwen3_5", "KimiLinear"])
+def test_kernels_of_delta_rules_are_used_through_their_own_arguments(name, monkeypatch):
+    """A stand-in is called, and the row is the samples' still."""
+    model = made(name)
+    function = next(iter({n for m in model.modules() for n in entries.names_of(m)} & kernels.DELTA_RULES))
+    calls = stands_in(monkeypatch, model, function, scans.delta_rule)
+    assert max(errors(model, LAYOUTS["packed"]()).values()) <= 1e-5  # eps of the norms differ
     begun = [kwargs for kwargs in calls if kwargs.get("initial_state") is not None]
     assert begun
     assert all(kwargs["initial_state"].dim() == 4 for kwargs in begun)
     assert any(kwargs["initial_state"].shape[0] > 1 for kwargs in begun)
+
+
+@pytest.mark.parametrize("name", ["NemotronH", "Zamba2", "Mamba2"])
+def test_kernels_of_mamba2_are_used_through_their_own_arguments(name, monkeypatch):
+    """The stand-in does with bias, softplus and limits as the kernel does; a row leaves it none of them."""
+    model = made(name)
+    calls = stands_in(monkeypatch, model, "mamba2_chunk_scan", scans.mamba2)
+    assert max(errors(model, LAYOUTS["packed"]()).values()) <= EXACT
+    begun = [kwargs for kwargs in calls if kwargs.get("initial_states") is not None]
+    assert any(kwargs["initial_states"].shape[0] > 1 for kwargs in begun)
+    assert all(kwargs["initial_states"].dim() == 4 for kwargs in begun)
+    of_samples = [kwargs for kwargs in calls if kwargs.get("dt_bias") is not None]
+    of_rows = [kwargs for kwargs in calls if kwargs.get("dt_bias") is None]
+    assert all(kwargs["dt_softplus"] for kwargs in of_samples)
+    assert of_rows
+    assert not any(kwargs.keys() & {"dt_softplus", "dt_limit", "seq_idx", "cu_seqlens"} for kwargs in of_rows)
+
+
+@pytest.mark.parametrize("name", ["NemotronH", "Lfm2"])
+def test_kernels_of_convolutions_are_used_without_states(name, monkeypatch):
+    model = made(name)
+    calls = stands_in(monkeypatch, model, "causal_conv1d_fn", scans.convolution)
+    assert max(errors(model, LAYOUTS["packed"]()).values()) <= EXACT
+    assert calls
+    states = {"seq_idx", "initial_states", "return_final_states"}
+    assert not any(kwargs.get(key) is not None for kwargs in calls for key in states)
+
+
+def drawn(*shapes):
+    draw = torch.Generator().manual_seed(0)
+    return [torch.randn(*shape, generator=draw, dtype=torch.float64).requires_grad_() for shape in shapes]
+
+
+@pytest.mark.parametrize("limit", [(0.0, float("inf")), (0.3, 1.2)])
+def test_transformers_mamba2_is_what_its_kernel_is_held_to(limit):
+    """Bias, softplus and limits in this order; a state to begin from for each row, and the last one back."""
+    stock = transformers.models.nemotron_h.modeling_nemotron_h.mamba2_chunk_scan
+    per_token = [(3, 37, 4, 8), (3, 37, 4), (3, 37, 2, 6), (3, 37, 2, 6)]
+    of_all = x, dt, B, C, state, A, D, bias = drawn(*per_token, (3, 4, 8, 6), (4,), (4,), (4,))
+    given = {"D": D, "dt_bias": bias, "dt_softplus": True, "dt_limit": limit}
+    given |= {"initial_states": state, "return_final_states": True}
+    with true_float64():
+        found = [function(x, dt, -A.exp(), B, C, chunk_size=16, **given) for function in (stock, scans.mamba2)]
+    gradients = [torch.autograd.grad(sum((y * y).sum() for y in out), of_all) for out in found]
+    for a, b in zip((*found[0], *gradients[0]), (*found[1], *gradients[1]), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_transformers_convolution_is_what_its_kernel_is_held_to():
+    stock = transformers.models.nemotron_h.modeling_nemotron_h.causal_conv1d_fn
+    given = drawn((2, 5, 9), (5, 4), (5,))
+    found = [function(*given, activation="silu") for function in (stock, scans.convolution)]
+    gradients = [torch.autograd.grad((out * out).sum(), given) for out in found]
+    for a, b in zip((found[0], *gradients[0]), (found[1], *gradients[1]), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_where_kernels_are_installed_no_torch_of_ours_computes_mamba2(monkeypatch):
+    model = fr.patch(made("NemotronH").float())
+    monkeypatch.setattr(ours, "mamba2_in_torch", None)
+    with pytest.raises(TypeError):
+        model(**fr.collate(LAYOUTS["paper"]()))
+    monkeypatch.setattr(ours.importlib.util, "find_spec", lambda name: name == "mamba_ssm")
+    model(**fr.collate(LAYOUTS["paper"]()))
 
 
 # ---- what reports count

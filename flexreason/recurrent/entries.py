@@ -19,7 +19,7 @@ from torch import nn
 
 from flexreason.attention.registry import TREE, TreeRow
 from flexreason.recurrent.convolution import convolve
-from flexreason.recurrent.inline import lightning, zaya, zaya_projection
+from flexreason.recurrent.inline import hand_down, handed_down, lightning, zaya_projection
 from flexreason.recurrent.scans import delta_rule, mamba2
 
 Entry = Callable[..., Any]
@@ -62,7 +62,7 @@ ENTRIES: dict[str, Entry] = {
 
 UNMASKED = "apply_mask_to_padding_states"
 
-INLINE: dict[str, Entry] = {"MiniMaxLightningAttention": lightning, "ZayaAttention": zaya}
+INLINE: dict[str, Entry] = {"MiniMaxLightningAttention": lightning, "ZayaAttention": hand_down}
 """Classes of layers that compute a recurrence in their own forward: it is replaced in the same way."""
 
 
@@ -96,7 +96,7 @@ def enter(module: nn.Module) -> set[str]:
     if names:
         space = space_of(module)
         for name in names & ENTRIES.keys():
-            space[name] = finding(space[name], name, ENTRIES[name])
+            space[name] = finding(space[name], name, ENTRIES[name], handed=not takes_keywords(module))
         if UNMASKED in space:
             space[UNMASKED] = around(space[UNMASKED], _unmasked)
         for kind in type(module).__mro__:
@@ -108,14 +108,23 @@ def enter(module: nn.Module) -> set[str]:
     return names & (COMPUTED.keys() | INLINE.keys())
 
 
-def finding(stock: Callable, name: str, entry: Entry) -> Callable:
-    """A function that computes over the tree among its keywords, and else calls `stock`."""
+def takes_keywords(module: nn.Module) -> bool:
+    """Whether a layer takes any keywords, to hand them on. Those of LFM2 did not, in transformers 5.17."""
+    return any(p.kind is p.VAR_KEYWORD for p in inspect.signature(type(module).forward).parameters.values())
+
+
+def finding(stock: Callable, name: str, entry: Entry, handed: bool = False) -> Callable:
+    """A function that computes over the tree among its keywords, and else calls `stock`.
+
+    Args:
+        handed: whether the layer that calls it has no keywords, so that the tree is the one that was handed down.
+    """
     if getattr(stock, "finds_trees", False):
         return stock
 
     @functools.wraps(stock)
     def find(*args: Any, **kwargs: Any) -> Any:
-        tree = kwargs.pop(TREE, None)
+        tree = kwargs.pop(TREE, None) or (handed_down() if handed else None)
         return stock(*args, **kwargs) if tree is None else _over(tree, name, entry, stock, *args, **kwargs)
 
     find.finds_trees = True  # type: ignore[attr-defined]
@@ -143,4 +152,8 @@ def _over(tree: TreeRow, name: str, entry: Entry, stock: Callable, *args: Any, *
 
 def expected(root: nn.Module) -> Counter[str]:
     """How often a row has to come to each of the names; all layers of a model find trees from now on."""
+    for holder in root.modules():
+        if any(names_of(layer) and not takes_keywords(layer) for layer in holder.children()):
+            kind: Any = type(holder)
+            kind.forward = finding(kind.forward, kind.__name__, hand_down)
     return Counter(name for module in root.modules() for name in enter(module))

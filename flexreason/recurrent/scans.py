@@ -9,6 +9,8 @@ transformers found installed. Places that hold no token must leave a state as it
   bias, softplus and limits are applied here: a limit from below would make a step of every place.
 """
 
+import importlib.util
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flexreason.attention.registry import TreeRow
+from flexreason.recurrent.decay import decayed
 from flexreason.recurrent.plan import Call, scan
 
 DELTA_CHUNK = 64
@@ -75,21 +78,41 @@ def mamba2(
     dt = dt.float() if dt_bias is None else dt.float() + dt_bias.float()
     dt = (F.softplus(dt) if dt_softplus else dt).clamp(*dt_limit)
 
+    in_torch = is_torch(stock, "mamba_ssm")
+
     def step(call: Call, states: Tensor | None, x: Tensor, dt: Tensor, B: Tensor, C: Tensor) -> Any:
-        out = stock(
-            x,
-            call.neutral(dt),
-            A,
-            B,
-            C,
-            chunk_size=call.chunk(chunk_size, x.device),
-            initial_states=states,
-            return_final_states=bool(call.kept),
-            **kwargs,
-        )
-        return out if call.kept else (out, None)
+        dt, chunk, final = call.neutral(dt), call.chunk(chunk_size, x.device), bool(call.kept)
+        if in_torch:
+            return mamba2_in_torch(x, dt, A, B, C, states, chunk, final, **kwargs)
+        out = stock(x, dt, A, B, C, chunk_size=chunk, initial_states=states, return_final_states=final, **kwargs)
+        return out if final else (out, None)
 
     return scan(tree, (hidden_states, dt, B, C), step)
+
+
+def is_torch(stock: Callable, package: str) -> bool:
+    """Whether a function is transformers' torch code: it found no kernels, and nobody put others in their place."""
+    return importlib.util.find_spec(package) is None and inspect.unwrap(stock).__module__.startswith("transformers.")
+
+
+def mamba2_in_torch(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    states: Tensor | None,
+    chunk: int,
+    final: bool,
+    D: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """What transformers' torch code computes. For backward that keeps two states a chunk and two more a call: here one
+    a chunk is kept, and none that nothing goes on from."""
+    x, heads = x.float(), (B.shape[2], -1)
+    written, decay = (part.unflatten(2, heads) for part in (x * dt[..., None], dt * A))
+    out, behind = decayed(C.float(), B.float(), written, decay, states, chunk, final)
+    return out.flatten(2, 3) if D is None else out.flatten(2, 3) + D[:, None] * x, behind
 
 
 def _refuse_states(initial: Tensor | None, final: bool) -> None:

@@ -79,3 +79,51 @@ def test_mamba2_goes_on_from_a_state_for_each_row(device):
 
     weights = numbers(device, rows, tokens, heads, size, seed=6), numbers(device, rows, heads, size, 16, seed=7)
     held(kernel, defined, [x, dt, A, B, C, state], [w.detach() for w in weights])
+
+
+@pytest.mark.parametrize("limit", [(0.0, float("inf")), (0.3, 1.2)])
+def test_mamba2_takes_bias_then_softplus_then_limits(limit, device):
+    """As samples hand it dt. For rows all of it is done before: see the next test."""
+    module = pytest.importorskip("mamba_ssm.ops.triton.ssd_combined")
+    rows, tokens, heads, size = SHAPE.values()
+    x, dt = numbers(device, rows, tokens, heads, size), numbers(device, rows, tokens, heads, seed=1)
+    A = (-numbers(device, heads, seed=2).detach().exp()).requires_grad_()
+    B, C = (numbers(device, rows, tokens, 2, 16, seed=seed) for seed in (3, 4))
+    bias, state = numbers(device, heads, seed=5), numbers(device, rows, heads, size, 16, seed=6)
+
+    def of(function):
+        def call(x, dt, A, B, C, bias, state):
+            given = {"dt_bias": bias, "dt_softplus": True, "dt_limit": limit}
+            return function(x, dt, A, B, C, 16, **given, initial_states=state, return_final_states=True)
+
+        return call
+
+    weights = numbers(device, rows, tokens, heads, size, seed=7), numbers(device, rows, heads, size, 16, seed=8)
+    inputs = [x, dt, A, B, C, bias, state]
+    held(of(module.mamba_chunk_scan_combined), of(scans.mamba2), inputs, [w.detach() for w in weights])
+
+
+def test_a_limit_from_below_makes_a_step_of_a_place_that_holds_no_token(device):
+    """Why limits are not left to the kernel: no dt that it could be handed is neutral."""
+    module = pytest.importorskip("mamba_ssm.ops.triton.ssd_combined")
+    rows, tokens, heads, size = SHAPE.values()
+    x, A = numbers(device, rows, tokens, heads, size), -torch.ones(heads, device=device)
+    B, C = (numbers(device, rows, tokens, 2, 16, seed=seed) for seed in (3, 4))
+    nothing = torch.full((rows, tokens, heads), -torch.inf, device=device)
+    begun = numbers(device, rows, heads, size, 16, seed=5)
+    given = {"initial_states": begun, "return_final_states": True}
+    of_limit = {"dt_softplus": True, "dt_limit": (0.1, float("inf"))}
+    behind = module.mamba_chunk_scan_combined(x, nothing, A, B, C, 16, **of_limit, **given)[1]
+    assert (behind - begun).norm() > 0.1 * begun.norm()
+    behind = module.mamba_chunk_scan_combined(x, torch.zeros_like(nothing), A, B, C, 16, **given)[1]
+    torch.testing.assert_close(behind.float(), begun.detach(), **CLOSE)
+
+
+def test_convolutions_of_rows_of_a_batch_begin_from_zeros(device):
+    convolution = pytest.importorskip("causal_conv1d").causal_conv1d_fn
+    inputs = [numbers(device, 3, 64, 70), numbers(device, 64, 4, seed=1), numbers(device, 64, seed=2)]
+
+    def of(function):
+        return lambda *given: (function(*given, activation="silu"),)
+
+    held(of(convolution), of(scans.convolution), inputs, [numbers(device, 3, 64, 70, seed=3).detach()])
