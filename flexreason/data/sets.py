@@ -52,6 +52,7 @@ def encode_set(
     encoder: EntryEncoder,
     *,
     longest: int | None = None,
+    length: int | None = None,
     skip_invalid: bool = False,
     workers: int | None = None,
 ) -> tuple[Any, Refusals]:
@@ -61,10 +62,11 @@ def encode_set(
         data: Conversations, layouts or rows.
         encoder: What makes layouts of conversations.
         longest: The most tokens of a sample; a conversation with a longer one is refused.
+        length: Of a row, into which a whole conversation has to fit.
         skip_invalid: Go on without conversations that are refused, unless all are.
         workers: Processes that encode a table.
     """
-    take = partial(_take, encoder, longest)
+    take = partial(_take, encoder, longest, length)
     if isinstance(data, list | tuple):
         taken = [item if _is_encoded(item) else take(item, number) for number, item in enumerate(data)]
         kept = [item for item in taken if not isinstance(item, ConversationError)]
@@ -91,7 +93,9 @@ def _is_encoded(item: Any) -> bool:
     return is_row or is_document(item) or (isinstance(item, list) and all(map(is_document, item)))
 
 
-def _take(encoder: EntryEncoder, longest: int | None, entry: Any, number: int) -> Layout | ConversationError:
+def _take(
+    encoder: EntryEncoder, longest: int | None, length: int | None, entry: Any, number: int
+) -> Layout | ConversationError:
     """The layout of an entry, or the reason why it has none, which names it by its number."""
     where = f"entry {number}"
     try:
@@ -104,6 +108,8 @@ def _take(encoder: EntryEncoder, longest: int | None, entry: Any, number: int) -
     tokens = int(layout.position_ids[layout.target_source].max()) + 2
     if longest is not None and tokens > longest:
         return TooLong(f"{where}: a sample of {tokens} tokens, where {longest} are the most; nothing is ever cut")
+    if length is not None and len(layout) > length:
+        return TooLong(f"{where}: a tree of {len(layout)} tokens, in rows of {length}; use longer rows, or fr.split it")
     return layout
 
 

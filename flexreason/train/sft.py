@@ -8,6 +8,7 @@ its arguments, around what `RowTraining` does.
 import copy
 import warnings
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from transformers import Trainer, TrainerCallback
@@ -156,6 +157,7 @@ class RowSFTTrainer(RowTraining, SFTTrainer):
     ) -> None:
         args = _arguments(model, args)
         _refuse_arguments(args, others)
+        _refuse_data(train_dataset=train_dataset, eval_dataset=eval_dataset, data_collator=data_collator)
         forward, collator = _Forward(), Collator() if data_collator is None else copy.copy(data_collator)
         SFTTrainer.__init__(
             self,
@@ -174,8 +176,9 @@ class RowSFTTrainer(RowTraining, SFTTrainer):
             patch_chunked(prepared, "auto", _warn)
         tokenizer = getattr(self.processing_class, "tokenizer", self.processing_class)  # of a processor
         self._encode, self._skip_invalid = encode or EntryEncoder(tokenizer), skip_invalid
+        self._length = None
         if isinstance(collator, Collator):
-            collator.encode = collator.encode or self._encode
+            self._length, collator.encode = collator.length, collator.encode or self._encode
         self.train_dataset = self._layouts_of(train_dataset)
         self.eval_dataset = _each(self._layouts_of, eval_dataset)
         self._take_rows()
@@ -190,6 +193,7 @@ class RowSFTTrainer(RowTraining, SFTTrainer):
                 data,
                 self._encode,
                 longest=None if args.max_length == _default("max_length") else args.max_length,
+                length=self._length,
                 skip_invalid=self._skip_invalid,
                 workers=args.dataset_num_proc,
             )
@@ -245,10 +249,34 @@ def _refuse_arguments(args: Any, others: Mapping[str, Any]) -> None:
         wrong.append(("formatting_func", "it makes one text of a conversation, and rows are made of its messages"))
     if others.get("compute_loss_func") is not None:
         wrong.append(("compute_loss_func", "it would shift a row's targets, which are in their places"))
+    if "tokenizer" in others:
+        raise ValueError("RowSFTTrainer: tokenizer: trl has another name for it; give processing_class=tokenizer")
     if wrong:
         name, why = wrong[0]
         raise ValueError(f"RowSFTTrainer: {name}: {why}; leave it out")
     args.router_aux_loss_coef = 0.0  # else trl takes that of the model's config
+
+
+def _refuse_data(**given: Any) -> None:
+    """Raise where what is given is no data set, or no collator that makes rows."""
+    for name, data in given.items():
+        if isinstance(data, str | Path) and name != "data_collator":
+            raise ValueError(
+                f"RowSFTTrainer: {name}: expected a data set, found the text {str(data)!r}; if it is a file, give "
+                f'load_dataset("json", data_files={str(data)!r}, split="train")'
+            )
+    if isinstance(given["train_dataset"], dict):
+        names = ", ".join(map(repr, given["train_dataset"]))
+        raise ValueError(
+            f"RowSFTTrainer: train_dataset: expected one data set, found several by name; give one: {names}"
+        )
+    collator = given["data_collator"]
+    made_by = getattr(collator, "__module__", "").partition(".")[0]
+    if made_by in ("transformers", "trl", "torch"):
+        name = getattr(collator, "__name__", type(collator).__name__)
+        raise ValueError(
+            f"RowSFTTrainer: data_collator: {name} makes no rows; leave it out, or give fr.Collator(length)"
+        )
 
 
 def _default(name: str) -> Any:

@@ -71,24 +71,26 @@ class RowTraining(Base):
     def _refuse(self) -> None:
         """Raise where training would be on something else, or would not do what it was asked for."""
         if find_patch(self.model) is None:
-            raise ValueError("RowTrainer: the model is not patched; call fr.patch(model) first")
+            raise ValueError(f"{type(self).__name__}: the model is not patched; call fr.patch(model) first")
         if self.args.n_gpu > 1:
             raise ValueError(
-                f"RowTrainer: one process sees {self.args.n_gpu} GPUs, and a row cannot be cut up among them; start "
+                f"{type(self).__name__}: one process sees {self.args.n_gpu} GPUs, and a row cannot be cut up among them; start "
                 "one process each (torchrun --nproc-per-node), or let it see one (CUDA_VISIBLE_DEVICES)"
             )
         if self.label_smoother is not None or self.compute_loss_func is not None:
             raise ValueError(
-                "RowTrainer: label_smoothing_factor and compute_loss_func would shift a row's targets, which are in "
-                "their places; leave them out"
+                f"{type(self).__name__}: label_smoothing_factor and compute_loss_func would shift a row's targets, "
+                "which are in their places; leave them out"
             )
         if self.args.neftune_noise_alpha:
             raise ValueError(
-                "RowTrainer: neftune_noise_alpha scales its noise by the length of what a model is given, which is "
-                "that of a row and not of its samples; leave it out"
+                f"{type(self).__name__}: neftune_noise_alpha scales its noise by the length of what a model is given, "
+                "which is that of a row and not of its samples; leave it out"
             )
         if self.compute_metrics is not None:
-            raise ValueError("RowTrainer: evaluation keeps no logits, so compute_metrics is never called; leave it out")
+            raise ValueError(
+                f"{type(self).__name__}: evaluation keeps no logits, so compute_metrics is never called; leave it out"
+            )
         rows_per_step = self.args.gradient_accumulation_steps * self.args.world_size
         if isinstance(self.train_dataset, ROWS) and self.train_dataset.multiple % rows_per_step:
             raise ValueError(
@@ -104,7 +106,7 @@ class RowTraining(Base):
             whole = record.whole_checkpoints(Path(self.args.output_dir))
             if not whole:
                 raise ValueError(
-                    f"RowTrainer: no whole checkpoint in {self.args.output_dir}; leave resume_from_checkpoint "
+                    f"{type(self).__name__}: no whole checkpoint in {self.args.output_dir}; leave resume_from_checkpoint "
                     "out to begin"
                 )
             resume_from_checkpoint = str(whole[-1])
@@ -120,8 +122,8 @@ class RowTraining(Base):
         total = self._over_ranks(total_weight(rows).to(device))
         if total.device.type == "cpu" and total <= 0 and any((row["labels"] != IGNORED).any() for row in rows):
             raise ValueError(
-                f"RowTrainer: the target weights of a step sum to {float(total):.6g}, and its loss is a mean by "
-                "weight; use weights above 0, or more rows a step; for advantages a loop that says what divides them"
+                f"{type(self).__name__}: the target weights of a step sum to {float(total):.6g}, and its loss is a "
+                "mean by weight; use weights above 0, or more rows a step; for advantages a loop that says what divides them"
             )
         return rows, total
 

@@ -193,7 +193,8 @@ def _check_length(layouts: Sequence[Layout], starts: list[int], length: int, blo
     for number, layout in enumerate(layouts):
         if starts[number + 1] > length:
             taken = f" behind {starts[number]} tokens of the layouts before it" if number else ""
-            remedy = "pack it into a row of its own" if len(layout) <= length else "use a longer row, or fewer turns"
+            alone = "put fewer into a row, or let fr.Rows fill rows"
+            remedy = alone if len(layout) <= length else "use a longer row, or fr.split it"
             raise ValueError(
                 f"collate: layout {number} has {len(layout)} tokens and does not fit into a row of {length}{taken}; "
                 f"{remedy} (nothing is ever cut)"
