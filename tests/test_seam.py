@@ -1,14 +1,15 @@
 """Where the model begins to write, where a prompt has what is gone once an answer follows; where it stops; and
 templates that look into texts, or throw dice."""
 
+import json
 import re
 
 import pytest
 
 from flexreason.chat.encode import Encoder
-from flexreason.chat.render import NotAligned, NotRendered, TemplateThrowsDice
+from flexreason.chat.render import NotAligned, NotRendered, StopsWithin, TemplateThrowsDice
 from flexreason.chat.seam import Seam, find_seam
-from templating import TOOLS, answer, byte_level, call, result, user, with_template
+from templating import TOOLS, answer, byte_level, call, result, trl_tokenizer, user, with_template
 
 TAGS = ("<u>", "</u>", "<a>", "</a>", "<s>", "</s>", "<h>", "</h>", "<r_end>", "<end>", "<last>", "<call>", "</call>")
 ADDED = re.compile("|".join(map(re.escape, [*TAGS, "<think>", "</think>"])))
@@ -319,3 +320,106 @@ def test_a_template_that_must_have_a_system_message():
     source = needs + template("<u>{{ m.content }}<end>\n", muses)
     found = targets(source, [{"role": "system", "content": "s"}, *CHAT], eos="<|endoftext|>")
     assert found[0] == "<muse>why</muse>two<r_end>\n<end>"
+
+
+# --- nothing of a call is lost, and nothing stands behind what stops generation
+
+NAMED = "<a>{{ m.content }}{% for c in m.tool_calls or [] %}<call>{{ c.function.name }}(WHAT)</call>{% endfor %}</a>"
+ITEMS = "{% for k, v in c.function.arguments | items %}WHAT{% endfor %}"
+
+
+def calling(*functions, text="", form=dict):
+    """A question, and an answer that calls these functions."""
+    named = [{"name": name, "arguments": given if form is dict else json.dumps(given)} for name, given in functions]
+    return [user("one"), answer(text) | {"tool_calls": [{"type": "function", "function": each} for each in named]}]
+
+
+def with_arguments(how, messages):
+    how = how if "arguments" in how else ITEMS.replace("WHAT", how)
+    return targets(template(answered=NAMED.replace("WHAT", how)), messages, TOOLS)
+
+
+@pytest.mark.parametrize(
+    ("how", "arguments"),
+    [
+        ("{% if v is string %}{{ k }}={{ v }},{% endif %}", {"k": "x", "n": 3}),
+        ("{% if v is string %}{{ k }}={{ v }},{% endif %}", {"k": "x", "n": [1, {"m": 2}]}),
+        ("{% if v %}{{ k }}={{ v }},{% endif %}", {"k": "x", "n": 0}),
+        ("{% if v %}{{ k }}={{ v }},{% endif %}", {"k": "x", "n": False}),
+        ("{% if v %}{{ k }}={{ v }},{% endif %}", {"k": "x", "n": ""}),
+        ("{% if v is not none %}{{ k }}={{ v }},{% endif %}", {"k": "x", "n": None}),
+        ("{{ k }}={{ v if v is string else v | round(1) }},", {"n": 3.14159}),
+        ("{{ k }}={{ v if v is string else v | int }},", {"n": 2.5}),
+        ("{{ k }}={{ v if v is string else v[:2] }},", {"n": [1, 2, 3]}),
+        ("{{ k }}={{ v if v is string else v | abs }},", {"n": -3}),
+        ("{{ (c.function.arguments | tojson)[:40] }}", {"k": "x" * 60}),
+        ("{{ c.function.arguments['k'] }}", {"k": "x", "other": "y"}),
+        ("{{ c.function.arguments['k'] }}", {"k": "x", "other": "x"}),
+    ],
+)
+def test_a_template_that_loses_something_of_an_argument_is_refused(how, arguments):
+    with pytest.raises(NotRendered, match=r"message 1: .* tool call's argument"):
+        with_arguments(how, calling(("f", arguments)))
+
+
+def test_an_argument_is_not_lost_by_what_other_messages_taught_either():
+    messages = [*calling(("f", {"k": "x"})), *calling(("f", {"k": 3}))]
+    with pytest.raises(NotRendered, match=r"message 3: .* tool call's argument k=3"):
+        with_arguments("{% if v is string %}{{ k }}={{ v }}{% endif %}", messages)
+
+
+@pytest.mark.parametrize("form", [dict, str])
+@pytest.mark.parametrize(
+    "how",
+    [
+        "{{ c.function.arguments | tojson }}",
+        "{{ k }}={{ v | tojson(ensure_ascii=true) }};",
+        "<p={{ k }}>\n{{ v if v is string else v | tojson }}\n</p>",
+        "{{ k }} {{ v }}; ",
+    ],
+)
+def test_arguments_of_every_type_come_out_as_the_template_writes_them(how, form):
+    arguments = {"k": 'it\'s \\ "é"\n', "n": 3, "x": 1e22, "b": [True, None, {"inner": -0.5}], "e": "", "o": {}}
+    messages = calling(("f", arguments), ("f", {}), ("g", {"k": "é", "n": 3}), text="é n", form=form)
+    assert with_arguments(how, messages)[0].startswith("é n<call>f(")
+
+
+@pytest.mark.parametrize(
+    ("said", "text"),
+    [
+        (CALLS + "{% if m.content|length > 5 %}{{ m.content }}{% endif %}", "abc"),
+        (CALLS + "{{ m.content[:20] }}", "abc " * 20),
+        ("{{ m.content | replace('e', '') }}" + CALLS.replace("m.tool_calls", "(m.tool_calls or [])[:1]"), "the"),
+        ("{{ m.content }}" + CALLS.replace("tojson", "tojson | truncate(3)"), "abc"),
+    ],
+)
+def test_what_stands_behind_the_first_call_is_looked_at_too(said, text):
+    with pytest.raises(NotRendered, match="message 1: "):
+        targets(template(answered=f"<a>{said}</a>"), calling(("f", {"k": "word"}), ("g", {"k": "long"}), text=text))
+
+
+def test_a_call_whose_name_the_template_knows():
+    encoder = Encoder(trl_tokenizer("llama3_1"), builtin_tools=["search"])
+    turn = encoder.encoded(calling(("search", {"key": "x"})), TOOLS).texts[0]
+    assert turn.target == '<|python_tag|>search.call(key="x")<|eom_id|>'
+    with pytest.raises(NotRendered, match="renders nothing of this message"):
+        encoder.encoded(calling(("search", {})), TOOLS)
+
+
+TURN_EACH = CALLS.replace("<call>", "<a><call>").replace("</call>", "</call></a>")
+
+
+@pytest.mark.parametrize(
+    ("answered", "messages"),
+    [
+        (ANSWERED, [user("one"), answer("two</a>")]),
+        (ANSWERED, [user("one"), answer("two</a>three")]),
+        (ANSWERED, [user("one"), answer("two", "why</a>")]),
+        (TURN_EACH, calling(("f", {"k": "1"}), ("g", {"k": "2"}))),
+        ("<a>{{ m.content }}</a>" + TURN_EACH, calling(("f", {"k": "1"}), text="let me")),
+        ("<a>{{ m.reasoning_content }}</a><a>{{ m.content }}</a>", CHAT),
+    ],
+)
+def test_what_would_stand_behind_the_stop_token_is_refused(answered, messages):
+    with pytest.raises(StopsWithin, match=r"message 1: '</a>' stops generation"):
+        targets(template(answered=answered), messages, TOOLS)
