@@ -7,7 +7,7 @@ import re
 import pytest
 
 from flexreason.chat.encode import Encoder
-from flexreason.chat.render import NotAligned, NotRendered, StopsWithin, TemplateThrowsDice
+from flexreason.chat.render import ConversationError, NotAligned, NotRendered, StopsWithin, TemplateThrowsDice
 from flexreason.chat.seam import Seam, find_seam
 from templating import TOOLS, answer, byte_level, call, result, trl_tokenizer, user, with_template
 
@@ -423,3 +423,113 @@ TURN_EACH = CALLS.replace("<call>", "<a><call>").replace("</call>", "</call></a>
 def test_what_would_stand_behind_the_stop_token_is_refused(answered, messages):
     with pytest.raises(StopsWithin, match=r"message 1: '</a>' stops generation"):
         targets(template(answered=answered), messages, TOOLS)
+
+
+# --- examples and reminders in the prompt, and where they end
+
+
+@pytest.mark.parametrize(
+    ("asked", "held"),
+    [
+        ("<a><think>r</think>x</a><u>and</u><a>", ""),
+        ("<a><think></think>x</a><u>and</u><a><think>", "<think>"),
+        ("<a>x</a><u>and</u><a>", ""),
+    ],
+)
+def test_an_example_of_an_answer_in_the_prompt_is_none(asked, held):
+    assert targets(template(asked=asked)) == [target.removeprefix(held) for target in WHOLE]
+
+
+def test_an_example_of_a_call_in_the_prompt_is_none():
+    said = f"<a>{{{{ m.content }}}}{CALLS}</a>"
+    found = targets(template(answered=said, asked="<a><call>f{}</call></a><u>and</u><a>"), calling(("f", {"k": "1"})))
+    assert found == ['<call>f{"k": "1"}</call></a>']
+    words = "Bot: {{ m.content }}" + CALLS.replace("<call>", "CALL ").replace("</call>", "") + "</a>\n"
+    source = template("User: {{ m.content }}\n", words, "Bot: CALL name{}\nUser: r\nBot: ")
+    assert targets(source, calling(("f", {"k": "1"}))) == ['CALL f{"k": "1"}</a>']
+
+
+@pytest.mark.parametrize("asked", ["<a><u>Example: <a>x</a></u>", "<s>Write <a></s>"])
+@pytest.mark.parametrize("suffix", ["", " /x"])
+def test_the_header_is_not_written_again_behind_a_reminder(asked, suffix):
+    with pytest.raises(NotAligned):
+        targets(template("<u>{{ m.content }}" + IN_LAST.replace("WHAT", suffix) + "</u>", asked=asked))
+
+
+@pytest.mark.parametrize("header", ["<a>", "Assistant: "])
+@pytest.mark.parametrize("behind", ["(be kind)\n", "be kind: "])
+def test_a_reminder_behind_the_header_is_not_guessed_to_be_one(header, behind):
+    source = template("User: {{ m.content }}\n", header + "{{ m.content }}</a>\n", header + behind)
+    with pytest.raises(NotAligned):
+        targets(source, [user("one"), answer("two")])
+
+
+def test_a_role_that_ends_as_another_does_is_another():
+    source = template("user: {{ m.content }} ", "robot: {{ m.content }}</a>", "bot:")
+    with pytest.raises(NotAligned):
+        targets(source, [user("one"), answer("two")])
+
+
+@pytest.mark.parametrize("closes", ["</u>", "<last>"])
+@pytest.mark.parametrize("asked", ["<h>", "<h><s><h>"])
+def test_a_header_that_ends_as_the_opening_marker_does(closes, asked):
+    block = "<h>{% if m.reasoning_content %}<s><h>{{ m.reasoning_content }}</s>{% endif %}{{ m.content }}</a>"
+    users = "<u>{{ m.content }}{% if loop.last %}" + closes + "{% else %}</u>{% endif %}"
+    opened = asked.removeprefix("<h>")
+    found = targets(template(users, block, asked))
+    assert found == [f"<s><h>{said}</a>".removeprefix(opened) for said in ("why</s>two", "how</s>four")]
+
+
+NO_PROMPT = ROLES + "{{ m.content }}</a>\n{% else %}{{ m.content }}\n{% endif %}{% endfor %}"
+
+
+@pytest.mark.parametrize("text", ["what is <think>", "what is </think>", "<think>", "</think> "])
+def test_a_marker_at_the_end_of_a_users_text_opens_and_closes_nothing(text):
+    spliced = ["<think>\nwhy\n</think>\n\ntwo</a>"]
+    assert targets(NO_PROMPT, [user(text), answer("two", "why")]) == spliced
+    with pytest.raises(ConversationError, match=r"never closes it|before it"):
+        targets(NO_PROMPT, [user(text), answer("why</think>two")])
+    opens = NO_PROMPT.replace("{{ m.content }}</a>", "<a>{{ m.content }}</a>")
+    opens += "{% if add_generation_prompt %}<a><think>\n{% endif %}"
+    assert targets(opens, [user(text), answer("two", "why")]) == ["why\n</think>\n\ntwo</a>"]
+
+
+def test_markers_that_only_calls_show_are_the_templates():
+    muses = "<a>{% if m.tool_calls %}<muse>{{ m.thinking }}</muse>{% endif %}{{ m.content }}" + CALLS + "</a>"
+    assert targets(template(answered=muses), CHAT[:2], TOOLS) == ["<muse>why</muse>two</a>"]
+
+
+@pytest.mark.parametrize("form", [dict, str])
+def test_arguments_that_come_out_as_python_from_an_object_are_given_as_text(form):
+    found = with_arguments("{{ c.function.arguments }}", calling(("f", {"k": "x", "b": True}), form=form))
+    assert found == ['<call>f({"k": "x", "b": true})</call></a>']
+
+
+# --- ends that only some renderings have
+
+
+@pytest.mark.parametrize("calls", ["", CALLS])
+@pytest.mark.parametrize(
+    ("ends", "eos", "target"),
+    [
+        ("<r_end>{% if not loop.last %}</a>{% endif %}", "</a>", "<r_end></a>"),
+        ("{% if not loop.last %}<r_end></a>{% endif %}", "</a>", "<r_end></a>"),
+        ("<r_end>{% if loop.last %}</a>{% endif %}", "</a>", "<r_end></a>"),
+        ("{% if not loop.last %}<end>{% endif %}", "<|endoftext|>", "<end>"),
+    ],
+)
+def test_an_end_that_only_history_or_only_the_last_answer_has(calls, ends, eos, target):
+    source = template("<u>{{ m.content }}<end>", "<a>{{ m.content }}" + calls + ends)
+    messages = [user("one"), answer("two"), *(calling(("f", {"k": "1"})) if calls else [])]
+    found = targets(source, messages, eos=eos, special=[tag for tag in TAGS if tag != "<end>"], plain=("<end>",))
+    assert found == ["two" + target, '<call>f{"k": "1"}</call>' + target][: len(found)]
+    assert len(found) == 1 + bool(calls)
+
+
+@pytest.mark.parametrize(("header", "opens"), [("### {}:\n", ""), ("[{}: ", "<think>")])
+def test_a_header_in_words_shows_where_the_users_message_ends(header, opens):
+    users = header.format("user") + "{{ m.content }}" + IN_LAST.replace("WHAT", " /x<end><s><end>\n<h>tools</h>\n")
+    said = ANSWERED.replace("<a>", header.format("assistant")).replace("</a>", "<s><end>\n")
+    source = template(users + "{% if not loop.last %}<end>\n{% endif %}", said, header.format("assistant") + opens)
+    found = targets(source, eos="<|endoftext|>")
+    assert found == [target.removeprefix(opens).replace("</a>", "<s><end>") for target in WHOLE]

@@ -5,11 +5,13 @@ the message. So what the template writes there, and leaves out once an answer fo
 (seam.py) is where the one goes on from the other.
 """
 
+from functools import cached_property
 from typing import Any
 
 from flexreason.chat.marks import Marked, joined
+from flexreason.chat.messages import take_apart
 from flexreason.chat.render import ALONE, Messages, NotAligned, Renderer
-from flexreason.chat.seam import Seam, find_seam, says_something
+from flexreason.chat.seam import Seam, find_seam, first_part, says_something
 from flexreason.chat.template import Template, user
 
 
@@ -39,33 +41,40 @@ class Before:
             )
         return [joined(self.base, text.rpartition(self.mark)[2]) for text in texts if text is not None]
 
-    def asked(self, known: str) -> str:
-        """What of a prompt's end is there only because generation is asked for; all of it where that is unknown."""
+    @cached_property
+    def closed(self) -> str | None:
+        """What follows the last text where no generation prompt is asked for."""
         unasked = self.render.attempt(self.messages, False)
-        closed = unasked.rpartition(self.mark)[2] if unasked and self.mark in unasked else ""
-        return (known.removeprefix(closed) or known) if known.startswith(closed) else known
+        return unasked.rpartition(self.mark)[2] if unasked and self.mark in unasked else None
 
-    def seam(self, known: str, lead: str, marked: Marked, guess: bool, said: str) -> Seam:
+    def asked(self, known: str, lead: str) -> str:
+        """What of a prompt's end is there only because generation is asked for: all of it where that is unknown, and
+        no example of an answer that stands before the header."""
+        closed = self.closed if self.closed and known.startswith(self.closed) else ""
+        asked = known[len(closed) :] or known
+        header = first_part(lead.removeprefix(closed), self.template.added)
+        return asked[max(asked.rfind(header.group()), 0) :] if header else asked
+
+    def behind_text(self, prompt: str) -> str:
+        """A prompt, but none of the last text that it ends with, which may end as the template's own does."""
+        text = take_apart(self.messages[-1]).text.removesuffix(self.mark).strip()
+        return self.tails()[0] if text and prompt.rstrip().endswith(text) else prompt
+
+    def seam(self, known: str, lead: str, marked: Marked) -> Seam:
         """How much of the lead the prompt holds; its own block of reasoning, open or closed, stands behind that.
 
         Args:
             known: What follows the last text in the prompt.
             lead: What follows it in the rendering of the marked message, up to the first mark.
-            guess: Whether what the prompt has more may be something other than an attribute in its header.
-            said: The message's content.
         """
-        opening, added = self.template.markers.opening, self.template.added
-        unasked = self.render.attempt(self.messages, False)
-        closed = unasked.rpartition(self.mark)[2] if unasked and self.mark in unasked else None
+        opening, added, closed = self.template.markers.opening, self.template.added, self.closed
         seam = find_seam(known, lead, closed, opening, added)
         if seam is None:
             blocks = [text.rfind(opening) if opening in text else len(text) for text in (known, lead)]
             seam = find_seam(known[: blocks[0]], lead[: blocks[1]], closed, opening, added)
             seam = seam and Seam(seam.end, seam.more + known[blocks[0] :])
         if seam is None or not self._is_attribute(seam, lead, closed):
-            seam = self._without_header(known, lead, closed, marked) or (
-                seam if guess and seam and not self._is_begun(seam, lead, said) else None
-            )
+            seam = self._without_header(known, lead, closed, marked)
         if seam is None:
             raise self.no_seam(known, lead)
         return seam
@@ -86,11 +95,6 @@ class Before:
         header = lead[len(closed) if closed and lead.startswith(closed) else 0 : seam.end]
         one_line = not self.template.added.search(attribute) and "\n" not in attribute.strip()
         return not attribute.strip() or (bool(begins) and one_line and says_something(header, self.template.added))
-
-    def _is_begun(self, seam: Seam, lead: str, said: str) -> bool:
-        """Whether what the prompt has behind the whole header begins the content, or a block of an unknown kind."""
-        begun = seam.more.strip() if seam.end == len(lead) else ""
-        return bool(begun) and (begun[-1] in ">]▷" or said.lstrip().startswith(begun))
 
     def _without_header(self, known: str, lead: str, closed: str | None, marked: Marked) -> Seam | None:
         """The seam where the prompt ends with a header and this message has none, since its turn has already begun.

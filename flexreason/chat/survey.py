@@ -22,7 +22,7 @@ no second rendering is needed.
 from typing import Any
 
 from flexreason.chat.before import Before
-from flexreason.chat.calls import lost
+from flexreason.chat.calls import lost_call
 from flexreason.chat.marks import Marked, joined, mark, new_base, stands_for, texts_between_marks
 from flexreason.chat.messages import REASONING_FIELDS, Message
 from flexreason.chat.render import (
@@ -95,8 +95,8 @@ class _Survey:
     def turn(self) -> Turn:
         """The turn, with all calls of the message in it, and nothing behind what stops generation."""
         turn = self._seen()
-        if lost_call := lost(self.message.functions, turn.target):
-            raise NotRendered(f"the chat template does not render the {lost_call} of this message{ALONE}", self.number)
+        if what := lost_call(self.message.functions, turn.target):
+            raise NotRendered(f"the chat template does not render the {what} of this message{ALONE}", self.number)
         text = self.stop.text if self.stop else ""
         body = turn.target.removesuffix(text)
         if text != self.template.eos:  # some formats end a turn between reasoning and response
@@ -181,19 +181,19 @@ class _Survey:
                 lead = shown[:first]
                 if self._header_is_open(lead):
                     raise self.before.no_seam(ahead, lead)
-                return self._splice(ahead, body, lead)
+                return self._splice(self.before.behind_text(ahead), body, lead)
             if not missing and not (set(marked.marks) - set(marked.wanted)):
                 self._learn(marked, places, shown, whole, kept, stop)
             return Turn(self.prompt, body, self._response(marked, places, shown, body), "rendered")
         lead = shown[:first]
         markers = self.template.markers
-        asked, inside = self.before.asked(known), places.get("r", -1) >= 0
+        asked, inside = self.before.asked(known, lead), places.get("r", -1) >= 0
         off, opened = markers.closed_by(asked), markers.opened_by(asked)
         if not self.reasoning and (turn := self._close_block(known)):
             return turn
         if off and self.reasoning and inside:
             return self._thinking_off(known)
-        seam = self.before.seam(known, lead, marked, guess=not self.reasoning, said=self.response)
+        seam = self.before.seam(known, lead, marked)
         rest = body[seam.end :]
         if inside and markers.opening in seam.more:  # both open the block, behind a header that ends otherwise
             begun, own = seam.more[seam.more.find(markers.opening) :], lead.find(markers.opening, seam.end)
@@ -284,7 +284,7 @@ class _Survey:
                 continue
             if lead.startswith(asked):
                 begin = len(asked)
-            elif self.template.markers.opened_by(self.before.asked(asked)):
+            elif self.template.markers.opened_by(self.before.asked(asked, lead)):
                 seam = find_seam(asked, lead, None, self.template.markers.opening, self.template.added)
                 begin = seam.end if seam and not seam.more else -1
             else:

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from flexreason.chat.calls import lost
+from flexreason.chat.calls import lost_call
 from flexreason.chat.messages import Message
 from flexreason.chat.template import Stop
 from flexreason.chat.texts import places_of
@@ -44,7 +44,7 @@ class Pattern:
         places, at = places_of(self.marked, {mark: texts[slot] for slot, mark in self.marks.items()}, body)
         if at < 0 or (not functions and at < len(body)):
             return None
-        if lost(functions, body[places[-1][0] :] if functions else ""):
+        if functions and lost_call(functions, body[places[-1][0] :]):
             return None
         target = body + self.end[: self.kept] + (self.stop.text if self.stop.appended else "")
         return Turn(prompt, target, self._response(places), "rendered")
