@@ -6,6 +6,7 @@ import re
 
 import pytest
 
+from flexreason.chat.dirt import StopInText
 from flexreason.chat.encode import Encoder
 from flexreason.chat.render import ConversationError, NotAligned, NotRendered, StopsWithin, TemplateThrowsDice
 from flexreason.chat.seam import Seam, find_seam
@@ -412,9 +413,6 @@ TURN_EACH = CALLS.replace("<call>", "<a><call>").replace("</call>", "</call></a>
 @pytest.mark.parametrize(
     ("answered", "messages"),
     [
-        (ANSWERED, [user("one"), answer("two</a>")]),
-        (ANSWERED, [user("one"), answer("two</a>three")]),
-        (ANSWERED, [user("one"), answer("two", "why</a>")]),
         (TURN_EACH, calling(("f", {"k": "1"}), ("g", {"k": "2"}))),
         ("<a>{{ m.content }}</a>" + TURN_EACH, calling(("f", {"k": "1"}), text="let me")),
         ("<a>{{ m.reasoning_content }}</a><a>{{ m.content }}</a>", CHAT),
@@ -456,10 +454,9 @@ def test_the_header_is_not_written_again_behind_a_reminder(asked, suffix):
         targets(template("<u>{{ m.content }}" + IN_LAST.replace("WHAT", suffix) + "</u>", asked=asked))
 
 
-@pytest.mark.parametrize("header", ["<a>", "Assistant: "])
 @pytest.mark.parametrize("behind", ["(be kind)\n", "be kind: "])
-def test_a_reminder_behind_the_header_is_not_guessed_to_be_one(header, behind):
-    source = template("User: {{ m.content }}\n", header + "{{ m.content }}</a>\n", header + behind)
+def test_a_reminder_behind_a_header_of_words_is_not_guessed_to_be_one(behind):
+    source = template("User: {{ m.content }}\n", "Assistant: {{ m.content }}</a>\n", "Assistant: " + behind)
     with pytest.raises(NotAligned):
         targets(source, [user("one"), answer("two")])
 
@@ -533,3 +530,22 @@ def test_a_header_in_words_shows_where_the_users_message_ends(header, opens):
     source = template(users + "{% if not loop.last %}<end>\n{% endif %}", said, header.format("assistant") + opens)
     found = targets(source, eos="<|endoftext|>")
     assert found == [target.removeprefix(opens).replace("</a>", "<s><end>") for target in WHOLE]
+
+
+@pytest.mark.parametrize(
+    ("said", "written"),
+    [
+        (answer("two</a>"), "two</a></a>"),
+        (answer("two</a>three"), "two</a>three</a>"),
+        (answer("two", "why</a>"), "why</a></think>two</a>"),
+        (calling(("f", {"k": "x</a>"}))[1], '<call>f{"k": "x</a>"}</call></a>'),
+    ],
+)
+def test_a_text_that_holds_the_stop_token_is_dirt(said, written):
+    tokenizer = own(template(answered=ANSWERED.replace("</a>", CALLS + "</a>")))
+    with pytest.raises(StopInText, match=r"message 1: it has '</a>' in its text, which stops generation"):
+        Encoder(tokenizer).encoded([user("one"), said])
+    found = Encoder(tokenizer, accept="stop-in-text").encoded([user("one"), said])
+    assert found.texts[0].target.endswith(written)
+    assert found.dirty == {1: "stop-in-text"}
+    Encoder(tokenizer).encoded([user("one"), said | {"train": False}, user("two"), answer("three")])

@@ -101,10 +101,10 @@ class _Survey:
         body = turn.target.removesuffix(text)
         if text != self.template.eos:  # some formats end a turn between reasoning and response
             body = body.replace(self.template.markers.close, "", 1)
-        if text and text in body:
+        if text and body.count(text) > sum(said.count(text) for said in self.message.all_texts):
             raise StopsWithin(
-                f"{text!r} stops generation, and this message has it before its end too: what stands behind "
-                f"it would never be generated{ALONE}",
+                f"{text!r} stops generation, and the chat template writes it within this message too: what stands "
+                f"behind it would never be generated{ALONE}",
                 self.number,
             )
         return turn
@@ -193,7 +193,7 @@ class _Survey:
             return turn
         if off and self.reasoning and inside:
             return self._thinking_off(known)
-        seam = self.before.seam(known, lead, marked)
+        seam = self.before.seam(known, lead, marked, guess=not self.reasoning, said=self.response)
         rest = body[seam.end :]
         if inside and markers.opening in seam.more:  # both open the block, behind a header that ends otherwise
             begun, own = seam.more[seam.more.find(markers.opening) :], lead.find(markers.opening, seam.end)

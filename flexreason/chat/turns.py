@@ -37,7 +37,7 @@ class Pattern:
         if not whole.startswith(prompt) or not whole.endswith(self.end):
             return None
         functions = message.functions
-        if any(self.stop.text in text for text in (message.reasoning, message.response, *map(str, functions))):
+        if any(self.stop.text in text for text in message.all_texts):
             return None  # nobody knows which of them stops generation
         texts = {"r": message.reasoning, "c": message.response, "n0": functions[0]["name"] if functions else ""}
         body = whole[len(prompt) : len(whole) - len(self.end)]
