@@ -496,12 +496,6 @@ def test_markers_that_only_calls_show_are_the_templates():
     assert targets(template(answered=muses), CHAT[:2], TOOLS) == ["<muse>why</muse>two</a>"]
 
 
-@pytest.mark.parametrize("form", [dict, str])
-def test_arguments_that_come_out_as_python_from_an_object_are_given_as_text(form):
-    found = with_arguments("{{ c.function.arguments }}", calling(("f", {"k": "x", "b": True}), form=form))
-    assert found == ['<call>f({"k": "x", "b": true})</call></a>']
-
-
 # --- ends that only some renderings have
 
 

@@ -140,9 +140,6 @@ class Template:
     def argument_form(self) -> str:
         """ "any", "object" or "string": which tool arguments come out as themselves; "none" where calls never do."""
         takes = [form for form in ("object", "string") if self._takes_arguments(form)]
-        printed = self.probe([user(USER), calling("object")]) or ""
-        if len(takes) == 2 and repr({"key": ANSWER}) in printed:  # an object comes out as Python, a text as JSON
-            return "string"
         return "any" if len(takes) == 2 else takes[0] if takes else "none"
 
     def _takes_arguments(self, form: str) -> bool:
@@ -157,15 +154,15 @@ class Template:
     @cached_property
     def fields(self) -> tuple[str, ...]:
         """The reasoning fields that the template renders in the last message."""
-        for make in (assistant, self._calling):
-            texts = {name: self.probe([user(USER), make(ANSWER, **{name: THOUGHT})]) for name in REASONING_FIELDS}
-            if shown := tuple(name for name, text in texts.items() if text is not None and THOUGHT in text):
-                return shown
-        return ()
+        texts = {name: self.probe([user(USER), assistant(ANSWER, **{name: THOUGHT})]) for name in REASONING_FIELDS}
+        shown = tuple(name for name, text in texts.items() if text is not None and THOUGHT in text)
+        return shown or tuple(name for name in REASONING_FIELDS if self._shown_with_call(name))
 
-    def _calling(self, text: str, **more: Any) -> dict[str, Any]:
-        """A call behind a text, in the form that the template takes."""
-        return calling("string" if self.argument_form == "string" else "object", value=AGAIN, **more, content=text)
+    def _shown_with_call(self, field: str) -> str | None:
+        """A call behind a text and reasoning, where the template shows all three in this order."""
+        form = "string" if self.argument_form == "string" else "object"
+        text = self.probe([user(USER), calling(form, value=AGAIN, content=ANSWER, **{field: THOUGHT})]) or ""
+        return text if 0 <= text.rfind(USER) < text.find(THOUGHT) < text.find(ANSWER) < text.find(AGAIN) else None
 
     @cached_property
     def splits_inline(self) -> bool:
@@ -204,11 +201,10 @@ class Template:
     def _shown_markers(self) -> Markers | None:
         if not self.fields:
             return None
-        for make in (assistant, self._calling):
-            with_ = self.probe(self.take([user(USER), make(ANSWER, **{self.fields[0]: THOUGHT})]))
-            if with_ is not None and 0 <= with_.rfind(USER) < with_.find(THOUGHT) < with_.find(ANSWER):
-                break
-        else:
+        with_ = self.probe(self.take([user(USER), assistant(ANSWER, **{self.fields[0]: THOUGHT})]))
+        if with_ is None or not 0 <= with_.rfind(USER) < with_.find(THOUGHT) < with_.find(ANSWER):
+            with_ = self._shown_with_call(self.fields[0])
+        if with_ is None:
             return None
         head = with_[with_.rfind(USER) + len(USER) : with_.find(THOUGHT)]
         closed = (self.probe(self.take([user(USER)])) or "").rpartition(USER)[2]
