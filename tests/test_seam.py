@@ -477,6 +477,22 @@ def test_a_header_that_ends_as_the_opening_marker_does(closes, asked):
     assert found == [f"<s><h>{said}</a>".removeprefix(opened) for said in ("why</s>two", "how</s>four")]
 
 
+@pytest.mark.parametrize("suffix", ["", " /x"])
+def test_a_header_that_ends_as_the_opening_marker_does_behind_a_closed_block(suffix):
+    block = "<h>{% if m.reasoning_content and loop.last %}<s><h>{{ m.reasoning_content }}</s><h>{% endif %}"
+    users = "<u>{{ m.content }}" + IN_LAST.replace("WHAT", suffix) + "</u>"
+    source = template(users, block + "{{ m.content }}</a>", "<h><s><h></s><h>")
+    assert targets(source, [*CHAT, user("five"), answer("six")]) == ["two</a>", "four</a>", "six</a>"]
+
+
+def test_a_closed_block_of_an_unknown_kind_is_no_attribute():
+    said = "Bot: {{ m.content }}" + CALLS.replace("<call>", "\n<call>") + "</a>\n"
+    users = "{{ m.content }}" + IN_LAST.replace("WHAT", "<last>") + "\n"
+    source = template(users, said, "Bot: <thought></thought>\n")
+    with pytest.raises(NotAligned):
+        targets(source, calling(("f", {"k": "1"})))
+
+
 NO_PROMPT = ROLES + "{{ m.content }}</a>\n{% else %}{{ m.content }}\n{% endif %}{% endfor %}"
 
 

@@ -52,8 +52,10 @@ class Before:
         no example of an answer that stands before the header."""
         closed = self.closed if self.closed and known.startswith(self.closed) else ""
         asked = known[len(closed) :] or known
-        header = first_part(lead.removeprefix(closed), self.template.added)
-        return asked[max(asked.rfind(header.group()), 0) :] if header else asked
+        closing, header = self.template.markers.closing, first_part(lead.removeprefix(closed), self.template.added)
+        if header is None or (closing and asked.rstrip().endswith(closing)):  # which may end as a header does
+            return asked
+        return asked[max(asked.rfind(header.group()), 0) :]
 
     def behind_text(self, prompt: str) -> str:
         """A prompt, but none of the last text that it ends with, which may end as the template's own does."""

@@ -98,6 +98,8 @@ def _around_insertion(known: str, header: str, opening: str, added: re.Pattern[s
     rest, inserted = header_[size:], asked[size:]
     behind = next((n for n in range(min(len(rest), len(inserted) - 1), 0, -1) if inserted.endswith(rest[:n])), 0)
     attribute = inserted[:-behind] if behind else ""
+    if attribute.endswith(">") and not rest[:behind].strip():  # a block of an unknown kind, and its own line break
+        return 0
     if not attribute or "\n" in attribute or (opening and opening in attribute):  # whole lines are another message
         return 0
     return first.start() + size + behind

@@ -216,7 +216,7 @@ class Template:
         close = with_[with_.find(THOUGHT) + len(THOUGHT) : with_.find(ANSWER)]
         if not opening.strip():  # the prompt opens the block itself
             word = re.search(r"(<[^<>\s]+>|\[[^\[\]\s]+\])\s*$", head)
-            opening = word.group(0) if word else head[len(header) :] or opening
+            opening = head[len(header) :] or (word.group(0) if word else opening)
         return Markers(opening, close, "template")
 
     # --- the end of a message
