@@ -353,6 +353,8 @@ def with_arguments(how, messages):
         ("{{ k }}={{ v if v is string else v | int }},", {"n": 2.5}),
         ("{{ k }}={{ v if v is string else v[:2] }},", {"n": [1, 2, 3]}),
         ("{{ k }}={{ v if v is string else v | abs }},", {"n": -3}),
+        ('"{{ k }}": "{{ v }}",', {"k": "x", "n": 3}),
+        ("{{ k }}='{{ v }}'", {"k": "x", "n": True}),
         ("{{ (c.function.arguments | tojson)[:40] }}", {"k": "x" * 60}),
         ("{{ c.function.arguments['k'] }}", {"k": "x", "other": "y"}),
         ("{{ c.function.arguments['k'] }}", {"k": "x", "other": "x"}),

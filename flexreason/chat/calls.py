@@ -4,9 +4,9 @@ Templates write calls as JSON, as XML or as Python, with keys in an order of the
 and not the forms around them: texts without quotes, escapes and white space, all else to the last digit. Of a value
 that may be written as nothing, its key is looked for.
 
->>> function = {"name": "search", "arguments": {"key": "it's", "n": 3, "exact": True}}
->>> lost_call([function], '<call>{"name": "search", "key": "it\\\\'s", "n": 3, "exact": true}</call>')
->>> lost_call([function], "<call>search(key='it\\\\'s', n=3)</call>")
+>>> function = {"name": "search", "arguments": {"key": "two words", "n": 3, "exact": True}}
+>>> lost_call([function], '<call>{"name": "search", "key": "two words", "n": 3, "exact": true}</call>')
+>>> lost_call([function], "<call>search(key='two words', n=3)</call>")
 "tool call's argument exact=True"
 """
 
@@ -31,7 +31,7 @@ def lost_call(functions: list[dict[str, Any]], text: str) -> str | None:
             blank = value in (None, "", [], {}) or not _bare(str(value))
             sought = key if blank else value
             wanted[repr(sought)] += 1
-            found = _count(sought, bare) if sought is value and isinstance(value, str) else _count_words(sought, text)
+            found = _count(sought, bare) if sought is value and isinstance(value, str) else _words(sought, text, blank)
             if found < wanted[repr(sought)]:
                 return f"tool call's argument {key}={value!r:.60}" if key else f"tool call {value!r:.60}"
     return None
@@ -60,7 +60,9 @@ def _count(value: str, bare: str) -> int:
     return max(bare.count(_bare(form)) for form in forms)
 
 
-def _count_words(value: Any, text: str) -> int:
-    """How often a number, a truth value or a key stands in a text by itself, as JSON or as Python writes it."""
-    forms = {str(value), json.dumps(value)}
-    return len(re.findall(rf"(?<![\w-])(?<!\d\.)(?:{'|'.join(map(re.escape, forms))})(?!\w|\.\d)", text))
+def _words(value: Any, text: str, quoted: bool) -> int:
+    """How often a number, a truth value or a key stands in a text by itself, as JSON or as Python writes it; in quotes,
+    where another value would be a text, only if it may be `quoted`."""
+    word = "|".join(map(re.escape, {str(value), json.dumps(value)}))
+    alone = "" if quoted else rf"(?!(?<=[\"'])(?:{word})\\*[\"'])"
+    return len(re.findall(rf"(?<![\w-])(?<!\d\.){alone}(?:{word})(?!\w|\.\d)", text))
