@@ -502,6 +502,34 @@ def what_stands_behind_the_stop_token_is_kept(original, self, tail, calls):
     return len(tail), original(self, tail, calls)[1]
 
 
+@mutation(
+    "all that a message calls is in its target, or it is refused",
+    "flexreason.chat.lost_call",
+    "test_seam.py::test_a_template_that_loses_something_of_an_argument_is_refused",
+    "test_seam.py::test_an_argument_is_not_lost_by_what_other_messages_taught_either",
+)
+def calls_are_not_looked_at(original, functions, text):
+    return None
+
+
+@mutation(
+    "nothing stands behind the token that stops generation, in texts and calls too",
+    "flexreason.chat._Survey.turn",
+    "test_seam.py::test_what_would_stand_behind_the_stop_token_is_refused",
+)
+def the_stop_token_may_stand_anywhere(original, self):
+    return self._seen()
+
+
+@mutation(
+    HEADER,
+    "flexreason.chat.Before.behind_text",
+    "test_seam.py::test_a_marker_at_the_end_of_a_users_text_opens_and_closes_nothing",
+)
+def users_texts_are_the_templates(original, self, prompt):
+    return prompt
+
+
 DIRT = "answers that are none are refused by message and reason, unless they are accepted"
 
 

@@ -30,7 +30,7 @@ QWEN, LLAMA, R1, NEMOTRON = map(trl_tokenizer, ("qwen3", "llama3", "deepseek_r1_
 
 CHAT = [user("harbour"), answer("granite", "quartz"), user("lantern")]
 
-UNCLOSED, UNOPENED, EMPTY = REASONS
+UNCLOSED, UNOPENED, EMPTY, STOPPED = REASONS
 
 
 def with_call(content):
@@ -244,6 +244,7 @@ def data(tmp_path):
     model.save_pretrained(tmp_path / "model")
     QWEN.save_pretrained(tmp_path / "model")
     dirt = {UNCLOSED: answer("<think>so"), UNOPENED: answer("a</think>b", "c"), EMPTY: answer("")}
+    dirt[STOPPED] = answer("a<|im_end|>b")
     chats = [[*CHAT, last] for last in (answer("pebble"), *dirt.values(), *dirt.values())]
     path = tmp_path / "chats.jsonl"
     path.write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in chats))
@@ -261,7 +262,7 @@ def test_a_report_counts_each_kind(data, capsys):
         return {reason: found["number"] for reason, found in made["refused"]["classes"].items()}
 
     assert refused() == dict.fromkeys(REASONS, 2)
-    assert refused("--workers", "1", "--accept", UNCLOSED) == {UNOPENED: 2, EMPTY: 2}
+    assert refused("--workers", "1", "--accept", UNCLOSED) == dict.fromkeys(set(REASONS) - {UNCLOSED}, 2)
     assert refused(*(word for reason in REASONS for word in ("--accept", reason))) == {}
     assert main([*given, "--accept", "everything"]) == 2
     assert "accept: expected one of unclosed-reasoning" in capsys.readouterr().err

@@ -1,14 +1,16 @@
 """Where the model begins to write, where a prompt has what is gone once an answer follows; where it stops; and
 templates that look into texts, or throw dice."""
 
+import json
 import re
 
 import pytest
 
+from flexreason.chat.dirt import StopInText
 from flexreason.chat.encode import Encoder
-from flexreason.chat.render import NotAligned, NotRendered, TemplateThrowsDice
+from flexreason.chat.render import ConversationError, NotAligned, NotRendered, StopsWithin, TemplateThrowsDice
 from flexreason.chat.seam import Seam, find_seam
-from templating import TOOLS, answer, byte_level, call, result, user, with_template
+from templating import TOOLS, answer, byte_level, call, result, trl_tokenizer, user, with_template
 
 TAGS = ("<u>", "</u>", "<a>", "</a>", "<s>", "</s>", "<h>", "</h>", "<r_end>", "<end>", "<last>", "<call>", "</call>")
 ADDED = re.compile("|".join(map(re.escape, [*TAGS, "<think>", "</think>"])))
@@ -319,3 +321,243 @@ def test_a_template_that_must_have_a_system_message():
     source = needs + template("<u>{{ m.content }}<end>\n", muses)
     found = targets(source, [{"role": "system", "content": "s"}, *CHAT], eos="<|endoftext|>")
     assert found[0] == "<muse>why</muse>two<r_end>\n<end>"
+
+
+# --- nothing of a call is lost, and nothing stands behind what stops generation
+
+NAMED = "<a>{{ m.content }}{% for c in m.tool_calls or [] %}<call>{{ c.function.name }}(WHAT)</call>{% endfor %}</a>"
+ITEMS = "{% for k, v in c.function.arguments | items %}WHAT{% endfor %}"
+
+
+def calling(*functions, text="", form=dict):
+    """A question, and an answer that calls these functions."""
+    named = [{"name": name, "arguments": given if form is dict else json.dumps(given)} for name, given in functions]
+    return [user("one"), answer(text) | {"tool_calls": [{"type": "function", "function": each} for each in named]}]
+
+
+def with_arguments(how, messages):
+    how = how if "arguments" in how else ITEMS.replace("WHAT", how)
+    return targets(template(answered=NAMED.replace("WHAT", how)), messages, TOOLS)
+
+
+@pytest.mark.parametrize(
+    ("how", "arguments"),
+    [
+        ("{% if v is string %}{{ k }}={{ v }},{% endif %}", {"k": "x", "n": 3}),
+        ("{% if v is string %}{{ k }}={{ v }},{% endif %}", {"k": "x", "n": [1, {"m": 2}]}),
+        ("{% if v %}{{ k }}={{ v }},{% endif %}", {"k": "x", "n": 0}),
+        ("{% if v %}{{ k }}={{ v }},{% endif %}", {"k": "x", "n": False}),
+        ("{% if v %}{{ k }}={{ v }},{% endif %}", {"k": "x", "n": ""}),
+        ("{% if v is not none %}{{ k }}={{ v }},{% endif %}", {"k": "x", "n": None}),
+        ("{{ k }}={{ v if v is string else v | round(1) }},", {"n": 3.14159}),
+        ("{{ k }}={{ v if v is string else v | int }},", {"n": 2.5}),
+        ("{{ k }}={{ v if v is string else v[:2] }},", {"n": [1, 2, 3]}),
+        ("{{ k }}={{ v if v is string else v | abs }},", {"n": -3}),
+        ('"{{ k }}": "{{ v }}",', {"k": "x", "n": 3}),
+        ("{{ k }}='{{ v }}'", {"k": "x", "n": True}),
+        ("{{ (c.function.arguments | tojson)[:40] }}", {"k": "x" * 60}),
+        ("{{ c.function.arguments['k'] }}", {"k": "x", "other": "y"}),
+        ("{{ c.function.arguments['k'] }}", {"k": "x", "other": "x"}),
+    ],
+)
+def test_a_template_that_loses_something_of_an_argument_is_refused(how, arguments):
+    with pytest.raises(NotRendered, match=r"message 1: .* tool call's argument"):
+        with_arguments(how, calling(("f", arguments)))
+
+
+def test_an_argument_is_not_lost_by_what_other_messages_taught_either():
+    messages = [*calling(("f", {"k": "x"})), *calling(("f", {"k": 3}))]
+    with pytest.raises(NotRendered, match=r"message 3: .* tool call's argument k=3"):
+        with_arguments("{% if v is string %}{{ k }}={{ v }}{% endif %}", messages)
+
+
+@pytest.mark.parametrize("form", [dict, str])
+@pytest.mark.parametrize(
+    "how",
+    [
+        "{{ c.function.arguments | tojson }}",
+        "{{ k }}={{ v | tojson(ensure_ascii=true) }};",
+        "<p={{ k }}>\n{{ v if v is string else v | tojson }}\n</p>",
+        "{{ k }} {{ v }}; ",
+    ],
+)
+def test_arguments_of_every_type_come_out_as_the_template_writes_them(how, form):
+    arguments = {"k": 'it\'s \\ "é"\n', "n": 3, "x": 1e22, "b": [True, None, {"inner": -0.5}], "e": "", "o": {}}
+    messages = calling(("f", arguments), ("f", {}), ("g", {"k": "é", "n": 3}), text="é n", form=form)
+    assert with_arguments(how, messages)[0].startswith("é n<call>f(")
+
+
+@pytest.mark.parametrize(
+    ("said", "text"),
+    [
+        (CALLS + "{% if m.content|length > 5 %}{{ m.content }}{% endif %}", "abc"),
+        (CALLS + "{{ m.content[:20] }}", "abc " * 20),
+        ("{{ m.content | replace('e', '') }}" + CALLS.replace("m.tool_calls", "(m.tool_calls or [])[:1]"), "the"),
+        ("{{ m.content }}" + CALLS.replace("tojson", "tojson | truncate(3)"), "abc"),
+    ],
+)
+def test_what_stands_behind_the_first_call_is_looked_at_too(said, text):
+    with pytest.raises(NotRendered, match="message 1: "):
+        targets(template(answered=f"<a>{said}</a>"), calling(("f", {"k": "word"}), ("g", {"k": "long"}), text=text))
+
+
+def test_a_call_whose_name_the_template_knows():
+    encoder = Encoder(trl_tokenizer("llama3_1"), builtin_tools=["search"])
+    turn = encoder.encoded(calling(("search", {"key": "x"})), TOOLS).texts[0]
+    assert turn.target == '<|python_tag|>search.call(key="x")<|eom_id|>'
+    with pytest.raises(NotRendered, match="renders nothing of this message"):
+        encoder.encoded(calling(("search", {})), TOOLS)
+
+
+TURN_EACH = CALLS.replace("<call>", "<a><call>").replace("</call>", "</call></a>")
+
+
+@pytest.mark.parametrize(
+    ("answered", "messages"),
+    [
+        (TURN_EACH, calling(("f", {"k": "1"}), ("g", {"k": "2"}))),
+        ("<a>{{ m.content }}</a>" + TURN_EACH, calling(("f", {"k": "1"}), text="let me")),
+        ("<a>{{ m.reasoning_content }}</a><a>{{ m.content }}</a>", CHAT),
+    ],
+)
+def test_what_would_stand_behind_the_stop_token_is_refused(answered, messages):
+    with pytest.raises(StopsWithin, match=r"message 1: '</a>' stops generation"):
+        targets(template(answered=answered), messages, TOOLS)
+
+
+# --- examples and reminders in the prompt, and where they end
+
+
+@pytest.mark.parametrize(
+    ("asked", "held"),
+    [
+        ("<a><think>r</think>x</a><u>and</u><a>", ""),
+        ("<a><think></think>x</a><u>and</u><a><think>", "<think>"),
+        ("<a>x</a><u>and</u><a>", ""),
+    ],
+)
+def test_an_example_of_an_answer_in_the_prompt_is_none(asked, held):
+    assert targets(template(asked=asked)) == [target.removeprefix(held) for target in WHOLE]
+
+
+def test_an_example_of_a_call_in_the_prompt_is_none():
+    said = f"<a>{{{{ m.content }}}}{CALLS}</a>"
+    found = targets(template(answered=said, asked="<a><call>f{}</call></a><u>and</u><a>"), calling(("f", {"k": "1"})))
+    assert found == ['<call>f{"k": "1"}</call></a>']
+    words = "Bot: {{ m.content }}" + CALLS.replace("<call>", "CALL ").replace("</call>", "") + "</a>\n"
+    source = template("User: {{ m.content }}\n", words, "Bot: CALL name{}\nUser: r\nBot: ")
+    assert targets(source, calling(("f", {"k": "1"}))) == ['CALL f{"k": "1"}</a>']
+
+
+@pytest.mark.parametrize("asked", ["<a><u>Example: <a>x</a></u>", "<s>Write <a></s>"])
+@pytest.mark.parametrize("suffix", ["", " /x"])
+def test_the_header_is_not_written_again_behind_a_reminder(asked, suffix):
+    with pytest.raises(NotAligned):
+        targets(template("<u>{{ m.content }}" + IN_LAST.replace("WHAT", suffix) + "</u>", asked=asked))
+
+
+@pytest.mark.parametrize("behind", ["(be kind)\n", "be kind: "])
+def test_a_reminder_behind_a_header_of_words_is_not_guessed_to_be_one(behind):
+    source = template("User: {{ m.content }}\n", "Assistant: {{ m.content }}</a>\n", "Assistant: " + behind)
+    with pytest.raises(NotAligned):
+        targets(source, [user("one"), answer("two")])
+
+
+def test_a_role_that_ends_as_another_does_is_another():
+    source = template("user: {{ m.content }} ", "robot: {{ m.content }}</a>", "bot:")
+    with pytest.raises(NotAligned):
+        targets(source, [user("one"), answer("two")])
+
+
+@pytest.mark.parametrize("closes", ["</u>", "<last>"])
+@pytest.mark.parametrize("asked", ["<h>", "<h><s><h>"])
+def test_a_header_that_ends_as_the_opening_marker_does(closes, asked):
+    block = "<h>{% if m.reasoning_content %}<s><h>{{ m.reasoning_content }}</s>{% endif %}{{ m.content }}</a>"
+    users = "<u>{{ m.content }}{% if loop.last %}" + closes + "{% else %}</u>{% endif %}"
+    opened = asked.removeprefix("<h>")
+    found = targets(template(users, block, asked))
+    assert found == [f"<s><h>{said}</a>".removeprefix(opened) for said in ("why</s>two", "how</s>four")]
+
+
+@pytest.mark.parametrize("suffix", ["", " /x"])
+def test_a_header_that_ends_as_the_opening_marker_does_behind_a_closed_block(suffix):
+    block = "<h>{% if m.reasoning_content and loop.last %}<s><h>{{ m.reasoning_content }}</s><h>{% endif %}"
+    users = "<u>{{ m.content }}" + IN_LAST.replace("WHAT", suffix) + "</u>"
+    source = template(users, block + "{{ m.content }}</a>", "<h><s><h></s><h>")
+    assert targets(source, [*CHAT, user("five"), answer("six")]) == ["two</a>", "four</a>", "six</a>"]
+
+
+def test_a_closed_block_of_an_unknown_kind_is_no_attribute():
+    said = "Bot: {{ m.content }}" + CALLS.replace("<call>", "\n<call>") + "</a>\n"
+    users = "{{ m.content }}" + IN_LAST.replace("WHAT", "<last>") + "\n"
+    source = template(users, said, "Bot: <thought></thought>\n")
+    with pytest.raises(NotAligned):
+        targets(source, calling(("f", {"k": "1"})))
+
+
+NO_PROMPT = ROLES + "{{ m.content }}</a>\n{% else %}{{ m.content }}\n{% endif %}{% endfor %}"
+
+
+@pytest.mark.parametrize("text", ["what is <think>", "what is </think>", "<think>", "</think> "])
+def test_a_marker_at_the_end_of_a_users_text_opens_and_closes_nothing(text):
+    spliced = ["<think>\nwhy\n</think>\n\ntwo</a>"]
+    assert targets(NO_PROMPT, [user(text), answer("two", "why")]) == spliced
+    with pytest.raises(ConversationError, match=r"never closes it|before it"):
+        targets(NO_PROMPT, [user(text), answer("why</think>two")])
+    opens = NO_PROMPT.replace("{{ m.content }}</a>", "<a>{{ m.content }}</a>")
+    opens += "{% if add_generation_prompt %}<a><think>\n{% endif %}"
+    assert targets(opens, [user(text), answer("two", "why")]) == ["why\n</think>\n\ntwo</a>"]
+
+
+def test_markers_that_only_calls_show_are_the_templates():
+    muses = "<a>{% if m.tool_calls %}<muse>{{ m.thinking }}</muse>{% endif %}{{ m.content }}" + CALLS + "</a>"
+    assert targets(template(answered=muses), CHAT[:2], TOOLS) == ["<muse>why</muse>two</a>"]
+
+
+# --- ends that only some renderings have
+
+
+@pytest.mark.parametrize("calls", ["", CALLS])
+@pytest.mark.parametrize(
+    ("ends", "eos", "target"),
+    [
+        ("<r_end>{% if not loop.last %}</a>{% endif %}", "</a>", "<r_end></a>"),
+        ("{% if not loop.last %}<r_end></a>{% endif %}", "</a>", "<r_end></a>"),
+        ("<r_end>{% if loop.last %}</a>{% endif %}", "</a>", "<r_end></a>"),
+        ("{% if not loop.last %}<end>{% endif %}", "<|endoftext|>", "<end>"),
+    ],
+)
+def test_an_end_that_only_history_or_only_the_last_answer_has(calls, ends, eos, target):
+    source = template("<u>{{ m.content }}<end>", "<a>{{ m.content }}" + calls + ends)
+    messages = [user("one"), answer("two"), *(calling(("f", {"k": "1"})) if calls else [])]
+    found = targets(source, messages, eos=eos, special=[tag for tag in TAGS if tag != "<end>"], plain=("<end>",))
+    assert found == ["two" + target, '<call>f{"k": "1"}</call>' + target][: len(found)]
+    assert len(found) == 1 + bool(calls)
+
+
+@pytest.mark.parametrize(("header", "opens"), [("### {}:\n", ""), ("[{}: ", "<think>")])
+def test_a_header_in_words_shows_where_the_users_message_ends(header, opens):
+    users = header.format("user") + "{{ m.content }}" + IN_LAST.replace("WHAT", " /x<end><s><end>\n<h>tools</h>\n")
+    said = ANSWERED.replace("<a>", header.format("assistant")).replace("</a>", "<s><end>\n")
+    source = template(users + "{% if not loop.last %}<end>\n{% endif %}", said, header.format("assistant") + opens)
+    found = targets(source, eos="<|endoftext|>")
+    assert found == [target.removeprefix(opens).replace("</a>", "<s><end>") for target in WHOLE]
+
+
+@pytest.mark.parametrize(
+    ("said", "written"),
+    [
+        (answer("two</a>"), "two</a></a>"),
+        (answer("two</a>three"), "two</a>three</a>"),
+        (answer("two", "why</a>"), "why</a></think>two</a>"),
+        (calling(("f", {"k": "x</a>"}))[1], '<call>f{"k": "x</a>"}</call></a>'),
+    ],
+)
+def test_a_text_that_holds_the_stop_token_is_dirt(said, written):
+    tokenizer = own(template(answered=ANSWERED.replace("</a>", CALLS + "</a>")))
+    with pytest.raises(StopInText, match=r"message 1: it has '</a>' in its text, which stops generation"):
+        Encoder(tokenizer).encoded([user("one"), said])
+    found = Encoder(tokenizer, accept="stop-in-text").encoded([user("one"), said])
+    assert found.texts[0].target.endswith(written)
+    assert found.dirty == {1: "stop-in-text"}
+    Encoder(tokenizer).encoded([user("one"), said | {"train": False}, user("two"), answer("three")])

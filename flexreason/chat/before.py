@@ -5,11 +5,13 @@ the message. So what the template writes there, and leaves out once an answer fo
 (seam.py) is where the one goes on from the other.
 """
 
+from functools import cached_property
 from typing import Any
 
 from flexreason.chat.marks import Marked, joined
+from flexreason.chat.messages import take_apart
 from flexreason.chat.render import ALONE, Messages, NotAligned, Renderer
-from flexreason.chat.seam import Seam, find_seam, says_something
+from flexreason.chat.seam import Seam, find_seam, first_part, says_something
 from flexreason.chat.template import Template, user
 
 
@@ -39,11 +41,26 @@ class Before:
             )
         return [joined(self.base, text.rpartition(self.mark)[2]) for text in texts if text is not None]
 
-    def asked(self, known: str) -> str:
-        """What of a prompt's end is there only because generation is asked for; all of it where that is unknown."""
+    @cached_property
+    def closed(self) -> str | None:
+        """What follows the last text where no generation prompt is asked for."""
         unasked = self.render.attempt(self.messages, False)
-        closed = unasked.rpartition(self.mark)[2] if unasked and self.mark in unasked else ""
-        return (known.removeprefix(closed) or known) if known.startswith(closed) else known
+        return unasked.rpartition(self.mark)[2] if unasked and self.mark in unasked else None
+
+    def asked(self, known: str, lead: str) -> str:
+        """What of a prompt's end is there only because generation is asked for: all of it where that is unknown, and
+        no example of an answer that stands before the header."""
+        closed = self.closed if self.closed and known.startswith(self.closed) else ""
+        asked = known[len(closed) :] or known
+        closing, header = self.template.markers.closing, first_part(lead.removeprefix(closed), self.template.added)
+        if header is None or (closing and asked.rstrip().endswith(closing)):  # which may end as a header does
+            return asked
+        return asked[max(asked.rfind(header.group()), 0) :]
+
+    def behind_text(self, prompt: str) -> str:
+        """A prompt, but none of the last text that it ends with, which may end as the template's own does."""
+        text = take_apart(self.messages[-1]).text.removesuffix(self.mark).strip()
+        return self.tails()[0] if text and prompt.rstrip().endswith(text) else prompt
 
     def seam(self, known: str, lead: str, marked: Marked, guess: bool, said: str) -> Seam:
         """How much of the lead the prompt holds; its own block of reasoning, open or closed, stands behind that.
@@ -54,9 +71,7 @@ class Before:
             guess: Whether what the prompt has more may be something other than an attribute in its header.
             said: The message's content.
         """
-        opening, added = self.template.markers.opening, self.template.added
-        unasked = self.render.attempt(self.messages, False)
-        closed = unasked.rpartition(self.mark)[2] if unasked and self.mark in unasked else None
+        opening, added, closed = self.template.markers.opening, self.template.added, self.closed
         seam = find_seam(known, lead, closed, opening, added)
         if seam is None:
             blocks = [text.rfind(opening) if opening in text else len(text) for text in (known, lead)]
@@ -88,9 +103,13 @@ class Before:
         return not attribute.strip() or (bool(begins) and one_line and says_something(header, self.template.added))
 
     def _is_begun(self, seam: Seam, lead: str, said: str) -> bool:
-        """Whether what the prompt has behind the whole header begins the content, or a block of an unknown kind."""
+        """Whether what the prompt has behind the whole header begins the content, or a block of an unknown kind, or
+        may be a reminder, where no token ends the header."""
         begun = seam.more.strip() if seam.end == len(lead) else ""
-        return bool(begun) and (begun[-1] in ">]▷" or said.lstrip().startswith(begun))
+        header = lead.removeprefix(self.closed or "")
+        return bool(begun) and (
+            begun[-1] in ">]▷" or said.lstrip().startswith(begun) or not self.template.added.search(header)
+        )
 
     def _without_header(self, known: str, lead: str, closed: str | None, marked: Marked) -> Seam | None:
         """The seam where the prompt ends with a header and this message has none, since its turn has already begun.

@@ -17,7 +17,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from flexreason.chat.messages import REASONING_FIELDS, Message
 from flexreason.chat.render import ConversationError
-from flexreason.chat.template import KNOWN_MARKERS, Markers
+from flexreason.chat.template import KNOWN_MARKERS, Markers, Template
 from flexreason.talk.nearest import did_you_mean
 
 Pair = tuple[str, str]
@@ -37,10 +37,15 @@ class EmptyMessage(ConversationError):
     reason = "empty-message"
 
 
+class StopInText(ConversationError):
+    reason = "stop-in-text"
+
+
 REASONS = {
     UnclosedReasoning.reason: "content that begins a reasoning block and never closes it",
     UnopenedReasoning.reason: "content that closes a reasoning block which nothing has opened",
     EmptyMessage.reason: "no reasoning, no content and no calls",
+    StopInText.reason: "a text that holds the token which stops generation",
 }
 """What can be accepted."""
 
@@ -138,6 +143,17 @@ def find(message: Message, number: int, pairs: Sequence[Pair]) -> ConversationEr
     else:
         return None
     return error(f"{words}; mend it, say train: false, or accept {error.reason} (--accept, accept=)", number)
+
+
+def stopped(message: Message, number: int, template: Template) -> ConversationError | None:
+    """What an answer would be refused for that has, within its texts, what ends it."""
+    stops = [stop.text for stop in (template.call_stop if message.functions else template.stop,) if stop]
+    for stop in stops:
+        if any(stop in text for text in message.all_texts):
+            words = f"it has {stop!r} in its text, which stops generation, so that nothing behind it would be generated"
+            reason = StopInText.reason
+            return StopInText(f"{words}; mend it, say train: false, or accept {reason} (--accept, accept=)", number)
+    return None
 
 
 def refuse(dirty: Mapping[int, ConversationError], accept: frozenset[str]) -> None:

@@ -53,7 +53,8 @@ def encode(
     `"content"` takes it out first, as clients do that send back answers only. `turns` chooses turns: "last", or
     their numbers among the assistant messages. `think` is what stands before and behind reasoning, for templates that
     do not render it. `accept` names reasons for which an answer is refused as dirty ("unclosed-reasoning",
-    "unopened-reasoning", "empty-message"), and is then trained as it is written. All other options go to the template.
+    "unopened-reasoning", "empty-message", "stop-in-text"), and is then trained as it is written. All other options go
+    to the template.
 
     >>> from flexreason.load import stand_in
     >>> from flexreason.tree.layout import unmerge
@@ -173,9 +174,12 @@ class Encoder:
                 half = dirt.unopened(message.text, pairs)
                 if half and in_form and not message.reasoning.strip():
                     prompt = render.attempt([earlier.as_dict for earlier in in_form], True) or ""
-                    if dirt.opened_by(prompt, end, half):
+                    asked = in_form[-1].text.rstrip()  # a text that ends in a marker opens nothing
+                    if dirt.opened_by(prompt, end, half) and not (asked and prompt.rstrip().endswith(asked)):
                         message = dirt.with_reasoning_before(message, half[1])
-                if number in trained and (found := dirt.find(message, number, pairs)):
+                if number in trained and (
+                    found := dirt.find(message, number, pairs) or dirt.stopped(message, number, template)
+                ):
                     dirty[number] = found
             in_form.append(template.in_form(message))
         dirt.refuse(dirty, self.accept)

@@ -13,7 +13,7 @@ from typing import Any
 
 from flexreason.chat.messages import Message, marked_arguments
 from flexreason.chat.template import MARK
-from flexreason.chat.texts import places_of
+from flexreason.chat.texts import forms, places_of
 
 QUOTES = "\"'\\"
 """What templates write around an argument that is text, and leave out around a number."""
@@ -35,8 +35,11 @@ def new_base(texts: Iterable[str]) -> str:
     return next(base for base in bases if not any(base in text for text in texts))
 
 
-def mark(message: Message, base: str, calls: bool = True) -> Marked:
-    """Put marks for a message's texts. A content that is empty is marked, but need not come out."""
+def mark(message: Message, base: str, names: bool = True, calls: bool = True) -> Marked:
+    """Put marks for a message's texts. A content that is empty is marked, but need not come out.
+
+    Without `names`, the called functions keep theirs; without `calls`, they keep their arguments too.
+    """
     marks, wanted = {}, []
     functions = message.functions if calls else []
     if message.reasoning.strip():
@@ -48,11 +51,13 @@ def mark(message: Message, base: str, calls: bool = True) -> Marked:
     marked = message.with_texts(marks.get("r"), marks.get("c"))
     named = []
     for n, function in enumerate(functions):
-        marks[f"n{n}"] = f"{base}n{n}x"
-        wanted.append(f"n{n}")
-        named.append({**function, "name": marks[f"n{n}"]})
+        named.append(function)
+        if names:
+            marks[f"n{n}"] = f"{base}n{n}x"
+            wanted.append(f"n{n}")
+            named[-1] = {**function, "name": marks[f"n{n}"]}
         if "arguments" in function:
-            named[-1]["arguments"] = marked_arguments(function["arguments"], f"{base}v{n}x")
+            named[-1] = {**named[-1], "arguments": marked_arguments(function["arguments"], f"{base}v{n}x")}
     for n, function in enumerate(functions):
         if _has_arguments(function):
             marks[f"v{n}"] = f"{base}v{n}x"
@@ -69,7 +74,7 @@ def stands_for(marked: Marked, shown: str, texts: dict[str, str], whole: str) ->
     """Whether the real rendering is the marked one with the texts in place of the marks.
 
     Arguments of tool calls need not be texts. So in a message with calls, only what stands before the first call is
-    compared.
+    compared, and behind it the texts are looked for.
 
     Args:
         shown: The rendering of the marked message.
@@ -77,12 +82,14 @@ def stands_for(marked: Marked, shown: str, texts: dict[str, str], whole: str) ->
         whole: The rendering of the message itself.
     """
     if not marked.wanted:
-        return True  # nothing of it need come out
+        return bool(marked.marks)  # nothing of it need come out
     values = {mark: texts[slot] for slot, mark in marked.marks.items() if slot in texts}
     calls = [at for slot, mark in marked.marks.items() if slot not in texts and (at := shown.find(mark)) >= 0]
     if not calls:
         return places_of(shown, values, whole)[1] == len(whole)
-    return places_of(shown[: min(calls)].rstrip(QUOTES), values, whole)[1] >= 0
+    begins = places_of(shown[: min(calls)].rstrip(QUOTES), values, whole)[1]
+    behind = [text for mark, text in values.items() if mark in shown[min(calls) :]]
+    return begins >= 0 and all(any(form in whole[begins:] for form in forms(text)) for text in behind)
 
 
 def texts_between_marks(base: str, shown: str) -> dict[str, str]:

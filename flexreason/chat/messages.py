@@ -44,6 +44,11 @@ class Message:
     def role(self) -> str:
         return self.as_dict["role"]
 
+    @property
+    def all_texts(self) -> list[str]:
+        """What the message says, in reasoning, response and calls."""
+        return [self.reasoning, self.response, *map(str, self.functions)]
+
     def changed(self, **fields: Any) -> "Message":
         return take_apart({**self.as_dict, **fields})
 

@@ -92,6 +92,10 @@ class NoStopToken(ConversationError):
     reason = "no stop token"
 
 
+class StopsWithin(ConversationError):
+    reason = "stop token before the end"
+
+
 class TokenBoundary(ConversationError):
     reason = "target cannot be tokenized behind its prompt"
 

@@ -40,16 +40,29 @@ def find_seam(known: str, lead: str, closed: str | None, opening: str, added: re
     """
     if lead.startswith(known):
         return Seam(len(known))
-    if known.startswith(lead):
-        return Seam(len(lead), known[len(lead) :])
+    if opening and opening in lead and opening not in known:
+        lead = lead[: lead.rfind(opening)]  # the block is the model's, even where its tokens end headers too
+    prompt = known[len(closed) :] if closed is not None and known.startswith(closed) else ""
+    seam = _find(known, lead, closed, prompt, opening, added)
+    ended = _overlap(closed or "", lead, added)
+    header = re.search(rf"(?:{added.pattern})\w*|\w+", lead[ended:])
+    if seam and seam.end <= ended and header and header.group() in prompt:
+        return None  # the prompt has the header, and something else behind it
+    return seam
+
+
+def _find(known: str, lead: str, closed: str | None, prompt: str, opening: str, added: re.Pattern[str]) -> Seam | None:
+    """The seam, if the prompt shows it in one of the ways that templates have. `prompt` is what it asks with."""
     starts = [0, *([len(closed)] if closed and lead.startswith(closed) else [])]
     for start in starts:
         if size := _overlap(known, lead[start:], added):
             return Seam(start + size)
-    prompt = known[len(closed) :] if closed is not None and known.startswith(closed) else ""
-    if says_something(prompt, added) and lead.count(prompt) == 1:
-        return Seam(lead.find(prompt) + len(prompt))
-    if (first := _first(prompt, added)) and (at := lead.rfind(first.group())) >= 0:
+    if known.startswith(lead):
+        return Seam(len(lead), known[len(lead) :])
+    at = lead.find(prompt)
+    if says_something(prompt, added) and lead.count(prompt) == 1 and _between_tokens(lead, at, added):
+        return Seam(at + len(prompt))
+    if (first := first_part(prompt, added)) and (at := lead.rfind(first.group())) >= 0:
         starts.append(at)
     for start in starts:
         if size := _around_insertion(known, lead[start:], opening, added):
@@ -73,7 +86,7 @@ def _around_insertion(known: str, header: str, opening: str, added: re.Pattern[s
 
     For example the prompt has `assistant effort=high`, a line break, and the header has `assistant`, a line break.
     """
-    first = _first(header, added)
+    first = first_part(header, added)
     if first is None or (start := known.rfind(first.group())) < 0:
         return 0
     asked, header_ = known[start:], header[first.start() :]
@@ -85,6 +98,8 @@ def _around_insertion(known: str, header: str, opening: str, added: re.Pattern[s
     rest, inserted = header_[size:], asked[size:]
     behind = next((n for n in range(min(len(rest), len(inserted) - 1), 0, -1) if inserted.endswith(rest[:n])), 0)
     attribute = inserted[:-behind] if behind else ""
+    if attribute.endswith(">") and not rest[:behind].strip():  # a block of an unknown kind, and its own line break
+        return 0
     if not attribute or "\n" in attribute or (opening and opening in attribute):  # whole lines are another message
         return 0
     return first.start() + size + behind
@@ -116,7 +131,8 @@ def _from_header(known: str, lead: str, opening: str, added: re.Pattern[str]) ->
     return Seam(at + size) if size else None
 
 
-def _first(text: str, added: re.Pattern[str]) -> re.Match[str] | None:
+def first_part(text: str, added: re.Pattern[str]) -> re.Match[str] | None:
+    """The first added token or word of a text: where a header begins."""
     matches = [match for match in (added.search(text), re.search(r"\w+", text)) if match]
     return min(matches, key=lambda match: match.start()) if matches else None
 

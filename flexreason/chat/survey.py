@@ -22,9 +22,19 @@ no second rendering is needed.
 from typing import Any
 
 from flexreason.chat.before import Before
+from flexreason.chat.calls import lost_call
 from flexreason.chat.marks import Marked, joined, mark, new_base, stands_for, texts_between_marks
 from flexreason.chat.messages import REASONING_FIELDS, Message
-from flexreason.chat.render import ALONE, ConversationError, Messages, NoStopToken, NotAligned, NotRendered, Renderer
+from flexreason.chat.render import (
+    ALONE,
+    ConversationError,
+    Messages,
+    NoStopToken,
+    NotAligned,
+    NotRendered,
+    Renderer,
+    StopsWithin,
+)
 from flexreason.chat.seam import find_seam
 from flexreason.chat.template import ANSWER, USER, Stop, Template, assistant, user
 from flexreason.chat.texts import common_suffix, places_of
@@ -78,18 +88,29 @@ class _Survey:
         self.reasoning = message.reasoning if message.reasoning.strip() else ""
         self.response = message.response if message.response.strip() else ""
         self.pattern: Pattern | None = None
+        self.stop: Stop | None = None
         self.base = new_base((whole, prompt, str(message.as_dict)))
         self.before = Before(template, render, before, number, self.base)
 
     def turn(self) -> Turn:
-        marked = mark(self.message, self.base)
-        shown = self.render.attempt([*self.messages, marked.message], False)
-        if shown is None:  # the template may know names, or look into contents
-            marked = mark(self.message, self.base, calls=False)
-            shown = self.render([*self.messages, marked.message], False, blame=self.number)
-        texts = {"r": self.reasoning, "c": self.message.response}
-        if not stands_for(marked, shown, texts, self.whole) and (seen := self._with_texts()):
-            marked, shown = seen
+        """The turn, with all calls of the message in it, and nothing behind what stops generation."""
+        turn = self._seen()
+        if what := lost_call(self.message.functions, turn.target):
+            raise NotRendered(f"the chat template does not render the {what} of this message{ALONE}", self.number)
+        text = self.stop.text if self.stop else ""
+        body = turn.target.removesuffix(text)
+        if text != self.template.eos:  # some formats end a turn between reasoning and response
+            body = body.replace(self.template.markers.close, "", 1)
+        if text and body.count(text) > sum(said.count(text) for said in self.message.all_texts):
+            raise StopsWithin(
+                f"{text!r} stops generation, and the chat template writes it within this message too: what stands "
+                f"behind it would never be generated{ALONE}",
+                self.number,
+            )
+        return turn
+
+    def _seen(self) -> Turn:
+        marked, shown = self._marked()
         if shown.startswith(self.prompt) and self.whole.startswith(self.prompt):
             known, shown_tail, whole_tail = "", shown[len(self.prompt) :], self.whole[len(self.prompt) :]
             ahead = self.prompt
@@ -102,11 +123,21 @@ class _Survey:
                 shown_tail, whole_tail, known = shown_tail[len(known) :], whole_tail[len(known) :], ""
         return self._behind(marked, known, shown_tail, whole_tail, ahead)
 
-    def _with_texts(self) -> tuple[Marked, str] | None:
+    def _marked(self) -> tuple[Marked, str]:
+        """The message with marks that leave its rendering as it is but for their places, and that rendering."""
+        texts = {"r": self.reasoning, "c": self.message.response}
+        ways = ({}, {"names": False}, {"calls": False}) if self.message.functions else ({},)
+        for way in ways:  # the template may know names, or look into arguments
+            marked = mark(self.message, self.base, **way)
+            shown = self.render.attempt([*self.messages, marked.message], False)
+            if shown is not None and stands_for(marked, shown, texts, self.whole):
+                return marked, shown
+        return self._with_texts()
+
+    def _with_texts(self) -> tuple[Marked, str]:
         """The message with a mark before and a mark behind each of its texts, and its rendering.
 
         So the template sees the texts too. In the rendering, each pair of marks with its text is written as one mark.
-        None if the message has no texts.
         """
         marks = {slot: self.base + slot for slot, text in (("r", self.reasoning), ("c", self.response)) if text}
         bare = self.message.without_reasoning() if self.reasoning else self.message
@@ -120,10 +151,10 @@ class _Survey:
             text = self.render.attempt([*self.messages, marked.as_dict], False) or ""
             shown, values = joined(self.base, text), texts_between_marks(self.base, text)
             same = places_of(shown, values, self.whole)[1] == len(self.whole)
-            if same and shown.startswith(self.prompt) == self.whole.startswith(self.prompt):  # no text is in the prompt
+            if (
+                marks and same and shown.startswith(self.prompt) == self.whole.startswith(self.prompt)
+            ):  # no text is in the prompt
                 return Marked(marked.as_dict, marks, list(marks)), shown
-        if not marks:
-            return None
         raise NotRendered(
             "the chat template looks into the texts of this message, at their length or their words, and renders "
             f"others otherwise: what is its own and what the message's cannot be told apart{ALONE}",
@@ -150,13 +181,13 @@ class _Survey:
                 lead = shown[:first]
                 if self._header_is_open(lead):
                     raise self.before.no_seam(ahead, lead)
-                return self._splice(ahead, body, lead)
+                return self._splice(self.before.behind_text(ahead), body, lead)
             if not missing and not (set(marked.marks) - set(marked.wanted)):
                 self._learn(marked, places, shown, whole, kept, stop)
             return Turn(self.prompt, body, self._response(marked, places, shown, body), "rendered")
         lead = shown[:first]
         markers = self.template.markers
-        asked, inside = self.before.asked(known), places.get("r", -1) >= 0
+        asked, inside = self.before.asked(known, lead), places.get("r", -1) >= 0
         off, opened = markers.closed_by(asked), markers.opened_by(asked)
         if not self.reasoning and (turn := self._close_block(known)):
             return turn
@@ -195,6 +226,7 @@ class _Survey:
                 self.number,
             )
         kept, stop = ending
+        self.stop = stop
         body = whole[: len(whole) - len(tail) + kept]
         return body + stop.text if stop.appended else body, kept, stop
 
@@ -252,7 +284,7 @@ class _Survey:
                 continue
             if lead.startswith(asked):
                 begin = len(asked)
-            elif self.template.markers.opened_by(self.before.asked(asked)):
+            elif self.template.markers.opened_by(self.before.asked(asked, lead)):
                 seam = find_seam(asked, lead, None, self.template.markers.opening, self.template.added)
                 begin = seam.end if seam and not seam.more else -1
             else:

@@ -11,7 +11,7 @@ from typing import Any
 
 from flexreason.chat.messages import REASONING_FIELDS, Message, take_apart
 from flexreason.chat.render import Messages, Renderer
-from flexreason.chat.seam import find_seam
+from flexreason.chat.seam import find_seam, first_part
 from flexreason.chat.texts import common_prefix, common_suffix
 
 MARK = "zQ7xV{}Kmark"
@@ -96,11 +96,13 @@ class Markers:
 @dataclass(frozen=True)
 class Stop:
     """How a message ends: `text` stands behind it and stops generation, or has to be appended to do so. `guessed`: it
-    is the first special token there, and nothing else says that it stops."""
+    is the first special token there, and nothing else says that it stops. `behind`: what an appended one stands behind.
+    """
 
     text: str
     appended: bool
     guessed: bool = False
+    behind: str = ""
 
 
 class Template:
@@ -153,7 +155,14 @@ class Template:
     def fields(self) -> tuple[str, ...]:
         """The reasoning fields that the template renders in the last message."""
         texts = {name: self.probe([user(USER), assistant(ANSWER, **{name: THOUGHT})]) for name in REASONING_FIELDS}
-        return tuple(name for name, text in texts.items() if text is not None and THOUGHT in text)
+        shown = tuple(name for name, text in texts.items() if text is not None and THOUGHT in text)
+        return shown or tuple(name for name in REASONING_FIELDS if self._shown_with_call(name))
+
+    def _shown_with_call(self, field: str) -> str | None:
+        """A call behind a text and reasoning, where the template shows all three in this order."""
+        form = "string" if self.argument_form == "string" else "object"
+        text = self.probe([user(USER), calling(form, value=AGAIN, content=ANSWER, **{field: THOUGHT})]) or ""
+        return text if 0 <= text.rfind(USER) < text.find(THOUGHT) < text.find(ANSWER) < text.find(AGAIN) else None
 
     @cached_property
     def splits_inline(self) -> bool:
@@ -192,22 +201,22 @@ class Template:
     def _shown_markers(self) -> Markers | None:
         if not self.fields:
             return None
-        message = self.take([user(USER), assistant(ANSWER, **{self.fields[0]: THOUGHT})])
-        with_ = self.probe(message)
+        with_ = self.probe(self.take([user(USER), assistant(ANSWER, **{self.fields[0]: THOUGHT})]))
         if with_ is None or not 0 <= with_.rfind(USER) < with_.find(THOUGHT) < with_.find(ANSWER):
+            with_ = self._shown_with_call(self.fields[0])
+        if with_ is None:
             return None
         head = with_[with_.rfind(USER) + len(USER) : with_.find(THOUGHT)]
         closed = (self.probe(self.take([user(USER)])) or "").rpartition(USER)[2]
-        seam = find_seam(self.prompt_end, head, closed, "", self.added)
+        bare = self.probe(self.take([user(USER), assistant(ANSWER)])) or ""
+        plain = bare.rpartition(USER)[2].partition(ANSWER)[0]
+        header = plain if plain and head.startswith(plain) else head
+        seam = find_seam(self.prompt_end, header, closed, "", self.added)
         opening = head[seam.end :] if seam else ""
         close = with_[with_.find(THOUGHT) + len(THOUGHT) : with_.find(ANSWER)]
         if not opening.strip():  # the prompt opens the block itself
             word = re.search(r"(<[^<>\s]+>|\[[^\[\]\s]+\])\s*$", head)
-            plain = (
-                (self.probe(self.take([user(USER), assistant(ANSWER)])) or "").rpartition(USER)[2].partition(ANSWER)[0]
-            )
-            bare = find_seam(plain, head, None, "", self.added) if plain else None
-            opening = word.group(0) if word else head[bare.end :] if bare and not bare.more else opening
+            opening = head[len(header) :] or (word.group(0) if word else opening)
         return Markers(opening, close, "template")
 
     # --- the end of a message
@@ -237,15 +246,29 @@ class Template:
         if self.appends_always:
             tail = self._without_prompt(tail)
         always = self._whole(common_prefix(tail, between), tail)
-        for text in (always, tail):
+        asked = (self.probe(self.take([user(USER), *answer]), True) or "").rpartition(ANSWER)[2]
+        for text in (always, self._whole(common_prefix(tail, asked), tail)):
             if stop := self._end_of_turn(text):
                 return stop
-            if run := self._run(text):
-                return Stop(run, False, guessed=True)
+        if between.startswith(tail) and (stop := self._end_in_history(tail, between)):
+            return stop
+        if run := self._run(always):
+            return Stop(run, False, guessed=True)
+        if stop := self._end_of_turn(tail):
+            return stop
+        if run := self._run(tail):
+            return Stop(run, False, guessed=True)
         after_tail = between[len(tail) :] if between.startswith(tail) else between
         if (next_role := self.special.match(after_tail.lstrip())) and next_role.group() != self.bos:
             return Stop(next_role.group(), True)
         return Stop(self.eos, True) if self.eos else None
+
+    def _end_in_history(self, tail: str, between: str) -> Stop | None:
+        """What ends a turn directly behind what a message ends with, and is written once another message follows."""
+        stop = self._end_of_turn(between[len(tail) :])
+        end = between.find(stop.text, len(tail)) + len(stop.text) if stop else 0
+        text = between[len(tail.rstrip()) : end]
+        return Stop(text, True, behind=tail.rstrip()) if stop and not self.added.sub("", text).strip() else None
 
     def ending(self, tail: str, calls: bool) -> tuple[int, Stop] | None:
         """How many characters of what a message ends with belong to it, and how it stops."""
@@ -253,6 +276,8 @@ class Template:
         for stop in known:
             if not stop.appended and (at := tail.find(stop.text)) >= 0:
                 return at + len(stop.text), stop
+            if stop.appended and stop.behind == tail.rstrip() != "":
+                return len(stop.behind), stop
         if not self.appends_always and (run := self._run(tail)):
             stop = self._end_of_turn(tail) or Stop(run, False, guessed=True)
             return tail.find(stop.text) + len(stop.text), stop
@@ -284,7 +309,7 @@ class Template:
         )
         closed, between = closed.rpartition(USER)[2], text.partition(USER)[2].partition(ANSWER)[0]
         size = next((n for n in range(min(len(closed), len(between)), 0, -1) if closed.endswith(between[:n])), 0)
-        header = self.added.search(self.prompt_end.removeprefix(closed))  # where it begins, if it shows
+        header = first_part(self.prompt_end.removeprefix(closed), self.added)  # where it begins, if it shows
         at = between.rfind(header.group()) if header and self.prompt_end.startswith(closed) else 0
         for end in (between[:size], between[: max(at, 0)], self.shared(closed, between)):
             if not self.appends_always and (tokens := [t for t in self.added.findall(end) if t != self.bos]):

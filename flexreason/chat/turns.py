@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from flexreason.chat.calls import lost_call
 from flexreason.chat.messages import Message
 from flexreason.chat.template import Stop
 from flexreason.chat.texts import places_of
@@ -36,16 +37,15 @@ class Pattern:
         if not whole.startswith(prompt) or not whole.endswith(self.end):
             return None
         functions = message.functions
-        if any(self.stop.text in text for text in (message.reasoning, message.response, *map(str, functions))):
+        if any(self.stop.text in text for text in message.all_texts):
             return None  # nobody knows which of them stops generation
         texts = {"r": message.reasoning, "c": message.response, "n0": functions[0]["name"] if functions else ""}
         body = whole[len(prompt) : len(whole) - len(self.end)]
         places, at = places_of(self.marked, {mark: texts[slot] for slot, mark in self.marks.items()}, body)
         if at < 0 or (not functions and at < len(body)):
             return None
-        for function in functions[1:]:
-            if (at := body.find(function["name"], at)) < 0:
-                return None
+        if functions and lost_call(functions, body[places[-1][0] :]):
+            return None
         target = body + self.end[: self.kept] + (self.stop.text if self.stop.appended else "")
         return Turn(prompt, target, self._response(places), "rendered")
 
