@@ -74,8 +74,8 @@ class RowTraining(Base):
             raise ValueError(f"{type(self).__name__}: the model is not patched; call fr.patch(model) first")
         if self.args.n_gpu > 1:
             raise ValueError(
-                f"{type(self).__name__}: one process sees {self.args.n_gpu} GPUs, and a row cannot be cut up among them; start "
-                "one process each (torchrun --nproc-per-node), or let it see one (CUDA_VISIBLE_DEVICES)"
+                f"{type(self).__name__}: one process sees {self.args.n_gpu} GPUs, and a row cannot be cut up among "
+                "them; start one process each (torchrun --nproc-per-node), or let it see one (CUDA_VISIBLE_DEVICES)"
             )
         if self.label_smoother is not None or self.compute_loss_func is not None:
             raise ValueError(
@@ -106,8 +106,8 @@ class RowTraining(Base):
             whole = record.whole_checkpoints(Path(self.args.output_dir))
             if not whole:
                 raise ValueError(
-                    f"{type(self).__name__}: no whole checkpoint in {self.args.output_dir}; leave resume_from_checkpoint "
-                    "out to begin"
+                    f"{type(self).__name__}: no whole checkpoint in {self.args.output_dir}; leave "
+                    "resume_from_checkpoint out to begin"
                 )
             resume_from_checkpoint = str(whole[-1])
         return super().train(resume_from_checkpoint, *args, **kwargs)
@@ -123,7 +123,8 @@ class RowTraining(Base):
         if total.device.type == "cpu" and total <= 0 and any((row["labels"] != IGNORED).any() for row in rows):
             raise ValueError(
                 f"{type(self).__name__}: the target weights of a step sum to {float(total):.6g}, and its loss is a "
-                "mean by weight; use weights above 0, or more rows a step; for advantages a loop that says what divides them"
+                "mean by weight; use weights above 0, or more rows a step; for advantages a loop that says what divides "
+                "them"
             )
         return rows, total
 
