@@ -123,8 +123,8 @@ class RowTraining(Base):
         if total.device.type == "cpu" and total <= 0 and any((row["labels"] != IGNORED).any() for row in rows):
             raise ValueError(
                 f"{type(self).__name__}: the target weights of a step sum to {float(total):.6g}, and its loss is a "
-                "mean by weight; use weights above 0, or more rows a step; for advantages a loop that says what divides "
-                "them"
+                "mean by weight; use weights above 0, or more rows a step; for advantages a loop that says what "
+                "divides them"
             )
         return rows, total
 
