@@ -171,6 +171,11 @@ def refused(words, capsys):
         ("verify m --tokens many", "--tokens: expected a whole number, found 'many'"),
         ("verify m --data d --history tempalte", "found 'tempalte'; did you mean 'template'?"),
         ("bench m --ways one-by-on", "found 'one-by-on'; did you mean 'one-by-one'?"),
+        ("bench m --turns 3", "unknown option --turns; did you mean --shape?"),
+        ("bench m --lengths 64/256/64", "unknown option --lengths; did you mean --shape?"),
+        ("bench m --tokens 512", "unknown option --tokens; did you mean --length?"),
+        ("template t --messages chat.json", "unknown option --messages; did you mean --data?"),
+        ("template --tokenizer t", "TOKENIZER_OR_JINJA is given without a name"),
         ("report -x", "unknown option -x"),
         ("tarin config.yaml", "unknown command 'tarin'; did you mean 'train'?"),
         ("--verison", "unknown option --verison; did you mean --version?"),
@@ -224,7 +229,7 @@ def test_files_that_are_nearly_named_are_told(folder, monkeypatch, capsys):
         ("verify ./confgi.json", "config.json"),
         ("verify Qwen/Qwen3-0.6", "Qwen/Qwen3-0.6B"),
         ("template ./chat_templates.jinja", "chat_template.jinja"),
-        ("template ./tokenizer --messages chats.json", "chats.jsonl"),
+        ("template ./tokenizer --data chats.json", "chats.jsonl"),
     ):
         assert f"did you mean {meant}?" in refused(words.split(), capsys), words
 
@@ -292,8 +297,38 @@ def test_options_of_a_template_are_given_alike_in_every_command():
         assert "--option" in parser._option_string_actions, name
 
 
-@pytest.mark.parametrize("name", sorted(COMMANDS.keys() - {"show"}))  # which draws
+@pytest.mark.parametrize("name", COMMANDS)
 def test_figures_are_there_as_json(name):
     parser = argparse.ArgumentParser()
     command(name).add_arguments(parser)
     assert "--json" in parser._option_string_actions
+
+
+def test_an_option_takes_the_same_in_every_command():
+    """One word for one thing: a number here and a name there would be two."""
+    from flexreason.train.settings import NAMES
+
+    kinds = {}
+    for name in COMMANDS:
+        parser = argparse.ArgumentParser()
+        command(name).add_arguments(parser)
+        for action in parser._actions:
+            kind = "nothing" if action.nargs == 0 else "a number" if action.type is int else "a text"
+            if name == "train" and action.dest in NAMES and kind != "nothing":
+                kind = "a number" if NAMES[action.dest].type in (int, int | None) else "a text"
+            for option in action.option_strings:
+                kinds.setdefault(option, {}).setdefault(kind, []).append(name)
+    assert {option: found for option, found in kinds.items() if len(found) > 1} == {}
+
+
+def test_every_command_that_takes_data_takes_the_same():
+    """Where they are, of which format, how they become samples; train has more to say of each."""
+    of_data = {"--data", "--format", "--split", "--history", "--option", "--accept"}
+    taking = []
+    for name in COMMANDS:
+        parser = argparse.ArgumentParser()
+        command(name).add_arguments(parser)
+        if "--data" in parser._option_string_actions:
+            taking.append(name)
+            assert of_data <= parser._option_string_actions.keys(), name
+    assert taking == ["bench", "report", "show", "template", "train", "verify"]

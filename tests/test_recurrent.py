@@ -2,7 +2,9 @@
 
 import copy
 import importlib.metadata
+import inspect
 import pickle
+import pkgutil
 
 import peft
 import pytest
@@ -52,8 +54,25 @@ ONE_EACH = ["Lfm2", "Qwen3_5", "KimiLinear", "NemotronH", "Mamba2", "MiniMax", "
 """A family of each kind."""
 
 
-def made(name, seed=0):
-    cls = getattr(transformers, f"{name}ForCausalLM")
+def class_of(name):
+    """The class of a family; a test is skipped where an older transformers has none."""
+    if (cls := getattr(transformers, f"{name}ForCausalLM", None)) is None:
+        pytest.skip(f"transformers {transformers.__version__} has no {name}")
+    return cls
+
+
+def hands_on_nothing(name):
+    """Whether an older transformers hands a family's short convolutions no keywords, and so no tree."""
+    kind = {"Lfm2": "lfm2.modeling_lfm2.Lfm2ShortConv", "Lfm2Moe": "lfm2_moe.modeling_lfm2_moe.Lfm2MoeShortConv"}
+    layer = kind.get(name) and pkgutil.resolve_name(f"transformers.models.{kind[name]}")
+    return bool(layer) and "kwargs" not in inspect.signature(layer.forward).parameters
+
+
+def made(name, seed=0, patched=True):
+    """A tiny model of a family; a test is skipped where the transformers here cannot have it patched."""
+    cls = class_of(name)
+    if patched and hands_on_nothing(name):
+        pytest.skip(f"{name} is refused with transformers {transformers.__version__}: no tree comes to its layers")
     return in_float64(build(shrink(default_config(cls)), cls, seed))
 
 
@@ -221,8 +240,12 @@ def test_only_the_beginnings_of_chains_are_computed_anew():
 
 @pytest.mark.parametrize("name", HYBRIDS)
 def test_hybrids_are_exact(name):
-    cls = getattr(transformers, f"{name}ForCausalLM")
+    cls = class_of(name)
     found = selftest.check(default_config(cls), cls)
+    if hands_on_nothing(name):
+        assert found.verdict == "refused"
+        assert "did not come to flexreason (causal_conv1d_fn)" in found.reason
+        return
     assert found.verdict == "exact", found
     assert max(found.loss, found.logprobs, found.gradients) <= EXACT
     assert found.chunked, found.chunked_reason
@@ -361,7 +384,8 @@ def test_caches_and_lengths_of_sequences_are_refused_with_a_row(name, key):
 
 @pytest.mark.parametrize("name", [*HYBRIDS, "RecurrentGemma"])
 def test_an_unpatched_hybrid_computes_nothing_of_a_row(name):
-    model, row = made(name).float(), fr.collate(LAYOUTS["paper"]())
+    model, row = made(name, patched=False).float(), fr.collate(LAYOUTS["paper"]())
+    model.config.use_cache = name != "RecurrentGemma"  # some make none for a model without attention, and raise
     computed = []
     for module in model.modules():
         if isinstance(module, nn.Linear):
@@ -406,7 +430,7 @@ def test_the_oracle_is_the_untouched_function():
 def test_what_is_left_of_a_patch_compiles_as_a_whole():
     """The functions of layers still look for trees."""
     ids = torch.arange(24).view(2, 12)
-    for name in ("Qwen3_5", "FalconH1", "Lfm2"):
+    for name in ("Qwen3_5", "FalconH1", *(() if hands_on_nothing("Lfm2") else ("Lfm2",))):
         model = fr.unpatch(fr.patch(made(name).float()))
         expected = model(input_ids=ids, use_cache=False).logits
         torch.compiler.reset()
