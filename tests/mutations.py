@@ -859,6 +859,27 @@ def half_a_result_is_waited_for(original, self, kind, *about):
 
 
 @mutation(
+    "what is written is never the data",
+    "flexreason.data.check_outputs",
+    "test_cli.py::test_a_mistake_is_told_in_one_line_and_nothing_is_lost",
+)
+def outputs_are_not_looked_at(original, options, names):
+    return None
+
+
+@mutation(
+    "programs are told of a sample what people are shown",
+    "flexreason.show.plain.plain",
+    "test_show.py::test_plain_data_are_the_samples",
+)
+def all_that_is_alike_is_shared_with_the_prompt_before(original, scene, turns=None):
+    made = original(scene, turns)
+    for one in made["samples"]:
+        one["prompt"], one["target"] = one["prompt"] + one["target"], ""
+    return made
+
+
+@mutation(
     "the time that is left is counted from what was done here",
     "flexreason.talk.telling.Stage.left",
     "test_telling.py::test_what_went_on_before_a_run_was_resumed_does_not_count_for_the_time_left",

@@ -16,7 +16,7 @@ import transformers
 import flexreason
 from flexreason.cli import COMMANDS, EXIT_CODES, command, main
 from flexreason.commands.models import find
-from terminal import command_of, in_pipe
+from terminal import command_of, environment, in_pipe
 from training import write_data, write_model
 
 DOCS = Path(flexreason.__file__).parents[1] / "docs"
@@ -232,6 +232,67 @@ def test_files_that_are_nearly_named_are_told(folder, monkeypatch, capsys):
         ("template ./tokenizer --data chats.json", "chats.jsonl"),
     ):
         assert f"did you mean {meant}?" in refused(words.split(), capsys), words
+
+
+MISTAKES = {  # a command, and what its one line says
+    "verify nothing": "there is no config.json in that folder",
+    "bench kind.json": "model type `qwen33`",
+    "models kind.json": "model type `qwen33`",
+    "report chats.jsonl --tokenizer tokenizer --model kind.json": "model type `qwen33`",
+    "report chats.jsonl --tokenizer nothing": "there is no tokenizer in that folder",
+    "report chats.jsonl --tokenizer word.txt": "cannot be loaded as a tokenizer",
+    "template word.txt": "cannot be loaded as a tokenizer",
+    "train --model nothing --data chats.jsonl --output runs/x": "there is no tokenizer in that folder",
+    "report word.parquet --tokenizer tokenizer": "no Parquet file: expected PAR1",
+    "report chats.jsonl.gz --tokenizer tokenizer": "compressed files are not read; unpack it",
+    "report chats.jsonl --tokenizer tokenizer --refused chats.jsonl": "chats.jsonl holds the data",
+    "report data --tokenizer tokenizer --refused data/sub/refused.jsonl": "is inside the data, data",
+    "report chats.jsonl --tokenizer tokenizer --html nothing": "--html: nothing cannot be written: Is a directory",
+    "report chats.jsonl --tokenizer tokenizer --html /proc/x.html": "--html: /proc/x.html cannot be written",
+    "report chats.jsonl --tokenizer tokenizer --plot x.xyz": "--plot: expected a name that ends in .png, .svg or .pdf",
+    "show chats.jsonl --tokenizer tokenizer --html chats.jsonl": "chats.jsonl holds the data",
+    "show --svg nothing": "--svg: nothing cannot be written: Is a directory",
+    "demo --output word.txt/x": "--output: word.txt/x cannot be written to: Not a directory",
+}
+
+
+@pytest.fixture
+def mistaken(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    (folder / "nothing").mkdir(exist_ok=True)
+    (folder / "data" / "sub").mkdir(parents=True, exist_ok=True)
+    (folder / "data" / "chats.jsonl").write_text((folder / "chats.jsonl").read_text())
+    (folder / "kind.json").write_text('{"model_type": "qwen33"}')
+    for name in ("word.txt", "word.parquet", "chats.jsonl.gz"):
+        (folder / name).write_text("hello world")
+    return folder
+
+
+@pytest.mark.parametrize("line", MISTAKES)
+def test_a_mistake_is_told_in_one_line_and_nothing_is_lost(line, mistaken, capsys):
+    before = {path: path.read_bytes() for path in mistaken.rglob("*") if path.is_file()}
+    assert MISTAKES[line] in refused(shlex.split(line), capsys)
+    assert {path: path.read_bytes() for path in mistaken.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize(("words", "code"), [("template chat_template.jinja", 1), ("--help", 0)])
+def test_whoever_stops_reading_hears_no_more(words, code, folder):
+    """However little there is to write: what waits until the end is noticed there, too."""
+    process = subprocess.Popen(
+        command_of(words.split()), cwd=folder, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    process.stdout.close()
+    assert process.stderr.read() == b""
+    assert process.wait(120) == code
+    process.stderr.close()
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full here")
+def test_what_finds_no_room_is_told(folder):
+    with open("/dev/full", "w") as full:
+        words = command_of(["template", "chat_template.jinja"])
+        done = subprocess.run(words, cwd=folder, env=environment(), stdout=full, stderr=subprocess.PIPE, text=True)
+    assert (done.returncode, done.stderr) == (2, "flexreason template: [Errno 28] No space left on device\n")
 
 
 # --- exit codes

@@ -178,7 +178,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     _check(options)
     if options.plot is not None:
-        from flexreason.data.plot import plot  # tells what is missing before the work, not after
+        from flexreason.data.plot import check_name, plot  # tells what is missing before the work, not after
+
+        check_name(options.plot)
     shape = None if options.model is None else shape_of(options.model)
     tokenizer, notes = (None, []) if options.tokenizer is None else load_tokenizer(options.tokenizer)
     encoder = of_data.encoder_of(options, tokenizer, turns=options.turns)
@@ -217,10 +219,7 @@ def _check(options: argparse.Namespace) -> None:
     of_data.check(options)
     if options.workers < 0:
         raise ValueError(f"--workers: expected 0 or more, found {options.workers}")
-    for name in ("plot", "html", "refused"):
-        path = getattr(options, name)
-        if path is not None and not path.parent.is_dir():
-            raise ValueError(f"--{name}: there is no folder {path.parent}; make it first")
+    of_data.check_outputs(options, ("plot", "html", "refused"))
 
 
 @contextmanager

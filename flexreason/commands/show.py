@@ -104,10 +104,7 @@ def _check(options: argparse.Namespace) -> None:
     for name in DRAWN:
         if options.json and of_data.is_given(options, name):
             raise ValueError(f"--{name} draws, and --json is for programs; leave one of them out")
-    for name in ("html", "svg", "png"):
-        path = getattr(options, name)
-        if path is not None and not path.parent.is_dir():
-            raise ValueError(f"--{name}: there is no folder {path.parent}; make it first")
+    of_data.check_outputs(options, ("html", "svg", "png"))
 
 
 # --- conversations of yours

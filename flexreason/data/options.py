@@ -10,7 +10,7 @@ from typing import Any, NoReturn, TypeVar
 from flexreason.chat import dirt
 from flexreason.chat.encode import HISTORIES
 from flexreason.chat.render import ConversationError
-from flexreason.data.files import DATA, FORMATS, BadInput, Conversation, read_all
+from flexreason.data.files import DATA, FILES, FORMATS, BadInput, Conversation, read_all
 from flexreason.data.intake import OURS, EntryEncoder, Refusals, Refused
 from flexreason.load import load_tokenizer, option_of
 from flexreason.talk.telling import each, stage
@@ -83,6 +83,31 @@ def check(options: argparse.Namespace, of_data: Iterable[str] = OF_DATA) -> None
         raise ValueError(f"--limit: expected at least 1, found {limit}")
     if (number := getattr(options, "conversation", None)) is not None and number < 0:
         raise ValueError(f"--conversation: expected a number from 0 on, found {number}")
+
+
+def check_outputs(options: argparse.Namespace, names: Iterable[str]) -> None:
+    """Refuse files that cannot be written, before all the work and not after it; and those by which data would be lost,
+    or become others."""
+    for name in names:
+        path: Path | None = getattr(options, name)
+        if path is None:
+            continue
+        if not path.parent.is_dir():
+            raise ValueError(f"--{name}: there is no folder {path.parent}; make it first")
+        for source in map(Path, options.data or ()):
+            if path.resolve() == source.resolve():
+                raise ValueError(f"--{name}: {path} holds the data, and would be written over; give another file")
+            if path.suffix.lower() in FILES and source.is_dir() and source.resolve() in path.resolve().parents:
+                raise ValueError(f"--{name}: {path} is inside the data, {source}; give a file elsewhere")
+        if path.exists() and not path.is_file() and not path.is_dir():
+            continue  # a pipe, or a device
+        try:
+            was_there = path.exists()
+            path.open("ab").close()
+            if not was_there:
+                path.unlink()
+        except OSError as error:
+            raise ValueError(f"--{name}: {path} cannot be written: {error.strerror}; give another file") from error
 
 
 def is_given(options: argparse.Namespace, name: str) -> bool:
