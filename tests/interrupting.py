@@ -34,29 +34,22 @@ FURTHER = 3
 
 
 def fork(words, folder, prepare=lambda: None):
-    """Start a command in a process group of its own, as from a shell."""
+    """Start a command in a process group of its own, as from a shell. It ends as Python ends, with all that belongs to
+    that, and never comes back from here."""
     folder.mkdir(parents=True, exist_ok=True)
     process = os.fork()
     if process:
         return process
-    code = 70
-    try:
-        os.setsid()
-        os.chdir(folder)
-        for stream, name in ((1, "stdout"), (2, "stderr")):
-            os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
-        sys.stdout, sys.stderr = open(1, "w"), open(2, "w")  # noqa: SIM115 - they end with the process
-        torch.set_num_threads(1)
-        sys.argv = ["flexreason", *words]
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        prepare()
-        code = cli.main()
-    except SystemExit as stop:
-        code = stop.code
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+    os.setsid()
+    os.chdir(folder)
+    for stream, name in ((1, "stdout"), (2, "stderr")):
+        os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
+    sys.stdout, sys.stderr = open(1, "w"), open(2, "w")  # noqa: SIM115 - they end with the process
+    torch.set_num_threads(1)
+    sys.argv = ["flexreason", *words]
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    prepare()
+    raise SystemExit(cli.main())
 
 
 def wait(process, folder):

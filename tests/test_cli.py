@@ -27,7 +27,7 @@ def test_the_version_is_what_a_report_of_a_fault_needs():
     told = dict(line.split(" ", 1) for line in done.stdout.splitlines())
     assert told["flexreason"] == flexreason.__version__
     assert told["python"].startswith(".".join(map(str, sys.version_info[:3])))
-    assert told["torch"] == torch.__version__
+    assert torch.__version__.startswith(told["torch"])  # which may add what it was built for
     assert told["transformers"] == transformers.__version__
     assert {"trl", "peft", "accelerate"} < told.keys()
     assert ("cpu" in told["device"]) != torch.cuda.is_available()

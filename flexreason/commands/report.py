@@ -164,7 +164,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     files = parser.add_argument("data", nargs="+", action="extend", metavar="FILE", help="the same as --data FILE")
     files.required = False  # nargs="*" would not take files that stand behind options
-    of_data.add_arguments(parser, limit="the most to read of each FILE; all if not given")
+    of_data.add_arguments(parser, limit="the most to read of each FILE; all if not given", tokenizer=of_data.NEEDED)
     parser.add_argument("--model", help="name, folder or config.json whose shapes the work is counted for")
     parser.add_argument("--length", type=int, default=16384, help="of a row (default: %(default)s)")
     parser.add_argument("--turns", choices=("last",), help="train on the last turn only")

@@ -69,7 +69,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     files = parser.add_argument("data", nargs="+", action="extend", metavar="FILE", help="the same as --data FILE")
     files.required = False  # nargs="*" would not take files that stand behind options
-    of_data.add_arguments(parser, limit=f"the most conversations to show; {SHOWN} if not given, more with --html")
+    of_data.add_arguments(
+        parser,
+        limit=f"the most conversations to show; {SHOWN} if not given, more with --html",
+        tokenizer=of_data.NEEDED,
+    )
     of_data.add_conversation(parser, "show this one alone")
     parser.add_argument("--turn", metavar="N or N-M", help="show these turns alone")
     parser.add_argument("--all", action="store_true", help="leave nothing out, however long")

@@ -29,6 +29,9 @@ OF_SOURCE = ("format", "split")
 OF_DATA = ("tokenizer", *OF_SOURCE, "history", "option", "accept", "skip_invalid", "limit")
 """Options that say nothing without --data."""
 
+NEEDED = "needed, unless the data are tokenized"
+"""What --tokenizer is where no model has one of its own."""
+
 T = TypeVar("T")
 
 
@@ -57,14 +60,14 @@ def add_conversation(parser: argparse._ActionsContainer, words: str) -> None:
 
 
 def add_arguments(
-    parser: argparse.ArgumentParser, limit: str = f"the most to read of each FILE; {READ} if not given"
+    parser: argparse.ArgumentParser,
+    limit: str = f"the most to read of each FILE; {READ} if not given",
+    tokenizer: str = "the model's own if not given",
 ) -> None:
     """Add all options of data: where conversations are, and how they become samples."""
     data = parser.add_argument_group("data")
     add_source(data)
-    data.add_argument(
-        "--tokenizer", help="a folder, a file or a name; the model's own if there is one and none is given"
-    )
+    data.add_argument("--tokenizer", help=f"a folder, a file or a name; {tokenizer}")
     add_encoding(data)
     data.add_argument("--skip-invalid", action="store_true", help="go on without conversations that are refused")
     data.add_argument("--limit", type=int, help=limit)
