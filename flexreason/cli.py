@@ -35,7 +35,7 @@ DONE, WRONG, MEND, STOPPED = 0, 1, 2, 130
 EXIT_CODES = {
     DONE: "it did its job",
     WRONG: "it found that something is wrong: not exact, refused, no number; or it failed, and shows where",
-    MEND: "it was given something wrong: an option, a setting, a file. One line says what",
+    MEND: "it was given something wrong: an option, a setting, a file. One line says what; refused data are listed",
     STOPPED: "it was stopped by Ctrl-C. One line says what is left to go on from",
 }
 

@@ -243,6 +243,7 @@ MISTAKES = {  # a command, and what its one line says
     "report chats.jsonl --tokenizer word.txt": "cannot be loaded as a tokenizer",
     "template word.txt": "cannot be loaded as a tokenizer",
     "train --model nothing --data chats.jsonl --output runs/x": "there is no tokenizer in that folder",
+    "train chats.jsonl": "expected lines of NAME: VALUE, and data as --data FILE",
     "report word.parquet --tokenizer tokenizer": "no Parquet file: expected PAR1",
     "report chats.jsonl.gz --tokenizer tokenizer": "compressed files are not read; unpack it",
     "report chats.jsonl --tokenizer tokenizer --refused chats.jsonl": "chats.jsonl holds the data",
