@@ -53,11 +53,10 @@ def fork(words, folder, prepare=lambda: None):
 
 
 def wait(process, folder):
-    """What came of a command, and the CPU seconds that it took, its helpers with it."""
-    _, status, used = os.wait4(process, 0)
+    """What came of a command."""
+    _, status = os.waitpid(process, 0)
     assert is_empty(process), "a process of the command is left"
-    code, errors = os.waitstatus_to_exitcode(status), (folder / "stderr").read_text()
-    return {"code": code, "errors": errors, "work": used.ru_utime + used.ru_stime}
+    return {"code": os.waitstatus_to_exitcode(status), "errors": (folder / "stderr").read_text()}
 
 
 def until(is_time):
@@ -80,28 +79,34 @@ def work_of(process):
             return sum(sum(one.cpu_times()[:4]) for one in (whole, *whole.children(recursive=True)))
 
 
-def waits_at_its_end(name, here):
-    """Let a command wait for Ctrl-C when all is done but to end, and say so by a file."""
+def tells_its_end(name, here, pressed=None):
+    """Let a command say when all is done but to end, by a file that holds its CPU seconds, its helpers' with them; and
+    let it wait there until Ctrl-C was pressed."""
     module = cli.command(name)
     run = module.run
 
-    def run_and_wait(options):
+    def run_and_tell(options):
         code = run(options)
-        here.touch()
-        time.sleep(PATIENCE)
+        here.write_text(str(sum(os.times()[:4])))
+        if pressed is not None:
+            until(pressed.exists)
         return code
 
-    module.run = run_and_wait
+    module.run = run_and_tell
 
 
 def at_moments(words, folder, moments):
-    whole = wait(fork(words, folder / "whole"), folder / "whole")
-    found = [whole]
+    its_end = folder / "whole.done"
+    whole = fork(words, folder / "whole", lambda: tells_its_end(words[0], folder / "whole.done"))
+    found = [wait(whole, folder / "whole")]
+    work = float(its_end.read_text())
     for number in range(moments):
-        at, its_end = whole["work"] * (number + 0.5) / moments, folder / f"{number}.done"
-        process = fork(words, folder / f"{number}", lambda its_end=its_end: waits_at_its_end(words[0], its_end))
+        at = work * (number + 0.5) / moments
+        its_end, pressed = folder / f"{number}.done", folder / f"{number}.pressed"
+        process = fork(words, folder / f"{number}", lambda files=(its_end, pressed): tells_its_end(words[0], *files))
         until(lambda: work_of(process) >= at or its_end.exists() or has_ended(process))  # noqa: B023 - called at once
         os.killpg(process, signal.SIGINT)
+        pressed.touch()
         found.append({**wait(process, folder / f"{number}"), "done": its_end.exists()})
     return found
 

@@ -46,7 +46,7 @@ def words_of(name, folder):
         "demo": ["demo", "--steps", "30", "--held-out", "8"],
         "models": ["models", "--scan", "--only", "Qwen3ForCausalLM", "LlamaForCausalLM", "GemmaForCausalLM"],
         "report": ["report", "--data", many, "--tokenizer", model],
-        "show": ["show", "--data", many, "--tokenizer", model, "--conversation", "1400"],
+        "show": ["show", "--data", many, "--tokenizer", model, "--limit", "600"],
         "template": ["template", model],
         "train": ["train", "--model", model, "--data", data, "--output", "run", "--length", "256", "--steps", "30"],
         "verify": ["verify", model, "--data", data],
@@ -80,11 +80,11 @@ def last_line(errors, name):
 def test_a_command_that_is_interrupted_says_so_in_a_line_and_leaves_nothing_broken(name, material, tmp_path):
     whole, *found = press_at_moments(words_of(name, material), tmp_path)
     assert whole["code"] == (name == "demo"), whole  # which has not learned it in so few steps
-    assert not found[0]["done"], found  # after a tenth of the work
+    assert name == "template" or not found[0]["done"], found  # after a tenth of the work, which it has little of
     for number, one in enumerate(found):
+        folder = tmp_path / f"{number}"
         assert one["code"] == 130, one
         left = last_line(one["errors"], name)
-        folder = tmp_path / f"{number}"
         if name == "train":
             assert_true(left, folder / "run")
         elif name == "demo":
