@@ -93,6 +93,8 @@ def _leave(was_stopped: list[bool]) -> None:
             except OSError:
                 _write_nowhere(stream)
     if was_stopped:
+        if util := sys.modules.get("multiprocessing.util"):  # who imported it before us has it end too late
+            util._exit_function()
         os._exit(STOPPED)
 
 
