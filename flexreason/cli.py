@@ -35,7 +35,7 @@ DONE, WRONG, MEND, STOPPED = 0, 1, 2, 130
 EXIT_CODES = {
     DONE: "it did its job",
     WRONG: "it found that something is wrong: not exact, refused, no number; or it failed, and shows where",
-    MEND: "it was given something wrong: an option, a setting, a file. One line says what",
+    MEND: "it was given something wrong: an option, a setting, a file. One line says what; refused data are listed",
     STOPPED: "it was stopped by Ctrl-C. One line says what is left to go on from",
 }
 
@@ -55,7 +55,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             with telling.stage("importing torch and transformers") as importing:
                 importing.pause = 8.0  # every command begins so: it is worth a plain line only where it is slow
                 options = parse(words, name)
-            return command(options.command).run(options)
+            code = command(options.command).run(options)
+            if sys.stdout is not None:
+                sys.stdout.flush()  # while it can still be told that nobody reads it, or that there is no room for it
+            return code
     except KeyboardInterrupt:
         was_stopped.append(True)
         if arguments is None:
@@ -64,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"{title}: stopped; {what_is_left(options)}", file=sys.stderr)
         return STOPPED
     except BrokenPipeError:  # whoever read the output, such as head, has gone
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _write_nowhere(sys.stdout)
         return WRONG
     except ImportError as error:
         if (error.name or "").partition(".")[0] not in ("transformers", "torch"):
@@ -81,13 +84,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _leave(was_stopped: list[bool]) -> None:
-    """Leave with our exit code. Python would end by a signal where a Ctrl-C came while C code ran Python code, though
-    it was caught in the end."""
-    if was_stopped:
-        for stream in (sys.stdout, sys.stderr):
-            with contextlib.suppress(OSError, ValueError, AttributeError):
+    """Leave without a word, and with our exit code. Python would complain of what it cannot write, and end by a signal
+    where a Ctrl-C came while C code ran Python code, though it was caught in the end."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(ValueError, AttributeError):  # it was closed, or there never was one
+            try:
                 stream.flush()
+            except OSError:
+                _write_nowhere(stream)
+    if was_stopped:
+        if util := sys.modules.get("multiprocessing.util"):  # who imported it before us has it end too late
+            util._exit_function()
         os._exit(STOPPED)
+
+
+def _write_nowhere(stream: Any) -> None:
+    """Let what is left of a stream go nowhere."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def parse(words: list[str], name: str | None) -> argparse.Namespace:

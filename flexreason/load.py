@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from flexreason.talk.sources import why_missing
+from flexreason.talk.sources import CONFIGS, TOKENIZERS, why_missing, why_unusable
 from flexreason.talk.telling import stage
 
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
@@ -55,9 +55,10 @@ def _loaded(name: str, dtype: str, seed: int, trust_remote_code: bool) -> tuple[
             if missing := sorted(loading["missing_keys"]):
                 notes.append(f"weights are random that the checkpoint lacks: {len(missing)} ({missing[0]}, ...)")
     except Exception as error:  # whatever a config, a checkpoint or code that comes with it may raise
+        why = why_unusable(name, "config.json", CONFIGS, error)
         raise ValueError(
-            f"{name} cannot be loaded as a causal language model: {error}; give a folder, a config.json or a "
-            "name on the hub"
+            f"{name} cannot be loaded as a causal language model: {why}; give a folder, a config.json or a name on "
+            "the hub"
         ) from error
     return model, notes
 
@@ -95,9 +96,10 @@ def load_tokenizer(source: str) -> tuple[Any, list[str]]:
                     return AutoTokenizer.from_pretrained(str(path.parent)), []
                 return PreTrainedTokenizerFast(tokenizer_file=str(path)), ["no tokenizer_config.json beside it"]
             return AutoTokenizer.from_pretrained(source), []
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except Exception as error:  # whatever a tokenizer's files may raise
+        why = why_unusable(source, "tokenizer", TOKENIZERS, error)
         raise ValueError(
-            f"{source}: cannot be loaded as a tokenizer or a template: {error}; give a folder, a name or a .jinja"
+            f"{source}: cannot be loaded as a tokenizer or a template: {why}; give a folder, a name or a .jinja"
         ) from error
 
 

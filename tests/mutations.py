@@ -9,7 +9,9 @@ A promise stands in the README or among the invariants of the design. A mutation
 
 import contextlib
 import json
+import signal
 import sys
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 
 import torch
@@ -834,6 +836,75 @@ def a_run_is_stopped_without_a_checkpoint(original, self, step, control):
 )
 def helpers_hear_it_too(original):
     return contextlib.nullcontext()
+
+
+HELPERS_END = "helpers end with the command that they help, and nobody says a word about it"
+
+
+@mutation(
+    HELPERS_END,
+    "flexreason.talk.interrupt.deaf",
+    "test_interrupt.py::test_one_that_another_thread_takes_waits_until_the_helper_is_started",
+)
+@contextlib.contextmanager
+def a_mask_is_all_that_keeps_it_away(original):
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@mutation(
+    HELPERS_END,
+    "flexreason.data.intake._in_processes",
+    "test_interrupt.py::test_one_that_comes_to_who_waits_for_helpers_or_reads_what_they_sent_ends_them_without_a_word",
+)
+def what_nobody_waits_for_is_cancelled(original, pool, workers, read):
+    submitted = []
+
+    class Watched:
+        def submit(self, *args):
+            submitted.append(pool.submit(*args))
+            return submitted[-1]
+
+    try:
+        yield from original(Watched(), workers, read)
+    finally:
+        for future in submitted:
+            future.cancel()
+
+
+@mutation(
+    HELPERS_END,
+    "flexreason.data.intake._Workers.__exit__",
+    "test_interrupt.py::test_one_that_comes_to_who_waits_for_helpers_or_reads_what_they_sent_ends_them_without_a_word",
+)
+def half_a_result_is_waited_for(original, self, kind, *about):
+    for process in dict(self._processes).values():
+        process.terminate()
+    return ProcessPoolExecutor.__exit__(self, kind, *about)
+
+
+@mutation(
+    "what is written is never the data",
+    "flexreason.data.check_outputs",
+    "test_cli.py::test_a_mistake_is_told_in_one_line_and_nothing_is_lost",
+)
+def outputs_are_not_looked_at(original, options, names):
+    return None
+
+
+@mutation(
+    "programs are told of a sample what people are shown",
+    "flexreason.show.plain.plain",
+    "test_show.py::test_plain_data_are_the_samples",
+)
+def all_that_is_alike_is_shared_with_the_prompt_before(original, scene, turns=None):
+    made = original(scene, turns)
+    for one in made["samples"]:
+        one["prompt"], one["target"] = one["prompt"] + one["target"], ""
+    return made
 
 
 @mutation(

@@ -66,23 +66,27 @@ def in_pipe(command, **more):
     return Told(done.returncode, done.stderr)
 
 
-def interrupted(command, after, **more):
-    """Run a command in a process group of its own, to which Ctrl-C comes after some seconds. No process of it may be
-    left."""
+def interrupted(words, imported):
+    """Run a command in a process group of its own, to which Ctrl-C comes when it has imported a module. No process of
+    it may be left."""
     process = subprocess.Popen(
-        command,
-        env={**environment(), **more},
+        [sys.executable, "-X", "importtime", "-m", "flexreason", *words],
+        env=environment(),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
     )
-    time.sleep(after)
-    if process.poll() is None:
-        os.killpg(process.pid, signal.SIGINT)
-    _, errors = process.communicate(timeout=120)
+    errors = ""
+    with process.stderr as lines:
+        for line in lines:
+            if not line.startswith("import time:"):
+                errors += line
+            elif line.rpartition("|")[2].strip() == imported:
+                os.killpg(process.pid, signal.SIGINT)
+    code = process.wait(120)
     assert is_empty(process.pid)
-    return Told(process.returncode, errors)
+    return Told(code, errors)
 
 
 def is_empty(group, patience=5.0):

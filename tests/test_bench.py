@@ -17,7 +17,7 @@ from flexreason.proof.float64 import relative_l2
 from models import TINY, tiny
 
 CONFIG = {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], **TINY}
-SMALL = ["--turns", "3", "--lengths", "6/9/4", "--tokens", "150", "--repeats", "2"]
+SMALL = ["--shape", "3 x 6/9/4", "--length", "150", "--repeats", "2"]
 
 
 @pytest.fixture
@@ -142,7 +142,7 @@ def test_what_gains_nothing_and_what_gains_more_than_the_work_is_said(config, ca
     little = "these conversations share too little; train them as they are"
     more = "more than 100 % of the work's"
     right = {name: steps.WAYS[name] for name in ("one-by-one", "one-pass")}
-    only = ["--ways", *right, "--turns", "1", "--repeats", "2"]
+    only = ["--ways", *right, "--shape", "1 x 6/9/4", "--repeats", "2"]
     monkeypatch.setitem(steps.WAYS, "one-pass", lambda case, backend: slower(right["one-pass"](case, backend)))
     notes = " ".join(figures(capsys, config, *SMALL, *only)["notes"])
     assert (little in notes, more in notes) == (True, False)
@@ -170,21 +170,23 @@ def test_work_that_cannot_be_counted_or_not_in_full_is_said(tmp_path, config, ca
 def test_data_of_ones_own(config, tmp_path, capsys):
     path = tmp_path / "samples.jsonl"
     path.write_text(3 * (json.dumps({"prompt_ids": [1, 2, 3], "target_ids": [4, 5]}) + "\n"))
-    found = figures(capsys, config, "--data", path, "--tokens", "12", "--repeats", "1")
+    found = figures(capsys, config, "--data", path, "--length", "12", "--repeats", "1")
     assert (found["conversations"], found["turns"], found["tree"]["tokens"]) == (2, 2, 10)
     assert "2 of 3 conversations, which fit into a row of 12 tokens" in found["notes"]
-    found = figures(capsys, config, "--data", path, "--tokens", "4", "--repeats", "1")
+    found = figures(capsys, config, "--data", path, "--length", "4", "--repeats", "1")
     assert "no conversation fits into 4 tokens; the shortest, of 5, is taken whole" in found["notes"]
 
 
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        (["--lengths", "6/9"], "--lengths: expected tokens as 64/256/64, found '6/9'"),
-        (["--lengths", "0/9/4"], "--lengths: expected what humans say and what is answered, found 0/9/4"),
+        (["--shape", "2 x 6/9"], "--shape: expected turns and tokens as '8 x 64/256/64', found '2 x 6/9'"),
+        (["--shape", "6/9/4"], "--shape: expected turns and tokens as '8 x 64/256/64', found '6/9/4'"),
+        (["--shape", "2 x 0/9/4"], "--shape: expected turns in which something is said and answered, found 2 x 0/9/4"),
+        (["--shape", "0x6/9/4"], "--shape: expected turns in which something is said and answered, found 0x6/9/4"),
         (["--repeats", "0"], "--repeats: expected at least 1, found 0"),
-        (["--turns", "0"], "--turns: expected at least 1, found 0"),
-        (["--data", "x.jsonl", "--turns", "2"], "--turns and --lengths are of random conversations"),
+        (["--length", "0"], "--length: expected at least 1, found 0"),
+        (["--data", "x.jsonl", "--shape", "2 x 6/9/4"], "--shape is of random conversations; leave --data out"),
         (["--tokenizer", "x"], "--tokenizer is about data; give --data too"),
         (["--backend", "fast"], "backend: expected one of"),
     ],

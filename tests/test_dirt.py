@@ -275,7 +275,7 @@ def test_every_command_that_reads_data_refuses_and_accepts(data, tmp_path, capsy
     accepted = [word for reason in REASONS for word in ("--accept", reason)]
     given = {
         "verify": [folder, "--data", path, "--no-float64"],
-        "bench": [folder, "--data", path, "--repeats", "1", "--tokens", "512"],
+        "bench": [folder, "--data", path, "--repeats", "1", "--length", "512"],
         "show": ["--data", path, "--tokenizer", folder, "--conversation", "3"],
         "train": ["--model", folder, "--data", path, "--length", "512", "--steps", "1", "--loss", "model"],
     }

@@ -31,9 +31,10 @@ EVERY = [name for name, entry in evidence.listed()["models"].items() if entry["v
 
 @pytest.fixture
 def newer(monkeypatch, tmp_path, caplog):
-    """As if the list had been made of other files; with a folder of its own, and nothing known yet. Lines said."""
+    """As if the list had been made of other files, and of this torch; with a folder of its own, and nothing known yet.
+    Lines said."""
     models = {name: {**entry, "source": "another"} for name, entry in evidence.listed()["models"].items()}
-    written = {**evidence.listed(), "models": models}
+    written = {**evidence.listed(), "models": models, "torch": torch.__version__.partition("+")[0]}
     monkeypatch.setattr(evidence, "listed", lambda: written)
     monkeypatch.setattr(evidence, "_results", {})
     monkeypatch.setenv("FLEXREASON_CACHE", str(tmp_path / "kept"))

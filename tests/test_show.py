@@ -16,6 +16,7 @@ from flexreason.cli import main
 from flexreason.demo.material import make_tokenizer
 from flexreason.show import paper
 from flexreason.show.picture import CELL, colours_of, layout_picture
+from flexreason.show.plain import plain
 from flexreason.show.read import scenes
 from flexreason.show.scene import Scene
 from flexreason.show.table import fold_mask, folded, shortened
@@ -405,6 +406,64 @@ def test_a_tree_that_is_too_large_for_a_terminal_is_cut_and_told(tmp_path, capsy
     assert "use --html FILE, which shows masks of any size" in capsys.readouterr().err
 
 
+@given(samples())
+def test_plain_data_are_the_samples(found):
+    """Of any tree: texts and numbers of tokens, and what is shared is what the sample before begins with."""
+    layout = fr.lay_out(found)
+    made = plain(Scene(layout))
+    before = []
+    for one, sample in zip(made["samples"], fr.unmerge(layout), strict=True):
+        ids = [*sample.prompt_ids, *sample.target_ids]
+        shared, prompt, target = (
+            [int(token) for token in one[part].split()] for part in ("shared", "prompt", "target")
+        )
+        assert (shared + prompt, target) == (sample.prompt_ids, sample.target_ids)
+        alike = next(
+            (n for n, (a, b) in enumerate(zip(ids, before, strict=False)) if a != b), min(len(ids), len(before))
+        )
+        assert len(shared) == one["shared_tokens"] == min(alike, len(sample.prompt_ids))
+        assert (one["tokens"], one["prompt_tokens"]) == (len(ids), len(sample.prompt_ids))
+        before = ids
+    assert made["tokens_in_samples"] == sum(one["tokens"] for one in made["samples"])
+    assert made["tokens_in_tree"] == len(layout)
+
+
+def test_what_is_shown_is_there_as_json(data, capsys):
+    assert main([*data, "--json", "--limit", "4"]) == 1
+    made = json.loads(capsys.readouterr().out)
+    assert not made["more"]
+    first, _, refused, _ = made["conversations"]
+    assert [one["message"] for one in first["samples"]] == [1, 3]
+    for number, one in enumerate(first["samples"]):
+        answer = MESSAGES[one["message"]]
+        assert answer["content"] in one["target"]
+        assert one["turn"] == number
+        assert one["tokens"] == one["prompt_tokens"] + one["trained_tokens"]
+        assert one["how"]
+    assert first["trained_tokens"] == sum(one["trained_tokens"] for one in first["samples"])
+    assert refused["refused"]
+    assert refused["reason"] == "unclosed-reasoning"
+    assert main([*data, "--json", "--conversation", "0", "--turn", "1"]) == 0
+    [same] = json.loads(capsys.readouterr().out)["conversations"]
+    assert same == {**first, "samples": first["samples"][1:]}
+    assert main([*data, "--json"]) == 1
+    assert json.loads(capsys.readouterr().out)["more"]
+    for drawn in (["--tree"], ["--mask"], ["--html", "x.html"]):
+        assert main([*data, "--json", *drawn]) == 2
+        assert f"{drawn[0]} draws, and --json is for programs" in capsys.readouterr().err
+
+
+def test_figures_of_the_example_are_there_as_json(capsys):
+    assert main(["show", "--json"]) == 0
+    made = json.loads(capsys.readouterr().out)
+    assert made["exact"]
+    assert made["one_pass"]["loss"] == pytest.approx(made["n_samples"]["loss"], rel=1e-9)
+    [example] = made["conversations"]
+    assert made["n_samples"]["tokens"] == example["tokens_in_samples"]
+    assert made["one_pass"]["tokens"] == example["tokens_in_tree"]
+    assert example["samples"][1]["target"] == "5 x4 20 /think 20 end "
+
+
 def test_tokenized_samples_need_no_tokenizer(tmp_path, capsys):
     lines = [{"prompt_ids": [1, 2], "target_ids": [7], "conversation": 0}]
     lines += [{"prompt_ids": [1, 2, 5], "target_ids": [8, 9], "conversation": 0}]
@@ -434,7 +493,7 @@ def test_what_cannot_be_shown_is_told(data, capsys, more, words):
 def test_messages_without_a_tokenizer_are_refused(data, capsys):
     assert main(data[:3]) == 2
     assert "give --tokenizer" in capsys.readouterr().err
-    for option in (["--conversation", "1"], ["--tokenizer", "x"], ["--tree"], ["--html", "x.html"]):
+    for option in (["--conversation", "0"], ["--tokenizer", "x"], ["--tree"], ["--html", "x.html"]):
         assert main(["show", *option]) == 2
         assert "--data" in capsys.readouterr().err
 

@@ -2,6 +2,8 @@
 
 import json
 
+import pytest
+
 from flexreason.chat.encode import Encoder
 from flexreason.cli import main
 from flexreason.commands.template import describe
@@ -45,21 +47,48 @@ def test_the_command_prints_words_and_samples(capsys):
     assert "tokens in the samples" in printed
 
 
-def test_the_command_prints_json(capsys, tmp_path):
-    conversation = tmp_path / "chat.json"
-    conversation.write_text(json.dumps([{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]))
-    given = ["template", str(TRL / "qwen3_6.jinja"), "--option", "enable_thinking=false", "--json", "--messages"]
-    assert main([*given, str(conversation)]) == 0
+@pytest.fixture
+def chats(tmp_path):
+    """Two conversations, and one that has no answer."""
+    path = tmp_path / "chats.jsonl"
+    chats = [[("user", "hi"), ("assistant", "ho")], [("user", "a"), ("assistant", "b")], [("user", "hi")]]
+    entries = [{"messages": [{"role": role, "content": text} for role, text in chat]} for chat in chats]
+    entries[1]["chat_template_kwargs"] = {"enable_thinking": False}
+    path.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    return path
+
+
+def test_the_command_prints_json(capsys, chats):
+    given = ["template", str(TRL / "qwen3_6.jinja"), "--option", "enable_thinking=false", "--json"]
+    assert main([*given, "--data", str(chats)]) == 0
     made = json.loads(capsys.readouterr().out)
     assert made["facts"]["prompt"] == "closes"
+    assert made["example"]["where"] == f"{chats}, line 1"
     assert made["example"]["samples"][0]["target"] == "ho<|im_end|>"
 
 
-def test_a_refused_conversation_is_no_success(capsys, tmp_path):
-    conversation = tmp_path / "chat.json"
-    conversation.write_text(json.dumps([{"role": "user", "content": "hi"}]))
-    assert main(["template", str(TRL / "qwen3.jinja"), "--messages", str(conversation)]) == 1
-    assert "nothing to train" in capsys.readouterr().out
+def test_conversations_are_those_that_show_would_show(capsys, chats, tmp_path):
+    """By number, of any kind of data, each with its own options of the template."""
+    whole = tmp_path / "chat.json"
+    whole.write_text(json.dumps([{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]))
+    for data, more in ((chats, []), (chats, ["--conversation", "1"]), (whole, []), (chats, ["--history", "content"])):
+        words = ["--data", str(data), "--conversation", "0", *more, "--json"]
+        assert main(["template", str(TRL / "qwen3_6.jinja"), *words]) == 0
+        example = json.loads(capsys.readouterr().out)["example"]
+        assert main(["show", "--tokenizer", str(TRL / "qwen3_6.jinja"), *words]) == 0
+        assert json.loads(capsys.readouterr().out)["conversations"] == [example]
+        [sample] = example["samples"]
+        assert (sample["message"], sample["tokens"]) == (1, sample["prompt_tokens"] + sample["trained_tokens"])
+
+
+def test_a_refused_conversation_is_no_success(capsys, chats):
+    given = ["template", str(TRL / "qwen3.jinja"), "--data", str(chats), "--conversation"]
+    assert main([*given, "2"]) == 1
+    assert f"{chats}, line 3 is refused (nothing to train)" in capsys.readouterr().out
+    assert main([*given, "3"]) == 2
+    assert "there is no conversation 3" in capsys.readouterr().err
+    assert main(["template", str(TRL / "qwen3.jinja"), "--conversation", "0"]) == 2
+    assert "--conversation is about data; give --data too" in capsys.readouterr().err
 
 
 def test_what_cannot_be_loaded(capsys, tmp_path):

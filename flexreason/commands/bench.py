@@ -2,7 +2,7 @@
 micro-batches, and on a GPU packed side by side through flash attention, which is what one pass has to beat.
 
     flexreason bench Qwen/Qwen3-0.6B --data chats.jsonl --checkpointing
-    flexreason bench ./config.json --turns 16 --lengths 64/256/64
+    flexreason bench ./config.json --shape "16 x 64/256/64"
 
 A step is forward and backward, without an optimizer. Every way has the same targets, makes logits for these alone, and
 must give the same loss and gradients. Without data, conversations of random tokens are taken. --ways names others:
@@ -34,7 +34,10 @@ from flexreason.tree.merge import lay_out
 from flexreason.tree.sample import Sample
 
 TOKENS = {"cpu": 4096, "cuda": 16384}
-"""Of the row, unless --tokens says otherwise."""
+"""Of the row, unless --length says otherwise."""
+
+SHAPE = "8 x 64/256/64"
+"""Of random conversations, unless --shape says otherwise."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -46,10 +49,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--checkpointing", action="store_true", help="gradient checkpointing, in all ways")
     parser.add_argument("--dtype", default="auto", help="auto (the checkpoint's), float32, bfloat16, float16, float64")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--length", "--tokens", dest="tokens", type=int, help="of the row; what fits is taken")
+    parser.add_argument("--length", type=int, help="of the row; what fits is taken")
     parser.add_argument("--repeats", type=int, default=5, help="of every way, in turn (%(default)s)")
-    parser.add_argument("--turns", type=int, help="of each random conversation; 8 if not given")
-    parser.add_argument("--lengths", metavar="H/T/R", help="tokens a turn: human, reasoning, response; 64/256/64")
+    parser.add_argument(
+        "--shape",
+        metavar="N x H/T/R",
+        help=f"of random conversations: turns x tokens of human, reasoning, response; {SHAPE} if not given",
+    )
     parser.add_argument(
         "--seed", type=int, default=0, help="of random conversations, and of weights where there are none"
     )
@@ -60,15 +66,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     of_data.check(options)
-    for name in ("tokens", "repeats", "turns"):
+    for name in ("length", "repeats"):
         if (given := getattr(options, name)) is not None and given < 1:
             raise ValueError(f"--{name}: expected at least 1, found {given}")
-    if options.data is not None and (options.turns or options.lengths):
-        raise ValueError("--turns and --lengths are of random conversations; leave --data out, or them")
+    if options.data is not None and options.shape:
+        raise ValueError("--shape is of random conversations; leave --data out, or --shape")
     model, notes = load_model(options.model, options.dtype, options.device, options.seed, options.trust_remote_code)
     root = find_root(model)
     vocabulary = root.config.get_text_config().vocab_size
-    tokens = options.tokens or TOKENS.get(root.device.type, TOKENS["cpu"])
+    tokens = options.length or TOKENS.get(root.device.type, TOKENS["cpu"])
     if options.data is None:
         conversations = random_conversations(options, vocabulary, tokens)
     else:
@@ -103,11 +109,11 @@ def run(options: argparse.Namespace) -> int:
 
 def random_conversations(options: argparse.Namespace, vocabulary: int, tokens: int) -> list[list[Sample]]:
     """As many as fill the row, at least one, all of the same lengths."""
-    if not (given := re.fullmatch(r"(\d+)/(\d+)/(\d+)", options.lengths or "64/256/64")):
-        raise ValueError(f"--lengths: expected tokens as 64/256/64, found {options.lengths!r}")
-    h, t, r = map(int, given.groups())
-    if not h or not r:
-        raise ValueError(f"--lengths: expected what humans say and what is answered, found {options.lengths}")
+    if not (given := re.fullmatch(r"(\d+) *x *(\d+)/(\d+)/(\d+)", options.shape or SHAPE)):
+        raise ValueError(f"--shape: expected turns and tokens as {SHAPE!r}, found {options.shape!r}")
+    turns, h, t, r = map(int, given.groups())
+    if not turns or not h or not r:
+        raise ValueError(f"--shape: expected turns in which something is said and answered, found {options.shape}")
     draw = random.Random(options.seed)
 
     def ids(n: int) -> list[int]:
@@ -116,7 +122,7 @@ def random_conversations(options: argparse.Namespace, vocabulary: int, tokens: i
     def conversation() -> list[Sample]:
         history: list[int] = []
         samples = []
-        for _ in range(options.turns or 8):
+        for _ in range(turns):
             history, response = history + ids(h), ids(r)
             samples.append(Sample(history, ids(t) + response))
             history = history + response

@@ -92,8 +92,11 @@ def claim(out: Path) -> None:
         raise ValueError(f"--output: expected a folder, found a file: {out}")
     if out.is_dir() and any(out.iterdir()) and not (out / MARK).exists():
         raise ValueError(f"--output: {out} holds files that are not the demo's; give another folder")
-    out.mkdir(parents=True, exist_ok=True)
-    (out / MARK).touch()
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / MARK).touch()
+    except OSError as error:
+        raise ValueError(f"--output: {out} cannot be written to: {error.strerror}; give another folder") from error
 
 
 @contextmanager

@@ -39,7 +39,7 @@ from flexreason.recurrent.entries import KINDS
 from flexreason.talk import telling
 from flexreason.talk.interrupt import deaf
 from flexreason.talk.nearest import did_you_mean
-from flexreason.talk.sources import class_like, why_missing
+from flexreason.talk.sources import CONFIGS, class_like, why_missing, why_unusable
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -133,8 +133,9 @@ def find(model: str) -> tuple[PreTrainedConfig, type[PreTrainedModel], bool]:
     try:
         config = transformers.AutoConfig.from_pretrained(model)
     except (OSError, ValueError) as error:
+        why = why_unusable(model, "config.json", CONFIGS, error)
         raise ValueError(
-            f"{model}: no class of transformers, and no config to be found: {str(error)[:300]}; give a folder"
+            f"{model}: no class of transformers, and no config to be found: {why}; give a folder"
         ) from error
     except Exception as error:  # whatever a config's own checks raise
         raise ValueError(f"{model}: its config cannot be used: {said(error)}; mend the config.json") from error

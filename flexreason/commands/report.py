@@ -164,7 +164,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     files = parser.add_argument("data", nargs="+", action="extend", metavar="FILE", help="the same as --data FILE")
     files.required = False  # nargs="*" would not take files that stand behind options
-    of_data.add_arguments(parser, limit="the most to read of each FILE; all if not given")
+    of_data.add_arguments(parser, limit="the most to read of each FILE; all if not given", tokenizer=of_data.NEEDED)
     parser.add_argument("--model", help="name, folder or config.json whose shapes the work is counted for")
     parser.add_argument("--length", type=int, default=16384, help="of a row (default: %(default)s)")
     parser.add_argument("--turns", choices=("last",), help="train on the last turn only")
@@ -178,7 +178,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     _check(options)
     if options.plot is not None:
-        from flexreason.data.plot import plot  # tells what is missing before the work, not after
+        from flexreason.data.plot import check_name, plot  # tells what is missing before the work, not after
+
+        check_name(options.plot)
     shape = None if options.model is None else shape_of(options.model)
     tokenizer, notes = (None, []) if options.tokenizer is None else load_tokenizer(options.tokenizer)
     encoder = of_data.encoder_of(options, tokenizer, turns=options.turns)
@@ -217,10 +219,7 @@ def _check(options: argparse.Namespace) -> None:
     of_data.check(options)
     if options.workers < 0:
         raise ValueError(f"--workers: expected 0 or more, found {options.workers}")
-    for name in ("plot", "html", "refused"):
-        path = getattr(options, name)
-        if path is not None and not path.parent.is_dir():
-            raise ValueError(f"--{name}: there is no folder {path.parent}; make it first")
+    of_data.check_outputs(options, ("plot", "html", "refused"))
 
 
 @contextmanager

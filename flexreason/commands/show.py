@@ -4,22 +4,25 @@ sent and what is trained. Without data a small example, which is also held again
     flexreason show chats.jsonl --tokenizer ./tokenizer
     flexreason show chats.jsonl --tokenizer ./tokenizer --conversation 7 --mask
     flexreason show chats.jsonl --tokenizer ./tokenizer --html chats.html
+    flexreason show chats.jsonl --tokenizer ./tokenizer --json
     flexreason show --paper
 """
 
 import argparse
+import json
 import shutil
 import sys
 from collections.abc import Iterator
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 
 import flexreason as fr
 from flexreason.data import options as of_data
-from flexreason.data.files import BadInput, Conversation, read_all
+from flexreason.data.files import BadInput, Conversation
 from flexreason.load import load_tokenizer
 from flexreason.proof import oracle
 from flexreason.proof.compare import compare, one_pass
@@ -28,6 +31,7 @@ from flexreason.show import page
 from flexreason.show.notes import RefusedScene
 from flexreason.show.paper import draw_paper, paper_picture
 from flexreason.show.picture import layout_picture
+from flexreason.show.plain import plain
 from flexreason.show.read import scenes
 from flexreason.show.scene import Scene
 from flexreason.show.table import fold_mask, folded
@@ -41,7 +45,7 @@ CONVERSATION = [  # (what the user says, what the model thinks, what it answers)
 ]
 
 SHOWN = 3
-"""Conversations that a terminal shows unless more are asked for."""
+"""Conversations that are printed unless more are asked for."""
 
 PAGE_TOKENS = 100_000
 """Tokens that a page holds at least, before no further conversation is added unless more are asked for."""
@@ -55,13 +59,22 @@ TREE_LINES = 200
 OF_DATA = ("conversation", "turn", "all", "tree", "mask", "html")
 """Options of this command that say nothing without data."""
 
+DRAWN = ("tree", "mask", "paper", "html", "svg", "png")
+"""Options that draw for people."""
+
+Shown = list[Scene | RefusedScene]
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     files = parser.add_argument("data", nargs="+", action="extend", metavar="FILE", help="the same as --data FILE")
     files.required = False  # nargs="*" would not take files that stand behind options
-    of_data.add_arguments(parser, limit=f"the most conversations to show; {SHOWN} in a terminal if not given")
-    parser.add_argument("--conversation", type=int, metavar="N", help="show this one alone, counted from 0")
+    of_data.add_arguments(
+        parser,
+        limit=f"the most conversations to show; {SHOWN} if not given, more with --html",
+        tokenizer=of_data.NEEDED,
+    )
+    of_data.add_conversation(parser, "show this one alone")
     parser.add_argument("--turn", metavar="N or N-M", help="show these turns alone")
     parser.add_argument("--all", action="store_true", help="leave nothing out, however long")
     parser.add_argument("--tree", action="store_true", help="the tree as a table: a line for each stretch of tokens")
@@ -70,6 +83,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--paper", action="store_true", help="five turns in the paper's order beside ours")
     parser.add_argument("--svg", type=Path, metavar="FILE", help="draw the mask of a small conversation, or --paper")
     parser.add_argument("--png", type=Path, metavar="FILE", help="the same; needs flexreason[plot]")
+    parser.add_argument("--json", action="store_true", help="print samples and their sizes as one JSON object")
     parser.add_argument("--seed", type=int, default=0, help="of the tiny model's random weights, without data")
 
 
@@ -87,16 +101,14 @@ def _check(options: argparse.Namespace) -> None:
     of_data.check(options)
     if options.data is None:
         for name in OF_DATA:
-            if getattr(options, name) not in (None, False):
+            if of_data.is_given(options, name):
                 raise ValueError(f"--{name} says how to show --data FILE; give it too")
     elif options.paper:
         raise ValueError("--paper draws five turns of its own; leave FILE out, or --paper")
-    if options.conversation is not None and options.conversation < 0:
-        raise ValueError(f"--conversation: expected a number from 0 on, found {options.conversation}")
-    for name in ("html", "svg", "png"):
-        path = getattr(options, name)
-        if path is not None and not path.parent.is_dir():
-            raise ValueError(f"--{name}: there is no folder {path.parent}; make it first")
+    for name in DRAWN:
+        if options.json and of_data.is_given(options, name):
+            raise ValueError(f"--{name} draws, and --json is for programs; leave one of them out")
+    of_data.check_outputs(options, ("html", "svg", "png"))
 
 
 # --- conversations of yours
@@ -112,14 +124,12 @@ def _yours(options: argparse.Namespace, width: int) -> int:
         shown = _as_page(options, found)
     elif options.svg is not None or options.png is not None:
         shown = _as_picture(options, found)
+    elif options.json:
+        shown = _as_json(options, found)
     else:
         shown = _in_terminal(options, found, width)
     if not shown:
-        number = options.conversation or 0
-        raise ValueError(
-            f"{', '.join(options.data)}: there is no conversation {number}; expected a number from 0 on, and below "
-            "theirs"
-        )
+        of_data.refuse_none(options)
     refused = [scene for scene in shown if isinstance(scene, RefusedScene)]
     if len(refused) == len(shown):
         first = refused[0]
@@ -129,19 +139,23 @@ def _yours(options: argparse.Namespace, width: int) -> int:
 
 
 def _chosen(options: argparse.Namespace, tokenizer: Any) -> Iterator[Conversation | BadInput]:
-    """The conversations that are asked for, of all sources one after the other."""
-    split = options.split or of_data.SPLIT
-    found = chain.from_iterable(read_all(source, options.format, split) for source in options.data)
-    start = options.conversation or 0
-    for conversation in islice(found, start, None if options.conversation is None else start + 1):
+    """The conversations that are asked for, where there is a tokenizer for them."""
+    for conversation in of_data.chosen(options):
         if tokenizer is None and isinstance(conversation, Conversation) and conversation.samples is None:
             raise ValueError(f"{conversation.where}: messages need a tokenizer with a chat template; give --tokenizer")
         yield conversation
 
 
-def _in_terminal(
-    options: argparse.Namespace, found: Iterator[Scene | RefusedScene], width: int
-) -> list[Scene | RefusedScene]:
+def _as_json(options: argparse.Namespace, found: Iterator[Scene | RefusedScene]) -> Shown:
+    shown = list(islice(found, options.limit or SHOWN))
+    if shown:
+        conversations = [plain(scene, _turns_of(options, scene)) for scene in shown]
+        more = options.conversation is None and next(found, None) is not None
+        print(json.dumps({"conversations": conversations, "more": more}, ensure_ascii=False))
+    return shown
+
+
+def _in_terminal(options: argparse.Namespace, found: Iterator[Scene | RefusedScene], width: int) -> Shown:
     terminal = Terminal(width, wants_colour(), everything=options.all)
     limit = options.limit or SHOWN
     shown = list(islice(found, limit))
@@ -155,7 +169,7 @@ def _in_terminal(
         elif options.tree or options.mask:
             lines = _tree_and_mask(options, scene, width)
         else:
-            lines = terminal.draw(scene, _turns(options.turn, len(scene.turns)))
+            lines = terminal.draw(scene, _turns_of(options, scene))
         for line in lines:
             print(line)
     if options.conversation is None and next(found, None) is not None:
@@ -163,10 +177,11 @@ def _in_terminal(
     return shown
 
 
-def _turns(text: str | None, n: int) -> list[int] | None:
-    """The turns that are asked for: "3" or "3-5"."""
-    if text is None:
+def _turns_of(options: argparse.Namespace, scene: Scene | RefusedScene) -> list[int] | None:
+    """The turns that are asked for, "3" or "3-5"; None for all, and where there are none."""
+    if options.turn is None or isinstance(scene, RefusedScene):
         return None
+    text, n = options.turn, len(scene.turns)
     first, _, last = text.partition("-")
     if not first.isdigit() or not (last or first).isdigit():
         raise ValueError(f"--turn: expected a number or two, such as 3 or 3-5, found {text!r}")
@@ -199,8 +214,8 @@ def _tree_and_mask(options: argparse.Namespace, scene: Scene, width: int) -> Ite
             yield f"{index * side:>8} {line}"
 
 
-def _as_page(options: argparse.Namespace, found: Iterator[Scene | RefusedScene]) -> list[Scene | RefusedScene]:
-    shown: list[Scene | RefusedScene] = []
+def _as_page(options: argparse.Namespace, found: Iterator[Scene | RefusedScene]) -> Shown:
+    shown: Shown = []
     n_tokens, more = 0, False
     for scene in found:
         if len(shown) == options.limit or (options.limit is None and n_tokens >= PAGE_TOKENS):
@@ -228,7 +243,7 @@ def _as_page(options: argparse.Namespace, found: Iterator[Scene | RefusedScene])
 # --- pictures
 
 
-def _as_picture(options: argparse.Namespace, found: Iterator[Scene | RefusedScene]) -> list[Scene | RefusedScene]:
+def _as_picture(options: argparse.Namespace, found: Iterator[Scene | RefusedScene]) -> Shown:
     shown = list(islice(found, 1))
     for scene in shown:
         if isinstance(scene, Scene):
@@ -266,6 +281,25 @@ def _example(options: argparse.Namespace, width: int) -> int:
         _draw(options, layout_picture(layout, [words[token] for token in layout.input_ids.tolist()]))
         return 0
 
+    model = _tiny_model(len(words), options.seed)
+    row = fr.collate([layout], block_size=1)  # no padding: a conversation this small is all there is
+    with true_float64():
+        samples = oracle.n_samples(model, fr.unmerge(layout))
+        computed = one_pass(fr.patch(model), row)
+        errors = compare(computed, samples)
+    n = samples.n_targets
+    passes = {
+        "n_samples": {"passes": layout.n_samples, "tokens": samples.tokens, "loss": samples.loss_sum / n},
+        "one_pass": {"passes": 1, "tokens": row["input_ids"].shape[1], "loss": computed.loss_sum / n},
+    }
+    apart = errors.largest()["gradients"]
+
+    if options.json:
+        tokenizer = SimpleNamespace(decode=lambda ids, **how: "".join(f"{words[token]} " for token in ids))
+        found = {"targets": n, **passes, "gradients_apart": apart, "exact": errors.is_exact}
+        print(json.dumps({"conversations": [plain(Scene(layout, tokenizer))], "more": False, **found}))
+        return 0 if errors.is_exact else 1
+
     print("A conversation of three turns, with reasoning in the first two, is three training sequences:\n")
     for i, sample in enumerate(fr.unmerge(layout)):
         prompt, target = (" ".join(words[t] for t in ids) for ids in (sample.prompt_ids, sample.target_ids))
@@ -277,18 +311,11 @@ def _example(options: argparse.Namespace, width: int) -> int:
     for token, line in zip(layout.input_ids.tolist(), fr.draw_mask(layout).splitlines(), strict=True):
         print(f"{words[token]:>8} {line}")
 
-    model = _tiny_model(len(words), options.seed)
-    row = fr.collate([layout], block_size=1)  # no padding: a conversation this small is all there is
-    with true_float64():
-        samples = oracle.n_samples(model, fr.unmerge(layout))
-        computed = one_pass(fr.patch(model), row)
-        errors = compare(computed, samples)
-    n, loss_sum = samples.n_targets, computed.loss_sum
     print("\nA tiny Qwen3 with random weights, in fp64:\n")
     print(f"  {'':<12}{'passes':>7}{'tokens':>8}{'targets':>9}   loss")
-    print(f"  {'N samples':<12}{layout.n_samples:>7}{samples.tokens:>8}{n:>9}   {samples.loss_sum / n:.12f}")
-    print(f"  {'single pass':<12}{1:>7}{row['input_ids'].shape[1]:>8}{n:>9}   {loss_sum / n:.12f}")
-    print(f"\n  largest difference of a parameter's gradient, relative: {errors.largest()['gradients']:.1e}")
+    for name, of_way in (("N samples", passes["n_samples"]), ("single pass", passes["one_pass"])):
+        print(f"  {name:<12}{of_way['passes']:>7}{of_way['tokens']:>8}{n:>9}   {of_way['loss']:.12f}")
+    print(f"\n  largest difference of a parameter's gradient, relative: {apart:.1e}")
     print("  the same loss and the same gradients" if errors.is_exact else "  NOT the same: please report this")
     return 0 if errors.is_exact else 1
 

@@ -3,6 +3,7 @@ what the template cannot do. Takes a tokenizer (folder, tokenizer.json or name) 
 
     flexreason template Qwen/Qwen3-0.6B
     flexreason template ./chat_template.jinja --option enable_thinking=false
+    flexreason template ./tokenizer --data chats.jsonl --conversation 7
 """
 
 import argparse
@@ -10,7 +11,6 @@ import json
 import re
 from dataclasses import dataclass
 from datetime import datetime
-from pathlib import Path
 from typing import Any
 
 from flexreason.chat.encode import Encoder
@@ -28,10 +28,11 @@ from flexreason.chat.template import (
     tool,
     user,
 )
-from flexreason.load import is_bare, load_tokenizer, option_of
-from flexreason.talk.nearest import near_file
-from flexreason.tree.layout import Layout
-from flexreason.tree.merge import lay_out
+from flexreason.data import options as of_data
+from flexreason.data.files import BadInput, Conversation
+from flexreason.load import is_bare, load_tokenizer
+from flexreason.show.plain import plain
+from flexreason.show.read import scenes
 
 EXAMPLE = [
     user("What is 2 + 3?"),
@@ -101,44 +102,43 @@ MARKERS_FROM = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", metavar="TOKENIZER_OR_JINJA", help="a tokenizer's folder, file or name; or .jinja")
-    parser.add_argument("--option", action="append", default=[], metavar="NAME=VALUE", help="of the template")
-    parser.add_argument("--history", choices=("template", "content"), default="template", help="what clients send back")
-    parser.add_argument("--messages", metavar="FILE", help="a JSON file with a conversation to show instead")
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("tokenizer", metavar="TOKENIZER_OR_JINJA", help="a tokenizer's folder, file or name; or .jinja")
+    of_data.add_encoding(parser)
+    of_data.add_source(parser)
+    of_data.add_conversation(parser, "the one of --data that is shown; the first if not given: N")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
 def run(options: argparse.Namespace) -> int:
-    tokenizer, notes = load_tokenizer(options.source)
-    encoder = Encoder(tokenizer, history=options.history, **dict(map(option_of, options.option)))
-    facts = describe(encoder)
-    if is_bare(options.source):
-        notes += _guesses(encoder.template())
-    shown = EXAMPLE if options.messages is None else _read_messages(options.messages)
-    try:
-        example: dict[str, Any] = show(encoder, shown)
-    except ConversationError as error:
-        example = {"refused": str(error), "reason": error.reason}
+    of_data.check(options, (*of_data.OF_SOURCE, "conversation"))
+    chosen = _chosen(options)
+    tokenizer, notes = load_tokenizer(options.tokenizer)
+    encoder = of_data.encoder_of(options, tokenizer)
+    of_template = Encoder(tokenizer, **encoder.options)
+    facts = describe(of_template)
+    if is_bare(options.tokenizer):
+        notes += _guesses(of_template.template())
+    [example] = map(plain, scenes([chosen], encoder))
     if options.json:
         report = {
-            "source": options.source,
+            "source": options.tokenizer,
             "notes": notes,
             "facts": {f.key: f.value for f in facts},
             "example": example,
         }
         print(json.dumps(report | {"words": [f.words for f in facts]}, ensure_ascii=False))
     else:
-        _print(options.source, notes, facts, example)
+        _print(options.tokenizer, notes, facts, example)
     return 1 if "refused" in example else 0
 
 
-def _read_messages(file: str) -> Any:
-    try:
-        return json.loads(Path(file).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"--messages: {file}: no such file{near_file(file)}") from None
-    except (OSError, ValueError) as error:
-        raise ValueError(f"--messages: {file}: expected a conversation as JSON: {error}") from error
+def _chosen(options: argparse.Namespace) -> Conversation | BadInput:
+    """The conversation that is shown."""
+    if options.data is None:
+        return Conversation(EXAMPLE, None, 0, "the example", "messages")
+    found = next(of_data.chosen(options), None)
+    return of_data.refuse_none(options) if found is None else found
 
 
 def _guesses(template: Template) -> list[str]:
@@ -320,47 +320,18 @@ def _options(template: Template) -> Fact:
     return Fact("options", names, f"It knows the options {', '.join(names)}." if names else "It has no options.")
 
 
-# --- what it looks like
-
-
-def show(encoder: Encoder, messages: Messages, tools: Any = None) -> dict[str, Any]:
-    """The samples of a conversation as texts, how much each shares with the one before, and how the tree is."""
-    encoded = encoder.encoded(messages, tools)
-    layout: Layout = lay_out(encoded.samples)
-    ids = [[*sample.prompt_ids, *sample.target_ids] for sample in encoded.samples]
-    decode = encoder.tokenizer.decode
-    samples = []
-    for n, sample in enumerate(encoded.samples):
-        others = ids[:n] + ids[n + 1 :]
-        shared = min(max((_alike(ids[n], other) for other in others), default=0), len(sample.prompt_ids))
-        samples.append(
-            {
-                "message": encoded.messages[n],
-                "how": encoded.how[n],
-                "shared": decode(ids[n][:shared], skip_special_tokens=False),
-                "prompt": decode(ids[n][shared : len(sample.prompt_ids)], skip_special_tokens=False),
-                "target": encoded.texts[n].target,
-                "tokens": len(ids[n]),
-                "shared_tokens": shared,
-            }
-        )
-    return {"samples": samples, "tokens_in_samples": layout.sample_tokens, "tokens_in_tree": len(layout)}
-
-
-def _alike(one: list[int], other: list[int]) -> int:
-    return next((n for n, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
-
-
 def _print(source: str, notes: list[str], facts: list[Fact], example: dict[str, Any]) -> None:
     print(f"The chat template of {source}\n")
     for line in (*notes, *(fact.words for fact in facts)):
         print(f"  {line}")
     if "refused" in example:
-        print(f"\nThe conversation is refused ({example['reason']}): {example['refused']}")
+        at = "" if example["message"] is None else f"message {example['message']}: "
+        print(f"\n{example['where']} is refused ({example['reason']}): {at}{example['refused']}")
         return
-    print("\nThe samples of one conversation; between [[ and ]] what a prompt shares with another sample:\n")
-    for n, sample in enumerate(example["samples"]):
-        print(f"  sample {n}, message {sample['message']}, {sample['tokens']} tokens, {sample['how']}")
+    print(f"\nThe samples of {example['where']}; between [[ and ]] what each shares with the one before:\n")
+    for sample in example["samples"]:
+        message = "" if sample["message"] is None else f"message {sample['message']}, "
+        print(f"  sample {sample['turn']}, {message}{sample['tokens']} tokens, {sample['how']}")
         shared = f"[[{sample['shared']}]]" if sample["shared"] else ""
         print(f"    prompt  {json.dumps(shared + sample['prompt'], ensure_ascii=False)}")
         print(f"    target  {json.dumps(sample['target'], ensure_ascii=False)}")

@@ -30,7 +30,7 @@ from torch import nn
 
 from flexreason.data.intake import Item
 from flexreason.data.splitting import Split, in_storage, seen_from, split
-from flexreason.talk.sources import why_missing
+from flexreason.talk.sources import CONFIGS, why_missing, why_unusable
 from flexreason.tree.layout import Layout
 from flexreason.tree.sample import Role, Sample
 
@@ -225,8 +225,9 @@ def shape_of(source: str) -> Shape:
             model = AutoModelForCausalLM.from_config(config)
         return shape_of_model(source, model)
     except Exception as error:  # whatever a config may raise
+        why = why_unusable(source, "config.json", CONFIGS, error)
         raise ValueError(
-            f"{source}: the shapes of a causal language model cannot be read from it: {error}; leave --model out"
+            f"{source}: the shapes of a causal language model cannot be read from it: {why}; leave --model out"
         ) from error
 
 

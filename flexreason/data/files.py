@@ -207,7 +207,10 @@ def _entries(
 def _from_file(path: Path) -> Iterator[tuple[str, Any]]:
     if not path.stat().st_size:
         return
+    if path.suffix.lower() in PACKED:
+        raise BadInput(f"{path}: compressed files are not read; unpack it")
     if path.suffix.lower() == ".parquet":
+        _check_parquet(path)
         data = _loaded_set(path, "parquet", data_files=str(path), split="train", streaming=True)
         yield from _entries_of(data, str(path))
         return
@@ -230,6 +233,17 @@ def _from_file(path: Path) -> Iterator[tuple[str, Any]]:
                     )
     except (OSError, UnicodeDecodeError) as error:
         raise BadInput(f"{path}: cannot be read: {error}; expected JSON in UTF-8 that you may read") from error
+
+
+def _check_parquet(path: Path) -> None:
+    """Refuse what is none by the name alone: `datasets` says so in lines of its own."""
+    try:
+        with path.open("rb") as file:
+            begin = file.read(4)
+    except OSError as error:
+        raise BadInput(f"{path}: cannot be read: {error}; expected a Parquet file that you may read") from error
+    if begin != b"PAR1":
+        raise BadInput(f"{path}: no Parquet file: expected PAR1 at its beginning, found {begin!r}; convert it")
 
 
 def _json_document(path: Path) -> list[Any] | None:

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -271,14 +271,17 @@ def start_workers(
 
 
 class _Workers(ProcessPoolExecutor):
-    """Processes that leave Ctrl-C to us, and are ended by it at once."""
+    """Processes that leave Ctrl-C to us, and are ended at once where the block is not left at its end. No future is
+    cancelled one by one: the pool's own thread fails on such a future, and says so, when a process ends."""
 
     def submit(self, *args: Any, **kwargs: Any) -> Any:
         with deaf():  # which is when they are started
             return super().submit(*args, **kwargs)
 
     def __exit__(self, kind: type[BaseException] | None, *about: Any) -> bool | None:
-        if kind is not None and issubclass(kind, KeyboardInterrupt):
+        if kind is not None:
+            # one may end within a result, whose reader waits for the rest as long as anybody could write it: we could
+            cast(Any, self)._result_queue._writer.close()
             for process in dict(self._processes or {}).values():
                 process.terminate()
         return super().__exit__(kind, *about)
@@ -288,15 +291,9 @@ def _in_processes(pool: ProcessPoolExecutor, workers: int, read: Iterator[Any]) 
     """What `_take` gives, in order, from processes of their own, which are only a few chunks ahead of who asks."""
     chunks = iter(lambda: list(itertools.islice(read, AT_A_TIME)), [])
     waiting = deque(pool.submit(_take_each, chunk) for chunk in itertools.islice(chunks, 4 * workers))
-    try:
-        while waiting:
-            yield from waiting.popleft().result()
-            waiting.extend(pool.submit(_take_each, chunk) for chunk in itertools.islice(chunks, 1))
-    except BaseException as stop:
-        if not isinstance(stop, KeyboardInterrupt):  # which ends the processes, and all that waits with them
-            for future in waiting:  # whoever stops early need not wait for all chunks
-                future.cancel()
-        raise
+    while waiting:
+        yield from waiting.popleft().result()
+        waiting.extend(pool.submit(_take_each, chunk) for chunk in itertools.islice(chunks, 1))
 
 
 _step: Callable[[Any], tuple[bool, Any]]

@@ -5,12 +5,12 @@ import itertools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from flexreason.chat import dirt
 from flexreason.chat.encode import HISTORIES
 from flexreason.chat.render import ConversationError
-from flexreason.data.files import DATA, FORMATS, BadInput, Conversation, read_all
+from flexreason.data.files import DATA, FILES, FORMATS, BadInput, Conversation, read_all
 from flexreason.data.intake import OURS, EntryEncoder, Refusals, Refused
 from flexreason.load import load_tokenizer, option_of
 from flexreason.talk.telling import each, stage
@@ -24,8 +24,13 @@ ENCODED = 32
 
 SPLIT, HISTORY = "train", HISTORIES[0]
 
-OF_DATA = ("tokenizer", "format", "split", "history", "option", "accept", "skip_invalid", "limit")
+OF_SOURCE = ("format", "split")
+
+OF_DATA = ("tokenizer", *OF_SOURCE, "history", "option", "accept", "skip_invalid", "limit")
 """Options that say nothing without --data."""
+
+NEEDED = "needed, unless the data are tokenized"
+"""What --tokenizer is where no model has one of its own."""
 
 T = TypeVar("T")
 
@@ -35,30 +40,99 @@ def add_data(parser: argparse._ActionsContainer) -> None:
     parser.add_argument("--data", action="append", metavar="FILE", help=f"{DATA}; again for each of several")
 
 
+def add_source(parser: argparse._ActionsContainer) -> None:
+    """Add the options that say where conversations are."""
+    add_data(parser)
+    parser.add_argument("--format", choices=FORMATS, help="of the conversations; that of the first if not given")
+    parser.add_argument("--split", help=f"of a data set; {SPLIT} if not given")
+
+
+def add_encoding(parser: argparse._ActionsContainer) -> None:
+    """Add the options that say how conversations become samples."""
+    parser.add_argument("--history", choices=HISTORIES, help=f"what clients send back; {HISTORY} if not given")
+    parser.add_argument("--option", action="append", metavar="NAME=VALUE", help="of the template")
+    dirt.add_argument(parser)
+
+
+def add_conversation(parser: argparse._ActionsContainer, words: str) -> None:
+    """Add `--conversation N`, which chooses one."""
+    parser.add_argument("--conversation", type=int, metavar="N", help=f"{words}, counted from 0")
+
+
 def add_arguments(
-    parser: argparse.ArgumentParser, limit: str = f"the most to read of each FILE; {READ} if not given"
+    parser: argparse.ArgumentParser,
+    limit: str = f"the most to read of each FILE; {READ} if not given",
+    tokenizer: str = "the model's own if not given",
 ) -> None:
     """Add all options of data: where conversations are, and how they become samples."""
     data = parser.add_argument_group("data")
-    add_data(data)
-    data.add_argument(
-        "--tokenizer", help="a folder, a file or a name; the model's own if there is one and none is given"
-    )
-    data.add_argument("--format", choices=FORMATS, help="of the conversations; that of the first if not given")
-    data.add_argument("--split", help=f"of a data set; {SPLIT} if not given")
-    data.add_argument("--history", choices=HISTORIES, help=f"what clients send back; {HISTORY} if not given")
-    data.add_argument("--option", action="append", metavar="NAME=VALUE", help="of the template")
-    dirt.add_argument(data)
+    add_source(data)
+    data.add_argument("--tokenizer", help=f"a folder, a file or a name; {tokenizer}")
+    add_encoding(data)
     data.add_argument("--skip-invalid", action="store_true", help="go on without conversations that are refused")
     data.add_argument("--limit", type=int, help=limit)
 
 
-def check(options: argparse.Namespace) -> None:
-    """Refuse what can be seen to be wrong before anything is read."""
-    if options.data is None and (without_data := [name for name in OF_DATA if getattr(options, name)]):
+def check(options: argparse.Namespace, of_data: Iterable[str] = OF_DATA) -> None:
+    """Refuse what can be seen to be wrong before anything is read.
+
+    Args:
+        options: Of a command.
+        of_data: Those that say nothing without --data.
+    """
+    if options.data is None and (without_data := [name for name in of_data if is_given(options, name)]):
         raise ValueError(f"--{without_data[0].replace('_', '-')} is about data; give --data too")
-    if options.limit is not None and options.limit < 1:
-        raise ValueError(f"--limit: expected at least 1, found {options.limit}")
+    if (limit := getattr(options, "limit", None)) is not None and limit < 1:
+        raise ValueError(f"--limit: expected at least 1, found {limit}")
+    if (number := getattr(options, "conversation", None)) is not None and number < 0:
+        raise ValueError(f"--conversation: expected a number from 0 on, found {number}")
+
+
+def check_outputs(options: argparse.Namespace, names: Iterable[str]) -> None:
+    """Refuse files that cannot be written, before all the work and not after it; and those by which data would be lost,
+    or become others."""
+    for name in names:
+        path: Path | None = getattr(options, name)
+        if path is None:
+            continue
+        if not path.parent.is_dir():
+            raise ValueError(f"--{name}: there is no folder {path.parent}; make it first")
+        for source in map(Path, options.data or ()):
+            if path.resolve() == source.resolve():
+                raise ValueError(f"--{name}: {path} holds the data, and would be written over; give another file")
+            if path.suffix.lower() in FILES and source.is_dir() and source.resolve() in path.resolve().parents:
+                raise ValueError(f"--{name}: {path} is inside the data, {source}; give a file elsewhere")
+        if path.exists() and not path.is_file() and not path.is_dir():
+            continue  # a pipe, or a device
+        try:
+            was_there = path.exists()
+            path.open("ab").close()
+            if not was_there:
+                path.unlink()
+        except OSError as error:
+            raise ValueError(f"--{name}: {path} cannot be written: {error.strerror}; give another file") from error
+
+
+def is_given(options: argparse.Namespace, name: str) -> bool:
+    """Whether an option was given: 0 is a value, and what is switched on is never switched off."""
+    value = getattr(options, name)
+    return value is not None and value is not False
+
+
+def chosen(options: argparse.Namespace) -> Iterator[Conversation | BadInput]:
+    """The conversations of all sources one after the other, or the one that --conversation names."""
+    sources = (read_all(source, options.format, options.split or SPLIT) for source in options.data)
+    start = options.conversation or 0
+    end = None if options.conversation is None else start + 1
+    return itertools.islice(itertools.chain.from_iterable(sources), start, end)
+
+
+def refuse_none(options: argparse.Namespace) -> NoReturn:
+    """Say that there is no conversation of the number that --conversation names."""
+    raise ValueError(
+        f"{', '.join(options.data)}: there is no conversation {options.conversation or 0}; expected a number from 0 "
+        "on, and below theirs"
+    )
 
 
 def encoder_of(options: argparse.Namespace, tokenizer: Any, **more: Any) -> EntryEncoder:

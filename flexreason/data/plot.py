@@ -6,6 +6,7 @@ from typing import Any
 from flexreason.data.summary import Summary
 
 try:
+    from matplotlib.backend_bases import FigureCanvasBase
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, StrMethodFormatter
 except ImportError as error:
@@ -16,6 +17,12 @@ RATIOS = (1, 2, 4, 8, 16, 32)
 DARK, LIGHT, WARN = "#1f4e79", "#9db8d2", "#b03a2e"
 
 
+def check_name(path: Path) -> None:
+    """Refuse a name that ends unlike any kind of picture."""
+    if path.suffix[1:].lower() not in FigureCanvasBase.get_supported_filetypes():
+        raise ValueError(f"--plot: expected a name that ends in .png, .svg or .pdf, found {path}")
+
+
 def plot(summary: Summary, path: Path) -> None:
     """Draw three panels into one file; its name ends in .png, .pdf or .svg."""
     figure = Figure(figsize=(15, 4.6), layout="constrained")
@@ -23,10 +30,7 @@ def plot(summary: Summary, path: Path) -> None:
     _tokens(figure, left, summary)
     _lengths(middle, summary)
     _speed_up(right, summary)
-    try:
-        figure.savefig(path, dpi=120)
-    except ValueError as error:  # a name that ends unlike any kind of picture
-        raise ValueError(f"--plot: {path}: {error}; use a name that ends in .png, .svg or .pdf") from error
+    figure.savefig(path, dpi=120)
 
 
 def _tokens(figure: Any, axes: Any, summary: Summary) -> None:

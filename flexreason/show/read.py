@@ -48,14 +48,14 @@ def scene(conversation: Conversation, encoder: EntryEncoder) -> Scene:
             raise BadInput(str(error)) from error
         raise
     if tokenized:
-        return Scene(layout, encoder.tokenizer, conversation.where)
+        return Scene(layout, encoder.tokenizer, conversation.where, how=encoded.how)
     untrained = list(_untrained(conversation.messages, encoded))
     remarks = [
         *_of_turns(conversation.messages, encoded),
         *(Remark(one.words, message=one.number) for one in untrained),
     ]
     remarks.sort(key=lambda remark: remark.message or 0)
-    return Scene(layout, encoder.tokenizer, conversation.where, encoded.messages, remarks, untrained)
+    return Scene(layout, encoder.tokenizer, conversation.where, encoded.messages, remarks, untrained, encoded.how)
 
 
 def _untrained(messages: list[Any], encoded: Encoded) -> Iterator[Spoken]:

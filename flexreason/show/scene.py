@@ -67,6 +67,7 @@ class Scene:
         messages: The message that each turn trains on, where that is known.
         remarks: What is to be said of turns and messages.
         untrained: Answers that no turn is.
+        how: How each turn's target was found, where that is known.
     """
 
     layout: Layout
@@ -75,6 +76,7 @@ class Scene:
     messages: Sequence[int] = ()
     remarks: Sequence[Remark] = ()
     untrained: Sequence[Spoken] = ()
+    how: Sequence[str] = ()
     reader: Reader = field(init=False)
 
     def __post_init__(self) -> None:

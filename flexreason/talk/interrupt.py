@@ -38,13 +38,21 @@ class Interrupt:
 
 @contextlib.contextmanager
 def deaf() -> Iterator[None]:
-    """Processes that are started in here never see Ctrl-C. One that comes meanwhile is heard by us."""
+    """Processes that are started in here never see Ctrl-C. One that comes meanwhile is heard by us at the end: a
+    process that is started by halves would miss the rest, and say so. A mask alone does not keep Ctrl-C away from us,
+    since any other thread takes it."""
     if not hasattr(signal, "pthread_sigmask"):
         yield
         return
-    multiprocessing.resource_tracker.ensure_running()  # which hears again once it is started
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    wish = Interrupt()
     try:
-        yield
+        with wish.heeded():
+            multiprocessing.resource_tracker.ensure_running()  # which hears again once it is started
+            before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+            try:
+                yield
+            finally:
+                signal.pthread_sigmask(signal.SIG_SETMASK, before)
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        if wish.is_asked:
+            raise KeyboardInterrupt

@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
-AS_ELSEWHERE = {  # what transformers' Trainer, trl or other tools call it
+AS_ELSEWHERE = {  # what transformers' Trainer, trl or other tools call it, or what it was called here
     "lr": "learning_rate",
     "lr_scheduler_type": "schedule",
     "scheduler": "schedule",
@@ -23,6 +23,10 @@ AS_ELSEWHERE = {  # what transformers' Trainer, trl or other tools call it
     "fp16": "precision",
     "attn_implementation": "backend",
     "train_file": "data",
+    "messages": "data",
+    "tokens": "length",
+    "turns": "shape",
+    "lengths": "shape",
     "eval_dataset": "evaluation",
     "human": "user",
     "gpt": "assistant",

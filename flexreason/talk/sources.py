@@ -6,16 +6,24 @@ told from the name alone is told at once.
 
 import os
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from flexreason.talk.nearest import near_file, nearest
+from flexreason.talk.telling import shortened
 
 FILES = (".json", ".jsonl", ".parquet", ".jinja", ".jinja2", ".j2", ".yaml", ".yml", ".safetensors", ".bin", ".gguf")
 """Endings that no name on a hub has."""
 
 OLD = {"gpt2", "ctrl", "openai-gpt"}
 """Kinds of models whose names are, without an owner, names on the hub too."""
+
+CONFIGS = ("*config.json", "params.json", "*.gguf")
+"""Files, of which a model's folder has one."""
+
+TOKENIZERS = ("tokenizer*", "vocab*", "*.model", "*.tiktoken", "tekken.json", "config.json")
+"""Files, of which a tokenizer's folder has one."""
 
 SECONDS = 5.0
 """In which a hub must have begun to answer."""
@@ -45,6 +53,15 @@ def why_missing(source: str) -> str:
         hint = near if "did you mean" in near else otherwise
         return f"no such file or folder, and no hub can be asked ({why}){hint}"
     return ""
+
+
+def why_unusable(source: str, kind: str, files: Iterable[str], error: BaseException) -> str:
+    """Why nothing can be loaded of a name under which something is: a folder without such files, or what an error of
+    somebody else says, in one line."""
+    path = Path(source)
+    if path.is_dir() and not any(any(path.glob(pattern)) for pattern in files):
+        return f"there is no {kind} in that folder"
+    return shortened(" ".join(str(error).split()).rstrip("."), 300)
 
 
 def class_like(name: str) -> str | None:

@@ -10,7 +10,7 @@ from transformers import AutoTokenizer
 
 import flexreason as fr
 from flexreason.load import load_model
-from flexreason.talk.sources import why_missing
+from flexreason.talk.sources import TOKENIZERS, why_missing, why_unusable
 from flexreason.train.settings import Settings
 
 
@@ -38,7 +38,8 @@ def tokenizer_of(settings: Settings) -> Any:
             str(path.parent) if path.is_file() else name, trust_remote_code=settings.trust_remote_code
         )
     except Exception as error:  # whatever a tokenizer's files may raise
-        raise ValueError(f"tokenizer: {name} cannot be loaded: {error}; give a folder or a name") from error
+        why = why_unusable(name, "tokenizer", TOKENIZERS, error)
+        raise ValueError(f"tokenizer: {name} cannot be loaded: {why}; give a folder or a name") from error
 
 
 def patched_model_of(settings: Settings, precision: str, say: Callable[[str], None]) -> nn.Module:

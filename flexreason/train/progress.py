@@ -72,9 +72,14 @@ class Progress(TrainerCallback):
             with self.interrupt.heeded() if self.stops else nullcontext():
                 yield
 
+    @property
+    def was_asked(self) -> bool:
+        """Whether Ctrl-C came while it trained."""
+        return self.interrupt is not None and self.interrupt.is_asked
+
     def _heed(self, step: int, control: Any) -> None:
         """End with a checkpoint if that is asked for; the last step ends by itself."""
-        if self.interrupt is not None and self.interrupt.is_asked and step != self.last_step:
+        if self.was_asked and step != self.last_step:
             control.should_save = control.should_training_stop = self.was_stopped = True
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -152,6 +152,8 @@ def train(
     }
     record.write_whole(plan.folder / "run.json", json.dumps(this_run, indent=1))
     say(f"{steps_done} steps in {seconds:.0f} s; the model is in {plan.folder / 'model'}")
+    if progress.was_asked:  # during the last step: this run is finished, and whatever would follow it is not wanted
+        raise KeyboardInterrupt
     return _outcome(plan, this_run)
 
 

@@ -208,7 +208,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
         hint = near_file(path) if isinstance(error, FileNotFoundError) else ""
         raise ValueError(f"{path}: cannot be read: {error}{hint or '; give a YAML file of settings'}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: no YAML: {error}; expected lines of NAME: VALUE") from error
+        words = " ".join(str(error).split())
+        raise ValueError(f"{path}: no YAML: {words}; expected lines of NAME: VALUE, and data as --data FILE") from error
     if not isinstance(values, dict):
         raise ValueError(f"{path}: expected names with values, found {type(values).__name__}")
     return {name: value if _is_text(name) else _numbers(value) for name, value in values.items()}
