@@ -53,7 +53,8 @@ def encode(
     `"content"` takes it out first, as clients do that send back answers only. `turns` chooses turns: "last", or
     their numbers among the assistant messages. `think` is what stands before and behind reasoning, for templates that
     do not render it. `accept` names reasons for which an answer is refused as dirty ("unclosed-reasoning",
-    "unopened-reasoning", "empty-message"), and is then trained as it is written. All other options go to the template.
+    "unopened-reasoning", "marked-reasoning", "doubled-reasoning", "empty-message"), and is then trained as it is
+    written. All other options go to the template.
 
     >>> from flexreason.load import stand_in
     >>> from flexreason.tree.layout import unmerge
@@ -175,8 +176,8 @@ class Encoder:
                     prompt = render.attempt([earlier.as_dict for earlier in in_form], True) or ""
                     if dirt.opened_by(prompt, end, half):
                         message = dirt.with_reasoning_before(message, half[1])
-                if number in trained and (found := dirt.find(message, number, pairs)):
-                    dirty[number] = found
+                if number in trained and (found := list(dirt.find(message, number, pairs, template))):
+                    dirty[number] = next((error for error in found if error.reason not in self.accept), found[0])
             in_form.append(template.in_form(message))
         dirt.refuse(dirty, self.accept)
         return in_form, {number: found.reason for number, found in dirty.items()}
