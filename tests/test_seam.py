@@ -263,6 +263,16 @@ def test_dice_by_another_name_are_refused(dice):
             targets(place)
 
 
+def test_dice_where_a_block_is_closed_are_refused():
+    block = "{% if m.reasoning_content %}<think>{{ m.reasoning_content }}DICE</think>{% endif %}"
+    source = template(answered=f"<a>{block}{{{{ m.content }}}}</a>", asked="<a><think>")
+    messages = [user("one"), answer("two")]
+    assert targets(source.replace("DICE", ""), messages) == ["</think>two</a>"]
+    for dice in ("{{ ['xy'] | map('ran' ~ 'dom') | first }}", "{{ m.keys }}"):
+        with pytest.raises(TemplateThrowsDice):
+            targets(source.replace("DICE", dice), messages)
+
+
 @pytest.mark.parametrize(
     "printed",
     [
@@ -280,7 +290,7 @@ def test_dice_by_another_name_are_refused(dice):
 )
 def test_an_object_that_is_written_by_its_place_in_memory_is_refused(printed):
     for place in (template(user="<u>{{ m.content }}</u>" + printed), template(answered=ANSWERED + printed)):
-        with pytest.raises(TemplateThrowsDice, match=r"place in memory, '.* (at 0x|AT 0X)"):
+        with pytest.raises(TemplateThrowsDice, match=r"place in memory, .* (at 0x|AT 0X)"):
             targets(place)
 
 

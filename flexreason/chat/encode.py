@@ -133,8 +133,8 @@ class Encoder:
     def _template(self, render: Renderer) -> tuple[Template, Turns]:
         key = (render.source, bool(render.tools))
         if key not in self._templates:
-            probing = Renderer(self.tokenizer, [PROBE_TOOL] if render.tools else render.tools, self.options)
-            template = Template(probing, self.think)
+            tools = [PROBE_TOOL] if render.tools else render.tools
+            template = Template(Renderer(self.tokenizer, tools, self.options, probing=True), self.think)
             self._templates[key] = (template, Turns(template))
         return self._templates[key]
 

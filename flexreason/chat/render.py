@@ -39,7 +39,7 @@ OTHER = "; set tokenizer.chat_template to another one"
 ALONE = "; say train: false in this message, or set tokenizer.chat_template to another one"
 """What can be done about a message that a template does not take apart."""
 
-ADDRESS = re.compile(r"[^ <]* at 0x[0-9a-f]+", re.IGNORECASE)
+ADDRESS = re.compile(r" at 0x[0-9a-f]+", re.IGNORECASE)
 """How Python writes an object that has no text of its own: a function, or a filter's result that is no list yet."""
 
 MEND = "; change the message to what the template takes, or leave the conversation out"
@@ -126,12 +126,15 @@ class Renderer:
     """One tokenizer's template with tools and options: messages to text.
 
     `plain(messages, prompt)` may raise whatever apply_chat_template raises; `__call__` raises ConversationErrors only.
+    With `probing`, texts may be others the next time: what a template does with a probe need not occur with messages.
     """
 
-    def __init__(self, tokenizer: Any, tools: list[Any] | None, options: dict[str, Any]) -> None:
+    def __init__(
+        self, tokenizer: Any, tools: list[Any] | None, options: dict[str, Any], *, probing: bool = False
+    ) -> None:
         if taken := sorted(OURS & set(options)):
             raise ConversationError(f"{taken[0]} is not an option of the template, and encode decides it; leave it out")
-        self.tokenizer, self.tools, self.options = tokenizer, tools, options
+        self.tokenizer, self.tools, self.options, self.probing = tokenizer, tools, options, probing
         self.source = template_source(tokenizer, tools, options)
         self.n_calls, self.seconds = 0, 0.0
         _check_source(self.source)
@@ -140,14 +143,9 @@ class Renderer:
                 raise ConversationError(f"the chat template has no option {name!r}; did you mean {near!r}?")
 
     def __call__(self, messages: Messages, prompt: bool, blame: int | None = None) -> str:
-        """The text, if it is the same every time; errors blame message `blame`, or the first with which the rendering
-        fails."""
-        _DRAWN.set("")
+        """The text; errors blame message `blame`, or the first with which the rendering fails."""
         try:
-            text = self.plain(messages, prompt)
-            if drawn := _DRAWN.get() or self._address(text, messages):
-                raise _throws_dice(drawn)
-            return text
+            return self._once_for_all(messages, prompt)
         except ConversationError:
             raise
         except Exception as error:
@@ -176,19 +174,28 @@ class Renderer:
             )
         return text
 
+    def _once_for_all(self, messages: Messages, prompt: bool) -> str:
+        """The text, which would be the same the next time; or, of a probe, any."""
+        _DRAWN.set("")
+        text = self.plain(messages, prompt)
+        if not self.probing and (drawn := _DRAWN.get() or self._address(text, messages)):
+            raise _throws_dice(drawn)
+        return text
+
     def _address(self, text: str, messages: Messages) -> str | None:
         """That a text has an object's place in memory which nobody has said; None if it has not."""
         if not any(sign in text for sign in (" at 0x", " AT 0X", " At 0X")):
             return None
         said = str((messages, self.tools, self.options, self.source)).lower()
-        written = (match.group() for match in ADDRESS.finditer(text))
-        own = next((one for one in written if one[one.lower().rfind(" at 0x") :].lower() not in said), None)
-        return f"it writes an object by its place in memory, {own!r}" if own else None
+        own = next((found for found in ADDRESS.finditer(text) if found.group().lower() not in said), None)
+        if own is None:
+            return None
+        return f"it writes an object by its place in memory, {text[max(0, own.start() - 30) : own.end()]!r}"
 
     def attempt(self, messages: Messages, prompt: bool) -> str | None:
         """The text, or None where the template raises."""
         try:
-            return self.plain(messages, prompt)
+            return self._once_for_all(messages, prompt)
         except ConversationError:
             raise
         except Exception:
