@@ -168,6 +168,7 @@ def in_blocks(opening, closing):
         (MARKED, "5", "2+3</musing>"),
         (MARKED, "5", "2</musing>+3"),
         (MARKED, "5", "<think>2+3"),
+        (MARKED, "5", "<musing>"),
         (DOUBLED, "<musing>3+2</musing>5", "2+3"),
         (DOUBLED, "<think>3+2</think>5", "2+3"),
     ],
@@ -180,6 +181,16 @@ def test_markers_in_a_field_are_those_of_the_template_and_are_trained_as_they_st
         encode_samples(messages, tokenizer)
     (sample,) = encode_samples(messages, tokenizer, accept=reason)
     assert tokenizer.decode(sample.target_ids) == f"<musing>{reasoning}</musing>{content}</a>"
+
+
+@pytest.mark.parametrize(
+    "own", [("◁think▷", "◁/think▷"), ("[[thought]]\n", "\n[[/thought]]\n"), ("<think depth=3>", "</think>\n<answer>")]
+)
+def test_markers_in_a_field_are_told_in_brackets_of_any_kind(own):
+    opening, closing = (text.strip() for text in own)
+    for reasoning in (f"{opening}2+3{closing}", f"2+3\n{closing}", f"2 {closing} 3"):
+        with pytest.raises(ConversationError, match=f"accept {MARKED}"):
+            encode_samples([user("harbour"), answer("5", reasoning)], in_blocks(*own))
 
 
 def test_reasoning_that_ends_at_no_tag_may_name_tags_and_words():

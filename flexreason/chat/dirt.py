@@ -24,7 +24,8 @@ from flexreason.talk.nearest import did_you_mean
 
 Pair = tuple[str, str]
 
-TAG = re.compile(r"<[^<>\s]+>|\[[^\[\]\s]+\]")
+TAG = re.compile(r"[<\[{◁«]\S*\w\S*[>\]}▷»]")
+"""A name in brackets of some kind, which no sentence begins with."""
 
 
 class UnclosedReasoning(ConversationError):
