@@ -471,6 +471,24 @@ def the_clock_goes_on(original, at=None):
     return contextlib.nullcontext()
 
 
+@mutation(
+    "a template whose next rendering would be another one is refused",
+    "flexreason.chat.Renderer._address",
+    "test_seam.py::test_an_object_that_is_written_by_its_place_in_memory_is_refused",
+)
+def places_in_memory_are_texts(original, self, text, messages):
+    return None
+
+
+@mutation(
+    "a template whose next rendering would be another one is refused",
+    "flexreason.chat._noted",
+    "test_seam.py::test_dice_by_another_name_are_refused",
+)
+def dice_are_known_by_their_names(original, draw, name):
+    return draw
+
+
 HEADER = "the target begins behind the header that prompt and answer both have, which is never guessed"
 
 
@@ -542,6 +560,20 @@ DIRT = "answers that are none are refused by message and reason, unless they are
 )
 def dirt_is_trained_on_in_silence(original, *args):
     return None
+
+
+@mutation(
+    DIRT,
+    "flexreason.chat.marked",
+    "test_dirt.py::test_markers_in_a_field_are_those_of_the_template_and_are_trained_as_they_stand_if_accepted",
+)
+def only_markers_at_the_ends_of_reasoning_are_seen(original, reasoning, pairs, behind):
+    return original(reasoning, pairs, "")
+
+
+@mutation(DIRT, "flexreason.chat.doubled", "test_dirt.py::test_what_is_no_dirt_needs_no_leave")
+def a_block_beside_a_field_is_any_block(original, message, pairs, behind):
+    return original(message, pairs, "".join(closing for _, closing in pairs))
 
 
 @mutation(

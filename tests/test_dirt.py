@@ -30,7 +30,7 @@ QWEN, LLAMA, R1, NEMOTRON = map(trl_tokenizer, ("qwen3", "llama3", "deepseek_r1_
 
 CHAT = [user("harbour"), answer("granite", "quartz"), user("lantern")]
 
-UNCLOSED, UNOPENED, EMPTY, STOPPED = REASONS
+UNCLOSED, UNOPENED, MARKED, DOUBLED, EMPTY, STOPPED = REASONS
 
 
 def with_call(content):
@@ -53,6 +53,28 @@ DIRTY = {
     "closed before it is opened": (UNOPENED, answer("a</think>b<think>c", "quartz")),
     "closed before a call": (UNOPENED, {**with_call("a</think>"), "reasoning_content": "quartz"}),
     "closed by other markers": (UNOPENED, answer("a</reasoning>b")),
+    "both tags in the field": (MARKED, answer("granite", "<think>quartz</think>")),
+    "both tags in the field, on lines of their own": (MARKED, answer("granite", "\n<think>\nquartz\n</think>\n\n")),
+    "an opening tag that begins the field": (MARKED, answer("granite", "<think>quartz")),
+    "a closing tag that ends the field": (MARKED, answer("granite", "quartz\n</think>\n")),
+    "a field that holds the answer too": (MARKED, answer("granite", "quartz\n</think>\n\ngranite")),
+    "a closing tag in a sentence of the field": (MARKED, answer("granite", "I write </think> and go on")),
+    "a closing tag of a block in the field": (MARKED, answer("granite", "like <think>so</think>, that is")),
+    "other markers around the field": (MARKED, answer("granite", "<thinking>quartz</thinking>")),
+    "another marker that ends the field": (MARKED, answer("granite", "quartz[/THINK]")),
+    "tags in another field": (MARKED, {**answer("granite"), "reasoning": "<think>quartz</think>"}),
+    "tags in the field of a call": (MARKED, {**with_call(""), "reasoning_content": "<think>quartz</think>"}),
+    "an inline block in a block": (MARKED, answer("<think>\n<think>quartz</think>\n\ngranite")),
+    "a block beside the field": (DOUBLED, answer("<think>\nsteel\n</think>\n\ngranite", "quartz")),
+    "a block with less than the field": (DOUBLED, answer("<think>\nquartz\n</think>\n\ngranite", "quartz and steel")),
+    "an empty block beside the field": (DOUBLED, answer("<think>\n\n</think>\n\ngranite", "quartz")),
+    "a block alone beside the field": (DOUBLED, answer("<think>steel</think>", "quartz")),
+    "a block beside another field": (DOUBLED, {**answer("<think>steel</think>granite"), "thinking": "quartz"}),
+    "a block beside the field of a call": (DOUBLED, {**with_call("<think>a</think>"), "reasoning_content": "quartz"}),
+    "a block in a part": (
+        DOUBLED,
+        {**answer("", "quartz"), "content": [{"type": "text", "text": "<think>a</think>b"}]},
+    ),
     "empty": (EMPTY, answer("")),
     "white space": (EMPTY, answer(" \n")),
     "an empty block": (EMPTY, answer("<think>\n\n</think>\n\n")),
@@ -89,6 +111,11 @@ CLEAN = {
     "tags in inline reasoning": answer("<think>\nquartz </reasoning> <think>\n</think>\n\npebble"),
     "a block within a text": answer("pebble <think>quartz</think> granite"),
     "an opening tag within a text": answer("pebble <think> granite"),
+    "an opening tag in a sentence of the field": answer("granite", "I begin with <think> and go on"),
+    "tags of a format in the field": answer("granite", "in <reasoning>so</reasoning>, or </thinking> at last, I say"),
+    "a format in the field's last word": answer("granite", "in the form <reasoning>so</reasoning>"),
+    "a format beside the field": answer("<reasoning>so</reasoning> granite", "quartz"),
+    "a block within a text beside the field": answer("granite: <think>steel</think>", "quartz"),
     "an answer": answer("0"),
 }
 
@@ -107,7 +134,7 @@ def test_what_is_no_dirt_needs_no_leave(name, tokenizer):
     assert encode_samples(messages, tokenizer, tools) == encode_samples(messages, tokenizer, tools, accept=REASONS)
 
 
-@pytest.mark.parametrize("name", [name for name in DIRTY if "call" not in name])
+@pytest.mark.parametrize("name", [n for n in DIRTY if "call" not in n and DIRTY[n][0] not in (MARKED, DOUBLED)])
 def test_accepted_dirt_is_trained_as_it_is_written(name):
     """By a template that writes contents as they are: what is then trained is known without our code."""
     reason, message = DIRTY[name]
@@ -120,6 +147,106 @@ def test_accepted_dirt_is_trained_as_it_is_written(name):
         text = message["content"] if isinstance(message["content"], str) else message["content"][0]["text"]
         written = "".join(tokenizer.decode(sample.target_ids).split())  # a block's own white space is the rule's
         assert written == "".join(text.split()) + "<|im_end|>"
+
+
+IN_BLOCKS = "{% for m in messages %}{% if m.role == 'user' %}<u>{{ m.content }}</u>{% else %}<a>"
+IN_BLOCKS += "{% if m.reasoning_content %}OPEN{{ m.reasoning_content }}CLOSE{% endif %}{{ m.content }}</a>"
+IN_BLOCKS += "{% endif %}{% endfor %}{% if add_generation_prompt %}<a>{% endif %}"
+
+
+def in_blocks(opening, closing):
+    """A tokenizer whose template writes reasoning between these, and all texts as they are."""
+    source = IN_BLOCKS.replace("OPEN", opening).replace("CLOSE", closing)
+    return with_template(byte_level(), source, special=["<a>", "</a>", "<u>", "</u>"], eos="</a>")
+
+
+@pytest.mark.parametrize(
+    ("reason", "content", "reasoning"),
+    [
+        (MARKED, "5", "<musing>2+3</musing>"),
+        (MARKED, "5", "<musing>2+3"),
+        (MARKED, "5", "2+3</musing>"),
+        (MARKED, "5", "2</musing>+3"),
+        (MARKED, "5", "<think>2+3"),
+        (MARKED, "5", "<musing>"),
+        (DOUBLED, "<musing>3+2</musing>5", "2+3"),
+        (DOUBLED, "<think>3+2</think>5", "2+3"),
+    ],
+)
+def test_markers_in_a_field_are_those_of_the_template_and_are_trained_as_they_stand_if_accepted(
+    reason, content, reasoning
+):
+    messages, tokenizer = [user("harbour"), answer(content, reasoning)], in_blocks("<musing>", "</musing>")
+    with pytest.raises(ConversationError, match=f"^message 1: .* accept {reason} "):
+        encode_samples(messages, tokenizer)
+    (sample,) = encode_samples(messages, tokenizer, accept=reason)
+    assert tokenizer.decode(sample.target_ids) == f"<musing>{reasoning}</musing>{content}</a>"
+
+
+@pytest.mark.parametrize(
+    "own", [("◁think▷", "◁/think▷"), ("[[thought]]\n", "\n[[/thought]]\n"), ("<think depth=3>", "</think>\n<answer>")]
+)
+def test_markers_in_a_field_are_told_in_brackets_of_any_kind(own):
+    opening, closing = (text.strip() for text in own)
+    for reasoning in (f"{opening}2+3{closing}", f"2+3\n{closing}", f"2 {closing} 3"):
+        with pytest.raises(ConversationError, match=f"accept {MARKED}"):
+            encode_samples([user("harbour"), answer("5", reasoning)], in_blocks(*own))
+
+
+def test_reasoning_that_ends_at_no_tag_may_name_tags_and_words():
+    for own in (("<musing>", "</musing>"), ("Thought: ", "\nAnswer: ")):
+        for reasoning in ("so </think> it", "Answer: so", "Thought: so", "it is </b> <i>"):
+            (sample,) = encode_samples([user("harbour"), answer("5", reasoning)], in_blocks(*own))
+            assert in_blocks(*own).decode(sample.target_ids) == f"{own[0]}{reasoning}{own[1]}5</a>"
+
+
+@pytest.mark.parametrize("history", ["template", "content"])
+@pytest.mark.parametrize("name", TRL_TEMPLATES)
+def test_reasoning_that_a_field_and_a_block_both_say_is_said_once(name, history):
+    tokenizer = trl_tokenizer(name)
+    inline = [user("harbour"), answer("<think>\nquartz\n</think>\n\ngranite"), user("lantern"), answer("pebble")]
+    twice = [{**m, "reasoning_content": "quartz\n"} if "think" in m["content"] else m for m in inline]
+    try:
+        expected = encode_samples(inline, tokenizer, history=history)
+    except ConversationError as error:
+        with pytest.raises(type(error)):
+            encode_samples(twice, tokenizer, history=history)
+        return
+    assert encode_samples(twice, tokenizer, history=history) == expected
+    assert (
+        encode_samples([twice[0], {**twice[1], "thinking": "quartz"}, *twice[2:]], tokenizer, history=history)
+        == expected
+    )
+
+
+def test_reasoning_that_is_not_trained_since_thinking_is_off_may_hold_anything():
+    for template, more in (("qwen3", {"enable_thinking": False}), ("qwen3_5_nothink", {})):
+        tokenizer = trl_tokenizer(template)
+        expected = encode_samples([user("harbour"), answer("granite", "quartz")], tokenizer, **more)
+        for reasoning in ("<think>quartz</think>", "quartz</think>", "<think>quartz"):
+            assert encode_samples([user("harbour"), answer("granite", reasoning)], tokenizer, **more) == expected
+    block = [user("harbour"), answer("<think>steel</think>granite", "quartz")]
+    assert encode_samples(block, trl_tokenizer("qwen3_5_nothink")) == expected  # its template takes the block out
+    with pytest.raises(ConversationError, match=DOUBLED):
+        encode_samples(
+            block,
+            with_template(
+                byte_level(),
+                IN_BLOCKS.replace("OPEN", "<think>")
+                .replace("CLOSE", "</think>")
+                .replace("add_generation_prompt %}<a>", "add_generation_prompt %}<a><think></think>"),
+                special=["<a>", "</a>"],
+            ),
+        )
+
+
+def test_each_reason_of_a_message_must_be_accepted():
+    message = answer("a</think>b", "<think>quartz</think>")
+    for accept in ((), UNOPENED, MARKED):
+        with pytest.raises(ConversationError) as error:
+            encode_samples([user("harbour"), message], LLAMA, accept=accept)
+        assert error.value.reason == (MARKED if accept == UNOPENED else UNOPENED)
+    assert encode_samples([user("harbour"), message], LLAMA, accept=[UNOPENED, MARKED])
 
 
 # --- where the prompt opens the block
@@ -245,6 +372,7 @@ def data(tmp_path):
     QWEN.save_pretrained(tmp_path / "model")
     dirt = {UNCLOSED: answer("<think>so"), UNOPENED: answer("a</think>b", "c"), EMPTY: answer("")}
     dirt[STOPPED] = answer("a<|im_end|>b")
+    dirt |= {MARKED: answer("a", "<think>b</think>"), DOUBLED: answer("<think>a</think>b", "c")}
     chats = [[*CHAT, last] for last in (answer("pebble"), *dirt.values(), *dirt.values())]
     path = tmp_path / "chats.jsonl"
     path.write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in chats))

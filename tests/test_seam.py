@@ -242,8 +242,95 @@ def test_a_template_that_throws_dice_is_refused(dice):
         targets(template(answered=ANSWERED + dice))
 
 
-def test_a_name_that_only_sounds_like_dice_is_not():
-    assert targets(template(answered="{% set random = m.random %}" + ANSWERED)) == WHOLE
+@pytest.mark.parametrize(
+    "dice",
+    [
+        "{% set f = 'random' %}{{ [['x', 'y']] | map(f) | first }}",
+        "{{ [['x', 'y']] | map('ran' ~ 'dom') | join }}",
+        "{{ [[['x', 'y']]] | map('map', 'random') | map('first') | first }}",
+        "{% macro pick(way) %}{{ [['x', 'y']] | map(way) | list }}{% endmacro %}{{ pick(['ran', 'dom'] | join) }}",
+        "{% for f in ['first', 'random'] %}{{ [['x', 'y']] | map(f) | list }}{% endfor %}",
+        "{% for f in ['upper', 'random'] %}{% if loop.last %}{{ ['xy'] | map(f) | list }}{% endif %}{% endfor %}",
+        "{% set ns = namespace(way='random') %}{{ ['xy'] | map(ns.way) | list }}",
+        "{{ ['xy'] | map(how | default('random')) | list }}",
+    ],
+)
+def test_dice_by_another_name_are_refused(dice):
+    for place in (
+        template(answered=ANSWERED + dice),
+        template(user="<u>{{ m.content }}</u>" + dice),
+        dice + template(),
+    ):
+        with pytest.raises(TemplateThrowsDice, match=r"draws at random \(the filter random"):
+            targets(place)
+
+
+def test_dice_where_a_block_is_closed_are_refused():
+    block = "{% if m.reasoning_content %}<think>{{ m.reasoning_content }}DICE</think>{% endif %}"
+    source = template(answered=f"<a>{block}{{{{ m.content }}}}</a>", asked="<a><think>")
+    messages = [user("one"), answer("two")]
+    assert targets(source.replace("DICE", ""), messages) == ["</think>two</a>"]
+    for dice in ("{{ ['xy'] | map('ran' ~ 'dom') | first }}", "{{ m.keys }}"):
+        with pytest.raises(TemplateThrowsDice):
+            targets(source.replace("DICE", dice), messages)
+
+
+@pytest.mark.parametrize(
+    "printed",
+    [
+        "{{ ['x'] | map('upper') }}",
+        "{{ 'a:' ~ (['x'] | select) }}",
+        "{{ m.content.strip }}",
+        "{{ [m.keys] | string | upper }}",
+        "{{ namespace(made=['x'] | map('upper')) }}",
+        "{{ cycler('a', 'b') }}",
+        "{{ joiner }}{{ joiner() }}",
+        "{{ dict }}",
+        "{{ '%s' % raise_exception }}",
+        "{{ [strftime_now] | join }}",
+    ],
+)
+def test_an_object_that_is_written_by_its_place_in_memory_is_refused(printed):
+    for place in (template(user="<u>{{ m.content }}</u>" + printed), template(answered=ANSWERED + printed)):
+        with pytest.raises(TemplateThrowsDice, match=r"place in memory, .* (at 0x|AT 0X)"):
+            targets(place)
+
+
+@pytest.mark.parametrize(
+    "innocent",
+    [
+        "{% set random = m.random %}",
+        "{% set lipsum = '' %}{{ lipsum }}",
+        "{{ m.lipsum }}",
+        "{% set f = 'random' %}{{ ['xy'] | map('first') | list | length | replace('1', '') }}",
+        "{% set way = 'random' if m.role == 'nobody' else 'upper' %}{% set x = ['a'] | map(way) | list %}",
+        "{% if m.content is not string %}{{ m.content | map(attribute='text') }}{% endif %}",
+        "{% if m.role == 'tool' %}{{ m.items() | map('random') | join }}{% endif %}",
+    ],
+)
+def test_a_name_that_only_sounds_like_dice_is_not(innocent):
+    assert targets(template(answered=innocent + ANSWERED)) == WHOLE
+
+
+def test_a_namespace_is_written_by_what_it_holds():
+    written = "<think>why</think>two<Namespace {'a': 1}></a>"
+    assert targets(template(answered=ANSWERED.replace("</a>", "{{ namespace(a=1) }}</a>")), CHAT[:2]) == [written]
+
+
+@pytest.mark.parametrize("text", ["<f at 0x7f12ab34>", "it was at 0xdeadbeef", "AT 0X7F", "<a object at 0x7f9> at 0x"])
+def test_places_in_memory_that_somebody_has_said_are_texts(text):
+    messages = [user(text), answer(text, text), user("three"), answer("four", "how")]
+    assert targets(template(), messages)[0] == f"<think>{text}</think>{text}</a>"
+    assert targets(template(asked=text + "<a>", answered=text + ANSWERED))[0] == WHOLE[0]
+    tools = [{"type": "function", "function": {"name": "f", "description": text, "parameters": {}}}]
+    assert targets("{{ tools | tojson }}" + template(), CHAT, tools) == WHOLE
+
+
+def test_the_users_own_renderings_may_draw():
+    tokenizer = own(template(user="<u>{{ m.content }}{{ [m.content] | map('ran' ~ 'dom') | first }}</u>"))
+    with pytest.raises(TemplateThrowsDice):
+        Encoder(tokenizer).encoded(CHAT)
+    assert tokenizer.apply_chat_template(CHAT[:1], tokenize=False)[:7] in ("<u>oneo", "<u>onen", "<u>onee")
 
 
 # --- what a hostile reader found

@@ -1,4 +1,4 @@
-"""Answers that are none: cut off while the model was thinking, stored by halves, or empty.
+"""Answers that are none: cut off while the model was thinking, stored by halves or with their markers, or empty.
 
 Each kind is refused in messages that are trained on, under a reason of its own; who accepts that reason trains the text
 as it is written.
@@ -8,21 +8,24 @@ as it is written.
 (('<think>', '</think>'), None, None)
 >>> unopened("why</think>so", PAIRS), unopened("<think>a</think>b", PAIRS), unopened("<think>a</think>b</think>", PAIRS)
 (('<think>', '</think>'), None, ('<think>', '</think>'))
+>>> [marked(text, PAIRS, "</think>") for text in ("<think>a</think>", "a</think>b", "I say <think> here")]
+['<think>', '</think>', None]
 """
 
 import argparse
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-from flexreason.chat.messages import REASONING_FIELDS, Message
+from flexreason.chat.messages import CLOSE, OPEN, REASONING_FIELDS, Message
 from flexreason.chat.render import ConversationError
 from flexreason.chat.template import KNOWN_MARKERS, Markers, Template
 from flexreason.talk.nearest import did_you_mean
 
 Pair = tuple[str, str]
 
-TAG = re.compile(r"<[^<>\s]+>|\[[^\[\]\s]+\]")
+TAG = re.compile(r"[<\[{◁«]\S*\w\S*[>\]}▷»]")
+"""A name in brackets of some kind, which no sentence begins with."""
 
 
 class UnclosedReasoning(ConversationError):
@@ -31,6 +34,14 @@ class UnclosedReasoning(ConversationError):
 
 class UnopenedReasoning(ConversationError):
     reason = "unopened-reasoning"
+
+
+class MarkedReasoning(ConversationError):
+    reason = "marked-reasoning"
+
+
+class DoubledReasoning(ConversationError):
+    reason = "doubled-reasoning"
 
 
 class EmptyMessage(ConversationError):
@@ -44,6 +55,8 @@ class StopInText(ConversationError):
 REASONS = {
     UnclosedReasoning.reason: "content that begins a reasoning block and never closes it",
     UnopenedReasoning.reason: "content that closes a reasoning block which nothing has opened",
+    MarkedReasoning.reason: "reasoning that holds the markers which are written around it",
+    DoubledReasoning.reason: "content that begins with a reasoning block, beside a field with other reasoning",
     EmptyMessage.reason: "no reasoning, no content and no calls",
     StopInText.reason: "a text that holds the token which stops generation",
 }
@@ -131,29 +144,55 @@ def with_reasoning_before(message: Message, closing: str) -> Message:
     return answer.changed(**{REASONING_FIELDS[0]: reasoning.strip("\n")})
 
 
-def find(message: Message, number: int, pairs: Sequence[Pair]) -> ConversationError | None:
-    """What an answer would be refused for as dirty."""
-    error: type[ConversationError]
-    if pair := unclosed(message.text, pairs):
-        error, words = UnclosedReasoning, f"its content begins with {pair[0]} and never closes it"
-    elif pair := unopened(message.text, pairs):
-        error, words = UnopenedReasoning, f"its content has {pair[1]}, and no {pair[0]} before it, nor has the prompt"
-    elif not (message.functions or (message.reasoning + message.response).strip()):
-        error, words = EmptyMessage, "it has no reasoning, no content and no calls"
-    else:
-        return None
-    return error(f"{words}; mend it, say train: false, or accept {error.reason} (--accept, accept=)", number)
-
-
-def stopped(message: Message, number: int, template: Template) -> ConversationError | None:
-    """What an answer would be refused for that has, within its texts, what ends it."""
-    stops = [stop.text for stop in (template.call_stop if message.functions else template.stop,) if stop]
-    for stop in stops:
-        if any(stop in text for text in message.all_texts):
-            words = f"it has {stop!r} in its text, which stops generation, so that nothing behind it would be generated"
-            reason = StopInText.reason
-            return StopInText(f"{words}; mend it, say train: false, or accept {reason} (--accept, accept=)", number)
+def marked(reasoning: str, pairs: Sequence[Pair], behind: str) -> str | None:
+    """The marker that a reasoning holds as if none were put around it: one that opens a block at its beginning, one
+    that closes a block at its end, or, anywhere, the one that ends it, which stands in what is written `behind` it.
+    Others within a sentence are text."""
+    text = reasoning.strip()
+    for pair in pairs:
+        opening, closing = pair
+        if text.startswith(opening):
+            return opening
+        if closing in text and (closing in behind or (text.endswith(closing) and unopened(text, [pair]))):
+            return closing
     return None
+
+
+def doubled(message: Message, pairs: Sequence[Pair], behind: str) -> str | None:
+    """What opens the block that a content begins with, where a field has reasoning too. Blocks are those that end as
+    the template ends reasoning, and inline ones; others are a form that somebody asked for."""
+    if not (message.fields and message.reasoning.strip()):
+        return None
+    blocks = [*(pair for pair in pairs if pair[1] in behind), (OPEN, CLOSE)]
+    text = message.text.lstrip()
+    begins = _past_blocks(text, blocks)[0] != text
+    return next(opening for opening, _ in blocks if text.startswith(opening)) if begins else None
+
+
+def find(message: Message, number: int, pairs: Sequence[Pair], template: Template) -> Iterator[ConversationError]:
+    """All that an answer would be refused for as dirty."""
+    behind, off = template.markers.close, template.markers.closed_by(template.prompt_end)
+    if pair := unclosed(message.text, pairs):
+        yield _error(UnclosedReasoning, f"its content begins with {pair[0]} and never closes it", number)
+    elif pair := unopened(message.text, pairs):
+        words = f"its content has {pair[1]}, and no {pair[0]} before it, nor has the prompt"
+        yield _error(UnopenedReasoning, words, number)
+    if not off and (marker := marked(message.reasoning, pairs, behind)):  # if thinking is off, no reasoning is trained
+        words = f"its reasoning holds {marker}, which is put around it anyway"
+        yield _error(MarkedReasoning, words, number)
+    if not (off and template.splits_inline) and (opening := doubled(message, pairs, behind)):
+        words = f"it has reasoning in {message.fields[0]}, and its content begins with a block of {opening} too"
+        yield _error(DoubledReasoning, words, number)
+    if not (message.functions or (message.reasoning + message.response).strip()):
+        yield _error(EmptyMessage, "it has no reasoning, no content and no calls", number)
+    stop = template.call_stop if message.functions else template.stop
+    if stop and any(stop.text in text for text in message.all_texts):
+        words = f"it has {stop.text!r} in its text, which stops generation: nothing behind it would be generated"
+        yield _error(StopInText, words, number)
+
+
+def _error(kind: type[ConversationError], words: str, number: int) -> ConversationError:
+    return kind(f"{words}; mend it, say train: false, or accept {kind.reason} (--accept, accept=)", number)
 
 
 def refuse(dirty: Mapping[int, ConversationError], accept: frozenset[str]) -> None:

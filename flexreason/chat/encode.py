@@ -53,8 +53,8 @@ def encode(
     `"content"` takes it out first, as clients do that send back answers only. `turns` chooses turns: "last", or
     their numbers among the assistant messages. `think` is what stands before and behind reasoning, for templates that
     do not render it. `accept` names reasons for which an answer is refused as dirty ("unclosed-reasoning",
-    "unopened-reasoning", "empty-message", "stop-in-text"), and is then trained as it is written. All other options go
-    to the template.
+    "unopened-reasoning", "marked-reasoning", "doubled-reasoning", "empty-message", "stop-in-text"), and is then trained
+    as it is written. All other options go to the template.
 
     >>> from flexreason.load import stand_in
     >>> from flexreason.tree.layout import unmerge
@@ -133,8 +133,8 @@ class Encoder:
     def _template(self, render: Renderer) -> tuple[Template, Turns]:
         key = (render.source, bool(render.tools))
         if key not in self._templates:
-            probing = Renderer(self.tokenizer, [PROBE_TOOL] if render.tools else render.tools, self.options)
-            template = Template(probing, self.think)
+            tools = [PROBE_TOOL] if render.tools else render.tools
+            template = Template(Renderer(self.tokenizer, tools, self.options, probing=True), self.think)
             self._templates[key] = (template, Turns(template))
         return self._templates[key]
 
@@ -177,10 +177,8 @@ class Encoder:
                     asked = in_form[-1].text.rstrip()  # a text that ends in a marker opens nothing
                     if dirt.opened_by(prompt, end, half) and not (asked and prompt.rstrip().endswith(asked)):
                         message = dirt.with_reasoning_before(message, half[1])
-                if number in trained and (
-                    found := dirt.find(message, number, pairs) or dirt.stopped(message, number, template)
-                ):
-                    dirty[number] = found
+                if number in trained and (found := list(dirt.find(message, number, pairs, template))):
+                    dirty[number] = next((error for error in found if error.reason not in self.accept), found[0])
             in_form.append(template.in_form(message))
         dirt.refuse(dirty, self.accept)
         return in_form, {number: found.reason for number, found in dirty.items()}

@@ -176,10 +176,11 @@ def _check_message(number: int, message: Any) -> dict[str, Any]:
                 f"a {role} message has {name}; only assistant messages can have reasoning; leave it out",
                 number,
             )
-    blank = {name for name in fields if not message[name].strip()}
-    inline = _inline_block(_text_of(message)) if blank else None
-    if len(blank) < len(fields) or (inline and inline[0].strip()):  # the reasoning stands elsewhere
-        message = {key: value for key, value in message.items() if key not in blank}
+    inline = _inline_block(_text_of(message)) if fields else None
+    block = inline[0].strip() if inline else ""
+    said = {name for name in fields if message[name].strip() in ("", block)}  # nothing, or what the block says too
+    if len(said) < len(fields) or block:  # the reasoning stands elsewhere
+        message = {key: value for key, value in message.items() if key not in said}
     if message.get("tool_calls"):
         if role != "assistant":
             raise BadMessage(

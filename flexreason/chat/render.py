@@ -1,18 +1,20 @@
 """A chat template as a function from messages to text, rendered safely.
 
 Templates come from strangers. They are rendered by `tokenizer.apply_chat_template`, that is, in the sandbox that
-transformers uses, and never in plain jinja. Around it stand three guards: the clock is frozen, so that all samples
-of a conversation bear one date; a template that runs too long or takes too much memory is stopped; text beyond a
-size is refused. What goes wrong is raised as one of the `ConversationError`s below, in the template's own words.
+transformers uses, and never in plain jinja. Around it stand four guards: the clock is frozen, so that all samples
+of a conversation bear one date; what would come out otherwise the next time is refused; a template that runs too long
+or takes too much memory is stopped; text beyond a size is refused. What goes wrong is raised as one of the
+`ConversationError`s below, in the template's own words.
 """
 
 import contextvars
 import inspect
+import re
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import datetime
-from functools import lru_cache
+from functools import lru_cache, wraps
 from types import MappingProxyType
 from typing import Any
 
@@ -36,6 +38,9 @@ OTHER = "; set tokenizer.chat_template to another one"
 
 ALONE = "; say train: false in this message, or set tokenizer.chat_template to another one"
 """What can be done about a message that a template does not take apart."""
+
+ADDRESS = re.compile(r" at 0x[0-9a-f]+", re.IGNORECASE)
+"""How Python writes an object that has no text of its own: a function, or a filter's result that is no list yet."""
 
 MEND = "; change the message to what the template takes, or leave the conversation out"
 """What can be done where a template raises: by its own words, as it means to."""
@@ -103,6 +108,10 @@ class TokenBoundary(ConversationError):
 _NOW: contextvars.ContextVar[datetime | None] = contextvars.ContextVar("flexreason_now", default=None)
 
 
+_DRAWN: contextvars.ContextVar[str] = contextvars.ContextVar("flexreason_drawn", default="")
+"""What a rendering drew at random with."""
+
+
 @contextmanager
 def frozen_clock(at: datetime | None = None) -> Iterator[None]:
     """Within it every rendering sees one moment; the outermost one counts."""
@@ -121,12 +130,15 @@ class Renderer:
     """One tokenizer's template with tools and options: messages to text.
 
     `plain(messages, prompt)` may raise whatever apply_chat_template raises; `__call__` raises ConversationErrors only.
+    With `probing`, texts may be others the next time: what a template does with a probe need not occur with messages.
     """
 
-    def __init__(self, tokenizer: Any, tools: list[Any] | None, options: dict[str, Any]) -> None:
+    def __init__(
+        self, tokenizer: Any, tools: list[Any] | None, options: dict[str, Any], *, probing: bool = False
+    ) -> None:
         if taken := sorted(OURS & set(options)):
             raise ConversationError(f"{taken[0]} is not an option of the template, and encode decides it; leave it out")
-        self.tokenizer, self.tools, self.options = tokenizer, tools, options
+        self.tokenizer, self.tools, self.options, self.probing = tokenizer, tools, options, probing
         self.source = template_source(tokenizer, tools, options)
         self.n_calls, self.seconds = 0, 0.0
         _check_source(self.source)
@@ -137,7 +149,7 @@ class Renderer:
     def __call__(self, messages: Messages, prompt: bool, blame: int | None = None) -> str:
         """The text; errors blame message `blame`, or the first with which the rendering fails."""
         try:
-            return self.plain(messages, prompt)
+            return self._once_for_all(messages, prompt)
         except ConversationError:
             raise
         except Exception as error:
@@ -166,10 +178,28 @@ class Renderer:
             )
         return text
 
+    def _once_for_all(self, messages: Messages, prompt: bool) -> str:
+        """The text, which would be the same the next time; or, of a probe, any."""
+        _DRAWN.set("")
+        text = self.plain(messages, prompt)
+        if not self.probing and (drawn := _DRAWN.get() or self._address(text, messages)):
+            raise _throws_dice(drawn)
+        return text
+
+    def _address(self, text: str, messages: Messages) -> str | None:
+        """That a text has an object's place in memory which nobody has said; None if it has not."""
+        if not any(sign in text for sign in (" at 0x", " AT 0X", " At 0X")):
+            return None
+        said = str((messages, self.tools, self.options, self.source)).lower()
+        own = next((found for found in ADDRESS.finditer(text) if found.group().lower() not in said), None)
+        if own is None:
+            return None
+        return f"it writes an object by its place in memory, {text[max(0, own.start() - 30) : own.end()]!r}"
+
     def attempt(self, messages: Messages, prompt: bool) -> str | None:
         """The text, or None where the template raises."""
         try:
-            return self.plain(messages, prompt)
+            return self._once_for_all(messages, prompt)
         except ConversationError:
             raise
         except Exception:
@@ -223,10 +253,8 @@ def _check_source(source: str) -> None:
         where = f", line {line}" if line else ""
         raise NoTemplate(f"the chat template is no valid jinja{where}: {_words(error)}{OTHER}") from error
     if drawn := _dice(source):
-        raise TemplateThrowsDice(
-            f"the chat template draws at random ({drawn}): each rendering is another one, and there is no telling what "
-            "inference will see; set tokenizer.chat_template to one without it"
-        )
+        raise _throws_dice(drawn)
+    compiled.environment.filters["random"], compiled.globals["lipsum"] = _noted_dice()
     # not handed in as a variable: transformers makes plain data of variables, and functions are none
     compiled.globals["strftime_now"] = _strftime_now
 
@@ -248,15 +276,38 @@ def _variables(source: str) -> frozenset[str]:
 
 @lru_cache(maxsize=64)
 def _dice(source: str) -> str | None:
-    """What in a template's syntax tree draws at random: the filter, by name or handed to another one, or lipsum()."""
+    """What a template draws at random with, as far as its text names it: so it is refused whatever is rendered."""
     from jinja2 import nodes
 
-    tree = _compiled(source).environment.parse(source)
-    for filter in tree.find_all(nodes.Filter):
-        arguments = [argument.value for argument in filter.args if isinstance(argument, nodes.Const)]
-        if filter.name == "random" or (filter.name == "map" and arguments[:1] == ["random"]):
-            return "the filter random"
-    return "lipsum()" if any(name.name == "lipsum" for name in tree.find_all(nodes.Name)) else None
+    filters = _compiled(source).environment.parse(source).find_all(nodes.Filter)
+    if any(filter.name == "random" for filter in filters):
+        return "the filter random"
+    return "lipsum()" if "lipsum" in _variables(source) else None
+
+
+@lru_cache(maxsize=1)
+def _noted_dice() -> tuple[Any, Any]:
+    """The filter random and lipsum() as all templates have them, which leave word that they were called: by whatever
+    name, and in the user's own renderings too, which may draw."""
+    from jinja2.defaults import DEFAULT_FILTERS, DEFAULT_NAMESPACE
+
+    return _noted(DEFAULT_FILTERS["random"], "the filter random"), _noted(DEFAULT_NAMESPACE["lipsum"], "lipsum()")
+
+
+def _noted(draw: Any, name: str) -> Any:
+    @wraps(draw)
+    def noted(*args: Any, **kwargs: Any) -> Any:
+        _DRAWN.set(name)
+        return draw(*args, **kwargs)
+
+    return noted
+
+
+def _throws_dice(drawn: str) -> TemplateThrowsDice:
+    return TemplateThrowsDice(
+        f"the chat template draws at random ({drawn}): each rendering is another one, and there is no telling what "
+        "inference will see; set tokenizer.chat_template to one without it"
+    )
 
 
 def function_tools(tools: Any) -> list[Any] | None:
