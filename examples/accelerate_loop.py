@@ -1,13 +1,15 @@
 """A loop of your own under accelerate, on any number of processes: every turn of every conversation in one pass.
 
     python examples/accelerate_loop.py MODEL DATA OUTPUT
-    torchrun --nproc-per-node 2 examples/accelerate_loop.py MODEL DATA OUTPUT
+    torchrun --nproc-per-node 2 examples/accelerate_loop.py MODEL DATA OUTPUT  # without GPUs: ACCELERATE_USE_CPU=true
 
 MODEL is a name or a folder, DATA a JSONL of {"messages": [...]}, OUTPUT where the trained model goes. Three lines are
-not those of any other loop; they are numbered.
+not those of any other loop; they are numbered. Accumulation is the loop's own, since what Accelerator divides by with
+`gradient_accumulation_steps=K` would come on top.
 """
 
 import json
+import os
 import sys
 from contextlib import nullcontext
 
@@ -54,7 +56,9 @@ def train(accelerator, model, rows, optimizer):
 
 
 def main(name, data, output):
-    accelerator = Accelerator()
+    accelerator = Accelerator()  # mixed_precision="bf16" on GPUs
+    if accelerator.num_processes != int(os.environ.get("WORLD_SIZE", 1)):
+        sys.exit("each process would train by itself; without a GPU say ACCELERATE_USE_CPU=true before torchrun")
     tokenizer = AutoTokenizer.from_pretrained(name)
     model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
     with open(data, encoding="utf-8") as lines:
@@ -63,7 +67,8 @@ def main(name, data, output):
     documents = [part for layout in layouts for part in fr.split(layout, LENGTH).parts]  # nothing is cut
     rows = fr.Rows(documents, LENGTH, epochs=EPOCHS, multiple=ROWS_PER_STEP)
     train(accelerator, model, rows, torch.optim.AdamW(model.parameters(), LEARNING_RATE, weight_decay=0.0))
-    if accelerator.is_main_process:
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:  # DDP trains the model itself; for FSDP see Accelerator.get_state_dict
         model.save_pretrained(output)
         tokenizer.save_pretrained(output)
     accelerator.end_training()

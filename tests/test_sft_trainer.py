@@ -8,12 +8,13 @@ import re
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import datasets
 import peft
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, TrainerCallback
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, TrainerCallback, default_data_collator
 from trl import SFTConfig, SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
@@ -38,6 +39,8 @@ from training import (
     write_data,
     write_model,
 )
+
+ROOT = Path(__file__).parents[1]
 
 STEPS = 20
 TOKENIZER = stand_in(TEMPLATE)
@@ -335,8 +338,37 @@ def test_what_contradicts_rows_is_refused_by_name(name, conversations, tmp_path)
         fr.RowSFTTrainer(**given, **others)
 
 
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (
+            {"train_dataset": "chats.jsonl"},
+            r"train_dataset: expected a data set, .*load_dataset\(.json., data_files=.chat",
+        ),
+        ({"eval_dataset": "chats.jsonl"}, "eval_dataset: expected a data set, found the text 'chats.jsonl'"),
+        (
+            {"train_dataset": datasets.DatasetDict(train=datasets.Dataset.from_list([]))},
+            "found several by name.*'train'",
+        ),
+        ({"tokenizer": TOKENIZER}, "tokenizer: .*give processing_class=tokenizer"),
+        (
+            {"data_collator": DataCollatorForLanguageModeling(pad_token_id=0)},
+            "ForLanguageModeling makes no rows; leave",
+        ),
+        ({"data_collator": default_data_collator}, "default_data_collator makes no rows; leave it out"),
+    ],
+)
+def test_what_is_no_data_set_and_makes_no_rows_is_told_when_the_trainer_is_made(given, words, conversations, tmp_path):
+    given = {"train_dataset": conversations, "processing_class": TOKENIZER, **given}
+    with pytest.raises(ValueError, match=words):
+        fr.RowSFTTrainer(model_of(), arguments(tmp_path), **given)
+
+
 def test_a_collator_that_makes_no_rows_is_refused_in_words(conversations, tmp_path):
-    collator, data = DataCollatorForLanguageModeling(pad_token_id=0), KINDS["encoded table"](conversations)
+    def collator(items):
+        return {"input_ids": torch.zeros(1, 3)}
+
+    data = KINDS["encoded table"](conversations)
     trainer = fr.RowSFTTrainer(model_of(), arguments(tmp_path), collator, data, processing_class=TOKENIZER)
     with pytest.raises(ValueError, match=r"data_collator: expected one that makes a row, such as fr.Collator\(\)"):
         trainer.train()
@@ -444,6 +476,37 @@ def test_every_worker_of_a_loader_gives_its_share_of_an_iterable(conversations):
     stream, _ = encode_set(Again(conversations), fr.EntryEncoder(TOKENIZER))
     loader = torch.utils.data.DataLoader(stream, batch_size=None, num_workers=2)
     assert sorted(json.dumps(entry) for entry in loader) == sorted(map(json.dumps, conversations))
+
+
+@pytest.mark.parametrize("kind", ["table", "list"])
+def test_a_conversation_that_is_longer_than_a_row_is_told_when_the_trainer_is_made(kind, conversations, tmp_path):
+    def made(length):
+        return fr.RowSFTTrainer(
+            model=model_of(),
+            args=arguments(tmp_path),
+            data_collator=fr.Collator(length),
+            train_dataset=KINDS[kind](conversations),
+            processing_class=TOKENIZER,
+        )
+
+    longest = max(map(len, layouts_of(conversations)))
+    assert made(-(-longest // 128) * 128).train_dataset
+    with pytest.raises(ValueError, match=r"a tree of \d+ tokens, in rows of 128; use longer rows, or fr.split it"):
+        made(128)
+
+
+def test_the_page_on_long_conversations_makes_rows_of_one_length(conversations, tmp_path):
+    """Every target is in one of the rows, once an epoch."""
+    [block] = re.findall(r"```python\n(encode = .*?)```", (ROOT / "docs" / "howto" / "long.md").read_text(), re.S)
+    assert block.count("8192") == 3
+    given = {"fr": fr, "SFTConfig": lambda output_dir, **more: arguments(tmp_path, **{"max_steps": -1, **more})}
+    given |= {"tokenizer": TOKENIZER, "data": conversations, "model": fr.patch(model_of())}
+    exec(block.replace("8192", "256"), given)
+    assert any(len(layout) > 256 for layout in layouts_of(conversations)), "some are split"
+    targets = [sum(len(part.target_ids) for part in given["rows"][row]) for row in range(len(given["rows"]))]
+    assert sum(targets) == 2 * sum(len(layout.target_ids) for layout in layouts_of(conversations))
+    given["trainer"].train()
+    assert given["trainer"].state.global_step == len(given["rows"]) // 4
 
 
 # --- the script of its docstring, and what it needs

@@ -54,6 +54,9 @@ CONTRADICTIONS = {
 class RowSFTTrainer(RowTraining, SFTTrainer):
     """trl's SFTTrainer for rows: all turns of a conversation in one pass, with the gradients of one sample a turn.
 
+    A *turn* is an assistant message. Its *sample* is what inference would see before it, and itself as target. The
+    samples of a conversation are merged into a *tree* (`fr.Layout`), and the trees of a batch stand in one *row*.
+
     Write what you would write for SFTTrainer, and give it conversations as they are:
 
         import flexreason as fr
@@ -68,7 +71,7 @@ class RowSFTTrainer(RowTraining, SFTTrainer):
             args=SFTConfig(
                 output_dir="runs/sft",  # without a GPU also use_cpu=True
                 num_train_epochs=2,
-                per_device_train_batch_size=4,  # conversations in a row
+                per_device_train_batch_size=4,  # so many conversations are one row, however long they are
                 gradient_accumulation_steps=4,
                 learning_rate=1e-4,
                 eval_strategy="epoch",
@@ -109,25 +112,37 @@ class RowSFTTrainer(RowTraining, SFTTrainer):
     `quantization_config=BitsAndBytesConfig(load_in_4bit=True, ...)` beside a name, or a model that was loaded so.
 
     **Data.** Conversations in any form that `fr.EntryEncoder` takes (messages, ShareGPT, prompt and completion, each
-    with `tools` and `chat_template_kwargs` beside it), or layouts: a `datasets` set, a stream, a list, an iterable, or
-    `fr.Rows(layouts, length)` for full rows of one length. `eval_dataset` takes the same, or names with such.
-    Every assistant message is a turn, with its reasoning (`reasoning_content`), and each sees the history that the
-    chat template shows it at inference. Nothing is cut. A conversation that cannot be encoded exactly stops the
-    constructor with all of them named, or is left out with `skip_invalid=True`; of a stream the first one stops
-    training. `max_length`, where it is not trl's default, refuses conversations with longer samples.
+    with `tools` and `chat_template_kwargs` beside it; other columns are left alone), or layouts: a `datasets` set, a
+    stream, a list, an iterable, or `fr.Rows(layouts, length)`. `eval_dataset` takes the same, or names with such.
+    Every assistant message is trained, with its reasoning (`reasoning_content`), in the history that the chat template
+    shows it at inference; `"train": false` in a message makes it history only. An answer without reasoning is trained
+    as the template has it, with an empty block where that writes one. `flexreason show` shows what is trained.
+    Nothing is cut. A conversation that cannot be encoded exactly stops the constructor with all of them named, or is
+    left out with `skip_invalid=True`; of a stream the first one stops training.
+
+    **Length and memory.** A row is as long as its conversations: for less memory take fewer of them a row and more
+    `gradient_accumulation_steps`. For full rows of one length, into which long conversations are split:
+
+        layouts = [fr.EntryEncoder(tokenizer)(conversation) for conversation in data]
+        parts = [part for layout in layouts for part in fr.split(layout, 8192).parts]
+        rows = fr.Rows(parts, 8192, epochs=2, multiple=4)  # multiple: gradient_accumulation_steps x processes
+        # train_dataset=rows, data_collator=fr.Collator(8192), num_train_epochs=1: rows holds all epochs
+
+    `max_length` refuses conversations with longer samples, unless it is 1024: that is trl's default, which cannot be
+    told from one that you give. Precision and checkpointing are those of SFTConfig.
 
     **A step** is the mean over all its targets, whatever rows, accumulation and processes they fall on.
 
     **Logs.** `loss_reasoning`, `loss_response` and tokens a second, of trees and of the samples they stand for.
     Evaluation is the mean over all targets: `eval_loss`, `eval_loss_reasoning`, `eval_loss_response`,
-    `eval_loss_turn_0` and so on, `eval_targets`.
+    `eval_loss_turn_0` to `_7` and `_8_on` (turns that are trained, counted), `eval_targets`.
 
     **Set by itself**: `remove_unused_columns`, `dispatch_batches`, `dataset_kwargs`, the collator. The loss is on
-    answers only, so `assistant_only_loss` and `completion_only_loss` are as good as True.
+    answers only, whatever `assistant_only_loss` says.
 
     **Refused by name**: `packing`, `eval_packing`, `padding_free`, `use_liger_kernel`, `loss_type="dft"`,
     `completion_only_loss=False`, `label_smoothing_factor`, `neftune_noise_alpha`, `router_aux_loss_coef` (0 here),
-    `formatting_func`, `compute_loss_func`, `compute_metrics`, and collators that make no rows.
+    `formatting_func`, `compute_loss_func`, `compute_metrics`, and the collators of transformers and trl.
 
     Args:
         model: A name or a model.
@@ -136,8 +151,8 @@ class RowSFTTrainer(RowTraining, SFTTrainer):
         train_dataset: Conversations or layouts.
         eval_dataset: The same, or several by name.
         processing_class: The tokenizer, if it is not the model's.
-        encode: `fr.EntryEncoder(tokenizer, ...)`, for its options (`history`, `turns`, `accept`, those of the chat
-            template); `fr.EntryEncoder(tokenizer)` if not given.
+        encode: `fr.EntryEncoder(tokenizer, ...)`, for its options: `turns="last"` trains on last turns only,
+            `accept="..."` takes dirty answers, others go to the chat template (`enable_thinking=False`).
         skip_invalid: Go on without conversations that are refused, and tell of them.
         **others: As SFTTrainer's: `peft_config`, `quantization_config`, `callbacks`, `optimizers`, ...
     """
