@@ -5,6 +5,7 @@ comes out is where the template puts that text; what stands around it is the tem
 """
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -156,13 +157,29 @@ class Template:
         """The reasoning fields that the template renders in the last message."""
         texts = {name: self.probe([user(USER), assistant(ANSWER, **{name: THOUGHT})]) for name in REASONING_FIELDS}
         shown = tuple(name for name, text in texts.items() if text is not None and THOUGHT in text)
-        return shown or tuple(name for name in REASONING_FIELDS if self._shown_with_call(name))
+        return shown or tuple(name for name in REASONING_FIELDS if self._around_reasoning(name))
 
-    def _shown_with_call(self, field: str) -> str | None:
-        """A call behind a text and reasoning, where the template shows all three in this order."""
+    def _around_reasoning(self, field: str) -> tuple[str, str] | None:
+        """What the template writes between the user's text and reasoning, and behind that: before an answer, else
+        before an answer with a call, else before a call alone, less what the call itself begins with."""
         form = "string" if self.argument_form == "string" else "object"
-        text = self.probe([user(USER), calling(form, value=AGAIN, content=ANSWER, **{field: THOUGHT})]) or ""
-        return text if 0 <= text.rfind(USER) < text.find(THOUGHT) < text.find(ANSWER) < text.find(AGAIN) else None
+        call_alone = calling(form)
+        for message in (assistant(ANSWER), calling(form, value=AGAIN, content=ANSWER), call_alone):
+            head = self._before_answer(message, {field: THOUGHT})
+            if head.count(THOUGHT) != 1 or AGAIN in head:
+                continue
+            before, behind = head.split(THOUGHT)
+            if message is not call_alone:
+                return before, behind
+            call = self._before_answer(message).removeprefix(self._before_answer(assistant(ANSWER)))
+            return (before, behind.removesuffix(call)) if call and behind.endswith(call) else None
+        return None
+
+    def _before_answer(self, message: dict[str, Any], more: Mapping[str, Any] | None = None) -> str:
+        """What stands between the user's text and ANSWER in a message, with `more` said in it."""
+        asked, taken = self.take([user(USER), message])
+        text = self.probe([asked, {**taken, **(more or {})}]) or ""
+        return text.rpartition(USER)[2].partition(ANSWER)[0] if 0 <= text.rfind(USER) < text.find(ANSWER) else ""
 
     @cached_property
     def splits_inline(self) -> bool:
@@ -199,21 +216,14 @@ class Template:
         return Markers("<think>\n", "\n</think>\n\n", "text")
 
     def _shown_markers(self) -> Markers | None:
-        if not self.fields:
+        if not self.fields or not (around := self._around_reasoning(self.fields[0])):
             return None
-        with_ = self.probe(self.take([user(USER), assistant(ANSWER, **{self.fields[0]: THOUGHT})]))
-        if with_ is None or not 0 <= with_.rfind(USER) < with_.find(THOUGHT) < with_.find(ANSWER):
-            with_ = self._shown_with_call(self.fields[0])
-        if with_ is None:
-            return None
-        head = with_[with_.rfind(USER) + len(USER) : with_.find(THOUGHT)]
+        head, close = around
         closed = (self.probe(self.take([user(USER)])) or "").rpartition(USER)[2]
-        bare = self.probe(self.take([user(USER), assistant(ANSWER)])) or ""
-        plain = bare.rpartition(USER)[2].partition(ANSWER)[0]
+        plain = self._before_answer(assistant(ANSWER))
         header = plain if plain and head.startswith(plain) else head
         seam = find_seam(self.prompt_end, header, closed, "", self.added)
         opening = head[seam.end :] if seam else ""
-        close = with_[with_.find(THOUGHT) + len(THOUGHT) : with_.find(ANSWER)]
         if not opening.strip():  # the prompt opens the block itself
             word = re.search(r"(<[^<>\s]+>|\[[^\[\]\s]+\])\s*$", head)
             opening = head[len(header) :] or (word.group(0) if word else opening)
