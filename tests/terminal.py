@@ -6,6 +6,7 @@ import select
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,7 +78,8 @@ def interrupted(words, imported):
         text=True,
         start_new_session=True,
     )
-    errors = ""
+    errors, late = "", threading.Timer(120, os.killpg, (process.pid, signal.SIGKILL))
+    late.start()  # for a command that hangs
     with process.stderr as lines:
         for line in lines:
             if not line.startswith("import time:"):
@@ -85,6 +87,7 @@ def interrupted(words, imported):
             elif line.rpartition("|")[2].strip() == imported:
                 os.killpg(process.pid, signal.SIGINT)
     code = process.wait(120)
+    late.cancel()
     assert is_empty(process.pid)
     return Told(code, errors)
 

@@ -100,7 +100,7 @@ def assert_true(left, run):
     if named := re.fullmatch(r"the same command goes on from (run/checkpoints/checkpoint-\d+)", left):
         assert whole[-1] == run.parent / named[1]
         assert not list(run.glob("model"))
-    elif left.startswith("this run was finished before"):
+    elif left.startswith("this run is finished"):
         assert (run / "model" / "model.safetensors").exists()
     else:
         assert left.startswith("no checkpoint is there yet, and the same command begins anew") or left == NOTHING_KEPT

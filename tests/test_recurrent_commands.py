@@ -49,7 +49,7 @@ def test_verify_finds_a_hybrid_exact_on_its_own_data(hybrid, capsys):
 def test_bench_times_a_hybrid_beside_its_samples(hybrid, capsys):
     model, data = hybrid
     ways = ("--ways", "one-by-one", "one-pass", "--repeats", "1")
-    found = printed(capsys, "bench", model, "--data", data, "--tokens", "512", *ways)
+    found = printed(capsys, "bench", model, "--data", data, "--length", "512", *ways)
     samples, one_pass = found["ways"]
     assert found["ok"]
     assert one_pass["loss"] == pytest.approx(samples["loss"], rel=1e-5)

@@ -131,7 +131,7 @@ def _yours(options: argparse.Namespace, width: int) -> int:
     if not shown:
         of_data.refuse_none(options)
     refused = [scene for scene in shown if isinstance(scene, RefusedScene)]
-    if len(refused) == len(shown):
+    if len(refused) == len(shown) and not options.json:
         first = refused[0]
         words = first.words
         raise ValueError(f"{first.where}: refused, {first.reason}: {words}")

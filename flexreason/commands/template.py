@@ -106,7 +106,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("tokenizer", metavar="TOKENIZER_OR_JINJA", help="a tokenizer's folder, file or name; or .jinja")
     of_data.add_encoding(parser)
     of_data.add_source(parser)
-    of_data.add_conversation(parser, "the one of --data that is shown; the first if not given: N")
+    of_data.add_conversation(parser, "which of --data is shown, the first if not given")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 

@@ -280,8 +280,10 @@ class _Workers(ProcessPoolExecutor):
 
     def __exit__(self, kind: type[BaseException] | None, *about: Any) -> bool | None:
         if kind is not None:
-            # one may end within a result, whose reader waits for the rest as long as anybody could write it: we could
+            # one may end within a result or a task, and whoever is at the other end of that pipe waits for the rest as
+            # long as anybody could write it, or read it: we could
             cast(Any, self)._result_queue._writer.close()
+            cast(Any, self)._call_queue._reader.close()
             for process in dict(self._processes or {}).values():
                 process.terminate()
         return super().__exit__(kind, *about)

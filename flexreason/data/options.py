@@ -91,16 +91,20 @@ def check(options: argparse.Namespace, of_data: Iterable[str] = OF_DATA) -> None
 def check_outputs(options: argparse.Namespace, names: Iterable[str]) -> None:
     """Refuse files that cannot be written, before all the work and not after it; and those by which data would be lost,
     or become others."""
+    taken: set[Path] = set()
     for name in names:
-        path: Path | None = getattr(options, name)
-        if path is None:
+        if (path := getattr(options, name)) is None:
             continue
+        path = Path(path).resolve()  # a link is not to be removed
+        if path in taken:
+            raise ValueError(f"--{name}: {path} is named twice; give another file")
+        taken.add(path)
         if not path.parent.is_dir():
             raise ValueError(f"--{name}: there is no folder {path.parent}; make it first")
         for source in map(Path, options.data or ()):
-            if path.resolve() == source.resolve():
+            if path == source.resolve():
                 raise ValueError(f"--{name}: {path} holds the data, and would be written over; give another file")
-            if path.suffix.lower() in FILES and source.is_dir() and source.resolve() in path.resolve().parents:
+            if path.suffix.lower() in FILES and source.is_dir() and source.resolve() in path.parents:
                 raise ValueError(f"--{name}: {path} is inside the data, {source}; give a file elsewhere")
         if path.exists() and not path.is_file() and not path.is_dir():
             continue  # a pipe, or a device

@@ -261,7 +261,7 @@ def what_is_left(settings: Settings) -> str:
     except ValueError:
         return f"{folder} is as it was"
     if finished:
-        return f"this run was finished before; its model is in {folder / 'model'}"
+        return f"this run is finished; its model is in {folder / 'model'}"
     if whole := whole_checkpoints(folder / "checkpoints"):
         return f"the same command goes on from {whole[-1]}"
     encoded = any(folder.glob("data/*/prepared.json"))

@@ -286,12 +286,10 @@ def _refuse_data(**given: Any) -> None:
             f"RowSFTTrainer: train_dataset: expected one data set, found several by name; give one: {names}"
         )
     collator = given["data_collator"]
-    made_by = getattr(collator, "__module__", "").partition(".")[0]
+    made_by = (getattr(collator, "__module__", None) or "").partition(".")[0]
     if made_by in ("transformers", "trl", "torch"):
         name = getattr(collator, "__name__", type(collator).__name__)
-        raise ValueError(
-            f"RowSFTTrainer: data_collator: {name} makes no rows; leave it out, or give fr.Collator(length)"
-        )
+        raise ValueError(f"RowSFTTrainer: data_collator: {name} makes no rows; leave it out")
 
 
 def _default(name: str) -> Any:

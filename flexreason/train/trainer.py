@@ -213,8 +213,8 @@ class RowTraining(Base):
             self._evaluated.put(self._over_ranks(self._evaluated.all()))
             if "loss" not in (losses := self._evaluated.losses()) and self._evaluated.n_targets:
                 raise ValueError(
-                    "RowTrainer: the target weights of what is evaluated sum to 0 or less, which gives no mean; "
-                    "use weights above 0"
+                    f"{type(self).__name__}: the target weights of what is evaluated sum to 0 or less, which gives no "
+                    "mean; use weights above 0"
                 )
             output.metrics.update({f"{prefix}_{name}": value for name, value in losses.items()})
             output.metrics[f"{prefix}_targets"] = self._evaluated.n_targets
@@ -233,8 +233,8 @@ class RowTraining(Base):
             loss = model(**inputs, num_items_in_batch=1, **{REQUEST: request}).loss
         if request.logprobs is None:
             raise ValueError(
-                "RowTrainer: the loss was replaced, so evaluation cannot tell targets apart; use the model's own "
-                "loss to evaluate"
+                f"{type(self).__name__}: the loss was replaced, so evaluation cannot tell targets apart; use the "
+                "model's own loss to evaluate"
             )
         self._evaluated.add(inputs, request.logprobs)
         return loss.detach(), None, None
