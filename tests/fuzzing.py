@@ -7,7 +7,7 @@ PIECES = [
     '<|im_start|>assistant\n', '<|im_end|>\n', '<|end|>', '<|eot|>', '</s>', '<tool_call>', '</tool_call>',
     '<|user|>', '<end_of_turn>', 'yes', 'no', 'the answer is 12', 'assistant', '{{ messages }}', '{% raw %}',
     '🙂', '漢字', 'é', 'e\u0301', '\xa0', '\t', "'s", '"', '\\', '{"a": 1}', "a" * 300, 'zQ7xVkKmark', '1',
-    ' 2 ', '.', '[INST]', '<bos>',
+    ' 2 ', '.', '[INST]', '<bos>', 'music', 'linux', 'her', 'be',
 ]  # fmt: skip
 
 

@@ -20,11 +20,12 @@ from flexreason.data.figures import shape_of
 from flexreason.model import refuse
 from flexreason.proof import oracle, selftest
 from flexreason.proof.compare import by_samples, compare, one_pass
-from flexreason.proof.float64 import in_float64, saved_bytes, true_float64
+from flexreason.proof.float64 import in_float64, relative_l2, saved_bytes, true_float64
 from flexreason.proof.tiny import build, default_config, shrink
 from flexreason.recurrent import entries, kernels
 from flexreason.recurrent import scans as ours
 from flexreason.recurrent.convolution import beginnings, convolve
+from flexreason.recurrent.decay import decayed
 from flexreason.recurrent.plan import best_cuts, plan_of
 from flexreason.tree.layout import Layout
 from models import checkpoint
@@ -224,6 +225,24 @@ def test_only_the_beginnings_of_chains_are_computed_anew():
     first = beginnings(plan_of(tree), 3)
     assert first.stored.shape == (7, 6)
     assert len(first.token) == 7 * 3
+
+
+def test_behind_a_token_that_forgets_much_decays_keep_their_digits():
+    """In single precision, against the state written out in double."""
+    torch.manual_seed(0)
+    q, k = torch.randn(2, 1, 256, 1, 8, dtype=torch.float64)
+    v = torch.randn(1, 256, 1, 2, 8, dtype=torch.float64)
+    decay = -0.01 * torch.rand(1, 256, 1, 2, dtype=torch.float64)
+    decay[:, ::50] = -2000
+    state, expected = torch.zeros(1, 1, 8, 2, 8, dtype=torch.float64), []
+    for token in range(256):
+        written = torch.einsum("bgd,bgre->bgdre", k[:, token], v[:, token])
+        state = state * decay[:, token, :, None, :, None].exp() + written
+        expected.append(torch.einsum("bgd,bgdre->bgre", q[:, token], state))
+    given = (x.float() for x in (q, k, v, decay))
+    found, last = decayed(*given, None, chunk=256)
+    assert relative_l2([found], [torch.stack(expected, 1)]) < 2e-6
+    assert relative_l2([last], [state]) < 2e-6
 
 
 # ---- whole models

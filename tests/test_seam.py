@@ -452,6 +452,47 @@ def test_a_template_that_loses_something_of_an_argument_is_refused(how, argument
         with_arguments(how, calling(("f", arguments)))
 
 
+def test_an_argument_is_not_found_in_what_is_said_beside_the_call():
+    some = "{% if v is string %}{{ k }}={{ v }},{% endif %}"
+    for said in ({"reasoning_content": "I take 3 results"}, {"content": "3 results of f"}):
+        messages = calling(("f", {"k": "x", "n": 3}))
+        messages[1] |= said
+        with pytest.raises(NotRendered, match=r"message 1: .* tool call's argument n=3"):
+            with_arguments(some, messages)
+
+
+def test_an_argument_is_not_found_in_a_tag():
+    for value in ("a", "Paris", 3):
+        with pytest.raises(NotRendered, match=r"message 1: .* tool call's arguments"):
+            with_arguments("{% if k == 'k' %}{{ v }}{% endif %}", calling(("f", {"k": "Paris", "unit": value})))
+    taught = [*calling(("f", {"k": "Paris"})), *calling(("f", {"k": "Paris", "unit": "a"}))]
+    with pytest.raises(NotRendered, match=r"message 3: .* tool call's argument"):
+        with_arguments("{% if k == 'k' %}{{ v }}{% endif %}", taught)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"place": {"city": "Rome", "zip": None}},
+        {"filter": {"name": ""}},
+        {"schema": {"properties": {}}},
+        {"row": [None, None], "v": ["", ""]},
+        {"code": "if x:\n\treturn 'a\\n'"},
+        {"list": ["a\u00a0b", "\U0001f469\u200d\U0001f4bb"]},
+    ],
+)
+@pytest.mark.parametrize(
+    "how",
+    [
+        "{{ c.function.arguments | tojson }}",
+        "{{ k }}={{ v | string }};",
+        "{{ k }}='{{ v | string | replace('\\\\', '\\\\\\\\') | replace(\"'\", \"\\\\'\") | replace('\\n', '\\\\n') }}';",
+    ],
+)
+def test_arguments_within_arguments_and_half_escaped_are_not_lost(how, arguments):
+    assert with_arguments(how, calling(("f", arguments)))
+
+
 def test_an_argument_is_not_lost_by_what_other_messages_taught_either():
     messages = [*calling(("f", {"k": "x"})), *calling(("f", {"k": 3}))]
     with pytest.raises(NotRendered, match=r"message 3: .* tool call's argument k=3"):
@@ -620,6 +661,44 @@ def test_an_end_that_only_history_or_only_the_last_answer_has(calls, ends, eos, 
     found = targets(source, messages, eos=eos, special=[tag for tag in TAGS if tag != "<end>"], plain=("<end>",))
     assert found == ["two" + target, '<call>f{"k": "1"}</call>' + target][: len(found)]
     assert len(found) == 1 + bool(calls)
+
+
+@pytest.mark.parametrize("ends", ["</a>\n", "<r_end>{% if not loop.last %}</a>{% endif %}", "\n"])
+def test_texts_and_arguments_that_end_as_their_marks_do_end_as_others_do(ends):
+    """And whatever was learned from them holds for others. Marks end in letters."""
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    said = [answer(f"{letter}{letter}") for letter in letters] + [answer("two"), answer("classic")]
+    said += [calling(("f", {"k": value}))[1] for value in ("linux", "lib", 3, "one", None, [], "her")]
+    said += [calling(("f", {}))[1], answer("music", "because"), answer("two", "logic")]
+    source = template("<u>{{ m.content }}</u>", f"<a>{{{{ m.content }}}}{CALLS}{ends}")
+    end = "<r_end></a>" if "r_end" in ends else "</a>"
+    for messages in ([*said], [*reversed(said)]):
+        chat = [one for message in messages for one in (user("one"), message)]
+        for turn, message in zip(Encoder(own(source)).encoded(chat).texts, messages, strict=True):
+            calls = [one["function"] for one in message.get("tool_calls", ())]
+            shown = "".join(f"<call>{one['name']}{json.dumps(one['arguments'])}</call>" for one in calls)
+            thought = f"<think>\n{message['reasoning_content']}\n</think>\n\n" if "reasoning_content" in message else ""
+            assert turn.target == f"{thought}{message['content']}{shown}{end}"
+
+
+def test_what_is_written_around_a_text_stops_no_call():
+    """Though it is a special token, as in Gemma 4."""
+    quoted = "{% for k, v in c.function.arguments.items() %}{{ k }}:{% if v is string %}<q>{{ v }}<q>{% else %}{{ v }}"
+    calls = "{% for c in m.tool_calls or [] %}<call>{{ c.function.name }}{" + quoted
+    calls += "{% endif %}{% endfor %}}</call><s>{% endfor %}{% if not m.tool_calls %}</a>\n{% endif %}"
+    source = template("<u>{{ m.content }}</u>", "<a>{{ m.content }}" + calls)
+    messages = [*calling(("f", {"k": "x"})), *calling(("f", {"k": 3}))]
+    found = targets(source, messages, special=[*TAGS, "<q>"])
+    assert found == ["<call>f{k:<q>x<q>}</call><s>", "<call>f{k:3}</call><s>"]
+
+
+def test_markers_that_a_call_alone_shows_behind_which_content_stands():
+    """As Gemma 4's first templates have them: the content behind the call, reasoning with calls only."""
+    said = "{% if m.reasoning_content and m.tool_calls %}<h>thought\n{{ m.reasoning_content }}\n</h>{% endif %}"
+    source = template(answered=f"<a>{said}{CALLS}{{{{ m.content }}}}</a>")
+    found = targets(source, [*CHAT[:2], *calling(("f", {"k": "x"})), answer("so", "because")])
+    assert found[0] == "<h>thought\nwhy\n</h>two</a>"
+    assert found[-1] == "<h>thought\nbecause\n</h>so</a>"
 
 
 @pytest.mark.parametrize(("header", "opens"), [("### {}:\n", ""), ("[{}: ", "<think>")])

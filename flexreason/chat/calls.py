@@ -16,7 +16,11 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
-NOT_BARE = dict.fromkeys(map(ord, " \t\n\r\f\v\\\"'"))
+ESCAPES = re.compile(r"\\+[nrtfvb]?|[\s\"']")
+"""What templates put before a character or leave out: none of it counts."""
+
+SHORT = 4
+"""Characters below which a text may be part of any word."""
 
 
 def lost_call(functions: list[dict[str, Any]], text: str) -> str | None:
@@ -26,13 +30,16 @@ def lost_call(functions: list[dict[str, Any]], text: str) -> str | None:
         arguments = function.get("arguments")
         if isinstance(arguments, str):
             wanted[arguments] += 1
-            arguments = {} if _count(arguments, bare) >= wanted[arguments] else json.loads(arguments or "{}")
+            arguments = {} if _count(arguments, text, bare) >= wanted[arguments] else json.loads(arguments or "{}")
         for key, value in [("", function["name"]), *_values(arguments or {})]:
-            blank = value in (None, "", [], {}) or not _bare(str(value))
-            sought = key if blank else value
-            wanted[repr(sought)] += 1
-            found = _count(sought, bare) if sought is value and isinstance(value, str) else _words(sought, text, blank)
-            if found < wanted[repr(sought)]:
+            if value is None or (isinstance(value, str | list | dict) and not _bare(str(value or ""))):
+                found, needed = _words(key, text, quoted=True), 1
+            else:
+                wanted[repr(value)] += 1
+                needed = wanted[repr(value)]
+                is_text = isinstance(value, str)
+                found = _count(value, text, bare) if is_text else _words(value, text, quoted=False)
+            if found < needed:
                 return f"tool call's argument {key}={value!r:.60}" if key else f"tool call {value!r:.60}"
     return None
 
@@ -51,18 +58,19 @@ def _values(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _bare(text: str) -> str:
-    return text.translate(NOT_BARE)
+    return ESCAPES.sub("", text)
 
 
-def _count(value: str, bare: str) -> int:
-    """How often a text stands in a bare one, as it is or as JSON writes it."""
-    forms = value, json.dumps(value), json.dumps(value, ensure_ascii=False)
-    return max(bare.count(_bare(form)) for form in forms)
+def _count(value: str, text: str, bare: str) -> int:
+    """How often a value stands in a text, bare: as it is, or as JSON or Python writes it. A short one by itself."""
+    forms = value, json.dumps(value), json.dumps(value, ensure_ascii=False), repr(value)
+    found = max(bare.count(_bare(form)) for form in forms)
+    return _words(value, text, quoted=True) if found and len(value) < SHORT and re.fullmatch(r"\w+", value) else found
 
 
 def _words(value: Any, text: str, quoted: bool) -> int:
-    """How often a number, a truth value or a key stands in a text by itself, as JSON or as Python writes it; in quotes,
+    """How often a number, a truth value or a word stands by itself, as JSON or as Python writes it; in quotes,
     where another value would be a text, only if it may be `quoted`."""
-    word = "|".join(map(re.escape, {str(value), json.dumps(value)}))
+    word = "|".join(map(re.escape, {str(value), json.dumps(value, default=str).strip('"')}))
     alone = "" if quoted else rf"(?!(?<=[\"'])(?:{word})\\*[\"'])"
     return len(re.findall(rf"(?<![\w-])(?<!\d\.){alone}(?:{word})(?!\w|\.\d)", text))

@@ -185,10 +185,13 @@ def find(message: Message, number: int, pairs: Sequence[Pair], template: Templat
         yield _error(DoubledReasoning, words, number)
     if not (message.functions or (message.reasoning + message.response).strip()):
         yield _error(EmptyMessage, "it has no reasoning, no content and no calls", number)
-    stop = template.call_stop if message.functions else template.stop
-    if stop and any(stop.text in text for text in message.all_texts):
-        words = f"it has {stop.text!r} in its text, which stops generation: nothing behind it would be generated"
-        yield _error(StopInText, words, number)
+    stops = [template.stop, template.call_stop if message.functions else None]
+    texts = [message.response, *map(str, message.functions), *([] if off else [message.reasoning])]
+    for stop in dict.fromkeys([*(stop.text for stop in stops if stop), *([template.eos] if template.eos else [])]):
+        if any(stop in text for text in texts):
+            words = f"it has {stop!r} in its text, which stops generation: nothing behind it would be generated"
+            yield _error(StopInText, words, number)
+            break
 
 
 def _error(kind: type[ConversationError], words: str, number: int) -> ConversationError:

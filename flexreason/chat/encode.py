@@ -174,7 +174,7 @@ class Encoder:
                 half = dirt.unopened(message.text, pairs)
                 if half and in_form and not message.reasoning.strip():
                     prompt = render.attempt([earlier.as_dict for earlier in in_form], True) or ""
-                    asked = in_form[-1].text.rstrip()  # a text that ends in a marker opens nothing
+                    asked = in_form[-1].text.strip()  # a text that ends in a marker opens nothing
                     if dirt.opened_by(prompt, end, half) and not (asked and prompt.rstrip().endswith(asked)):
                         message = dirt.with_reasoning_before(message, half[1])
                 if number in trained and (found := list(dirt.find(message, number, pairs, template))):

@@ -45,8 +45,10 @@ def find_seam(known: str, lead: str, closed: str | None, opening: str, added: re
     prompt = known[len(closed) :] if closed is not None and known.startswith(closed) else ""
     seam = _find(known, lead, closed, prompt, opening, added)
     ended = _overlap(closed or "", lead, added)
-    header = re.search(rf"(?:{added.pattern})\w*|\w+", lead[ended:])
-    if seam and seam.end <= ended and header and header.group() in prompt:
+    rest = lead[ended:]
+    first = first_part(rest, added)
+    header = first.group() + re.split(r"\W", rest[first.end() :], maxsplit=1)[0] if first else ""
+    if seam and seam.end <= ended and header and header in prompt:
         return None  # the prompt has the header, and something else behind it
     return seam
 

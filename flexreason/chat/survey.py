@@ -95,7 +95,7 @@ class _Survey:
     def turn(self) -> Turn:
         """The turn, with all calls of the message in it, and nothing behind what stops generation."""
         turn = self._seen()
-        if what := lost_call(self.message.functions, turn.target):
+        if what := lost_call(self.message.functions, self._calls_of(turn)):
             raise NotRendered(f"the chat template does not render the {what} of this message{ALONE}", self.number)
         text = self.stop.text if self.stop else ""
         body = turn.target.removesuffix(text)
@@ -108,6 +108,14 @@ class _Survey:
                 self.number,
             )
         return turn
+
+    def _calls_of(self, turn: Turn) -> str:
+        """What a target has behind its reasoning, and behind the content where that stands before the calls: these may
+        name the same values."""
+        text, content = turn.target[turn.response :], self.response.strip()
+        names = [text.find(function["name"]) for function in self.message.functions[:1]]
+        before = content and names and 0 <= text.find(content) < names[0]
+        return text.partition(content)[2] if before else text
 
     def _seen(self) -> Turn:
         marked, shown = self._marked()
@@ -140,6 +148,8 @@ class _Survey:
         So the template sees the texts too. In the rendering, each pair of marks with its text is written as one mark.
         """
         marks = {slot: self.base + slot for slot, text in (("r", self.reasoning), ("c", self.response)) if text}
+        if not marks:
+            raise self._not_rendered(["n0"])
         bare = self.message.without_reasoning() if self.reasoning else self.message
         # an inline block without reasoning is one for some templates, and text for others
         for marked in (bare.without_reasoning(), bare):
@@ -151,9 +161,7 @@ class _Survey:
             text = self.render.attempt([*self.messages, marked.as_dict], False) or ""
             shown, values = joined(self.base, text), texts_between_marks(self.base, text)
             same = places_of(shown, values, self.whole)[1] == len(self.whole)
-            if (
-                marks and same and shown.startswith(self.prompt) == self.whole.startswith(self.prompt)
-            ):  # no text is in the prompt
+            if same and shown.startswith(self.prompt) == self.whole.startswith(self.prompt):  # no text is in the prompt
                 return Marked(marked.as_dict, marks, list(marks)), shown
         raise NotRendered(
             "the chat template looks into the texts of this message, at their length or their words, and renders "
@@ -165,7 +173,9 @@ class _Survey:
         """The turn, from what stands behind the prompt, or, with `known`, behind the text before the prompt's end."""
         places = {slot: shown.find(mark) for slot, mark in marked.marks.items()}
         missing = [slot for slot in marked.wanted if places[slot] < 0]
-        if lost := [slot for slot in missing if slot != "r"]:
+        said = str(marked.message)  # in which each argument has the same mark
+        some = [slot for slot, text in marked.marks.items() if slot[0] == "v" and shown.count(text) < said.count(text)]
+        if lost := [slot for slot in missing if slot != "r"] + some:
             raise self._not_rendered(lost)
         for slot in marked.wanted:
             if slot in "rc" and shown.count(marked.marks[slot]) > 1:
@@ -175,7 +185,7 @@ class _Survey:
         if max(places.values()) < 0:
             raise NotRendered(f"the chat template renders nothing of this message{ALONE}", self.number)
         first = min(at for at in places.values() if at >= 0)
-        body, kept, stop = self._cut(shown, whole, max(places.values()))
+        body, kept, stop = self._cut(shown, whole, marked)
         if not known:
             if self.reasoning and "r" in missing:
                 lead = shown[:first]
@@ -215,8 +225,9 @@ class _Survey:
             return self._splice(known, rest, between) if self.reasoning else Turn(self.prompt, rest, 0, "rendered")
         return self._splice(known, rest, "")
 
-    def _cut(self, shown: str, whole: str, last: int) -> tuple[str, int, Stop]:
+    def _cut(self, shown: str, whole: str, marked: Marked) -> tuple[str, int, Stop]:
         """What the message must generate of `whole`: up to its stop token."""
+        last = max(shown.rfind(mark) + len(mark) for mark in marked.marks.values() if mark in shown)
         tail = common_suffix(shown[last:], whole)
         ending = self.template.ending(tail, bool(self.message.functions))
         if ending is None:
@@ -258,6 +269,8 @@ class _Survey:
         opened = end.endswith(markers.opening)
         if markers.closing in lead and markers.closing:  # the template writes an empty block: fill it
             at = lead.find(markers.closing)
+            if not opened and markers.opening not in lead[:at]:
+                raise self.before.no_seam(ahead, lead)
             head = lead[:at].rstrip() if opened else lead[: lead.find(markers.opening)] + markers.open
             text = f"{head}{reasoning}{markers.close.rstrip()}"
             rest = body[at + len(markers.closing) :]
@@ -291,8 +304,7 @@ class _Survey:
                 continue
             if begin < 0:
                 continue
-            last = max(shown.find(mark) for mark in marked.marks.values())
-            body, _, _ = self._cut(shown[begin:], whole[begin:], last - begin)
+            body, _, _ = self._cut(shown[begin:], whole[begin:], marked)
             return Turn(self.prompt, body.replace(text, ""), body.find(text), "empty block")
         return None
 

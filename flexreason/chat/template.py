@@ -4,6 +4,7 @@ A probe is a rendering of a small conversation whose texts are *marks*, words th
 comes out is where the template puts that text; what stands around it is the template's own.
 """
 
+import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -46,8 +47,8 @@ def assistant(text: str, **more: Any) -> dict[str, Any]:
     return {"role": "assistant", "content": text, **more}
 
 
-def calling(form: str, key: str = "key", value: str = ANSWER, **more: Any) -> dict[str, Any]:
-    arguments = {key: value} if form == "object" else f'{{"{key}": "{value}"}}'
+def calling(form: str, key: str = "key", value: str | int = ANSWER, **more: Any) -> dict[str, Any]:
+    arguments = {key: value} if form == "object" else json.dumps({key: value})
     call = {"id": "call00001", "type": "function", "function": {"name": "probe", "arguments": arguments}}
     return {"role": "assistant", "content": "", **more, "tool_calls": [call]}
 
@@ -244,15 +245,22 @@ class Template:
 
     @cached_property
     def call_stop(self) -> Stop | None:
-        """How a tool call ends."""
+        """How a tool call ends, whatever its arguments are: what is written around a text, and not around a number, is
+        no part of that."""
         form = "object" if self.argument_form in ("any", "object") else "string"
-        return self._find_stop([calling(form)], [tool(AGAIN)])
+        number = self.probe(self.take([user(USER), calling(form, value=7)])) or ""
+        return self._find_stop([calling(form)], [tool(AGAIN)], number)
 
-    def _find_stop(self, answer: Messages, more: Messages) -> Stop | None:
+    def _find_stop(self, answer: Messages, more: Messages, another: str | None = None) -> Stop | None:
         last = self.probe(self.take([user(USER), *answer]))
         after = self.probe(self.take([user(USER), *answer, *more]))
         tail = last.rpartition(ANSWER)[2] if last and ANSWER in last else ""
         between = after.rpartition(ANSWER)[2].partition(AGAIN)[0] if after and ANSWER in after else ""
+        if another:
+            around = len(tail) - len(common_suffix(tail, another))
+            around = next((t.end() for t in self.added.finditer(tail) if t.start() < around < t.end()), around)
+            if tail[around:].strip() and between.startswith(tail[:around]):
+                tail, between = tail[around:], between[around:]
         if self.appends_always:
             tail = self._without_prompt(tail)
         always = self._whole(common_prefix(tail, between), tail)
@@ -286,8 +294,8 @@ class Template:
         for stop in known:
             if not stop.appended and (at := tail.find(stop.text)) >= 0:
                 return at + len(stop.text), stop
-            if stop.appended and stop.behind == tail.rstrip() != "":
-                return len(stop.behind), stop
+            if stop.appended and re.search(r"\w", common_suffix(stop.behind, tail.rstrip())):
+                return len(tail.rstrip()), stop
         if not self.appends_always and (run := self._run(tail)):
             stop = self._end_of_turn(tail) or Stop(run, False, guessed=True)
             return tail.find(stop.text) + len(stop.text), stop

@@ -24,11 +24,15 @@ def decayed(
     """
     outputs = []
     causal = torch.ones(chunk, chunk, dtype=torch.bool, device=q.device).tril()
+    later = causal.tril(-1)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     parts = list(zip(*(x.split(chunk, 2) for x in (q, k, v)), decay.movedim(1, 3).split(chunk, 3), strict=True))
     for number, (q_i, k_i, v_i, decay_i) in enumerate(parts, 1):
         n_tokens, total = q_i.shape[2], decay_i.cumsum(3)
-        since = (total[..., None] - total[..., None, :]).masked_fill(~causal[:n_tokens, :n_tokens], -torch.inf)
+        # summed for each pair: behind a token that forgets much, differences of sums would have few digits left
+        since = decay_i[..., None].where(later[:n_tokens, :n_tokens], 0.0).cumsum(3)
+        ending = since[..., -1, :].transpose(2, 3)[..., None]
+        since = since.masked_fill(~causal[:n_tokens, :n_tokens], -torch.inf)
         weights = torch.einsum("bgid,bgjd->bgij", q_i, k_i)[:, :, None] * since.exp()
         out = torch.einsum("bgrij,bgjre->bgire", weights, v_i)
         total = total.transpose(2, 3)[..., None]
@@ -36,7 +40,7 @@ def decayed(
             out = out + torch.einsum("bgid,bgdre->bgire", q_i, state) * total.exp()
         if final or number < len(parts):
             last = total[:, :, -1:]
-            behind = torch.einsum("bgjd,bgjre->bgdre", k_i, v_i * (last - total).exp())
+            behind = torch.einsum("bgjd,bgjre->bgdre", k_i, v_i * ending.exp())
             state = behind if state is None else behind + state * last.exp()
         outputs.append(out)
     return torch.cat(outputs, 2).transpose(1, 2), state if final else None
