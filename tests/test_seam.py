@@ -470,6 +470,10 @@ def test_an_argument_is_not_found_in_a_tag():
         with_arguments("{% if k == 'k' %}{{ v }}{% endif %}", taught)
 
 
+HALF_ESCAPED = r"""{{ k }}='{{ v | string | replace('\\', '\\\\') | replace("'", "\\'") | replace('\n', '\\n') }}';"""
+"""As LFM2's template: tabs, and whatever else there is, as they are."""
+
+
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -486,7 +490,7 @@ def test_an_argument_is_not_found_in_a_tag():
     [
         "{{ c.function.arguments | tojson }}",
         "{{ k }}={{ v | string }};",
-        "{{ k }}='{{ v | string | replace('\\\\', '\\\\\\\\') | replace(\"'\", \"\\\\'\") | replace('\\n', '\\\\n') }}';",
+        HALF_ESCAPED,
     ],
 )
 def test_arguments_within_arguments_and_half_escaped_are_not_lost(how, arguments):
