@@ -304,7 +304,12 @@ def reference(tokenizer, name, messages, i, tools=None, **options):
         closing = "</think>"
         if "<|START_THINKING|>" in tokenizer.get_vocab() and "<think>" not in tokenizer.get_vocab():
             opening, closing = "<|START_THINKING|>\n", "<|END_THINKING|>"
-        target = f"{opening}{reasoning}\n{closing}\n\n{target}"
+        between = "\n\n"
+        if (
+            name.startswith("gemma4") and name != "gemma4_v2"
+        ):  # which the template shows with calls, if not with answers
+            opening, closing, between = "<|channel>thought\n", "<channel|>", ""
+        target = f"{opening}{reasoning}\n{closing}{between}{target}"
     stop = stops(name)[1 if calls else 0]
     body, _, end = target.rpartition(said)
     if stop in end:

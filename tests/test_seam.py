@@ -675,25 +675,26 @@ def test_texts_and_arguments_that_end_as_their_marks_do_end_as_others_do(ends):
     said += [calling(("f", {"k": value}))[1] for value in ("linux", "lib", 3, "one", None, [], "her")]
     said += [calling(("f", {}))[1], answer("music", "because"), answer("two", "logic")]
     source = template("<u>{{ m.content }}</u>", f"<a>{{{{ m.content }}}}{CALLS}{ends}")
-    end = "<r_end></a>" if "r_end" in ends else "</a>"
+    end = "<r_end></a>" if "r_end" in ends else ends.strip()
     for messages in ([*said], [*reversed(said)]):
         chat = [one for message in messages for one in (user("one"), message)]
         for turn, message in zip(Encoder(own(source)).encoded(chat).texts, messages, strict=True):
             calls = [one["function"] for one in message.get("tool_calls", ())]
             shown = "".join(f"<call>{one['name']}{json.dumps(one['arguments'])}</call>" for one in calls)
             thought = f"<think>\n{message['reasoning_content']}\n</think>\n\n" if "reasoning_content" in message else ""
-            assert turn.target == f"{thought}{message['content']}{shown}{end}"
+            comes_next = "" if end or calls else "<u>"
+            assert turn.target == f"{thought}{message['content']}{shown}{end}{comes_next}"
 
 
 def test_what_is_written_around_a_text_stops_no_call():
     """Though it is a special token, as in Gemma 4."""
     quoted = "{% for k, v in c.function.arguments.items() %}{{ k }}:{% if v is string %}<q>{{ v }}<q>{% else %}{{ v }}"
-    calls = "{% for c in m.tool_calls or [] %}<call>{{ c.function.name }}{" + quoted
-    calls += "{% endif %}{% endfor %}}</call><s>{% endfor %}{% if not m.tool_calls %}</a>\n{% endif %}"
+    calls = "{% for c in m.tool_calls or [] %}<call>{{ c.function.name }}(" + quoted
+    calls += "{% endif %}{% endfor %})</call><last>{% endfor %}{% if not m.tool_calls %}</a>\n{% endif %}"
     source = template("<u>{{ m.content }}</u>", "<a>{{ m.content }}" + calls)
     messages = [*calling(("f", {"k": "x"})), *calling(("f", {"k": 3}))]
     found = targets(source, messages, special=[*TAGS, "<q>"])
-    assert found == ["<call>f{k:<q>x<q>}</call><s>", "<call>f{k:3}</call><s>"]
+    assert found == ["<call>f(k:<q>x<q>)</call><last>", "<call>f(k:3)</call><last>"]
 
 
 def test_markers_that_a_call_alone_shows_behind_which_content_stands():

@@ -256,15 +256,15 @@ class Template:
         after = self.probe(self.take([user(USER), *answer, *more]))
         tail = last.rpartition(ANSWER)[2] if last and ANSWER in last else ""
         between = after.rpartition(ANSWER)[2].partition(AGAIN)[0] if after and ANSWER in after else ""
+        asked = (self.probe(self.take([user(USER), *answer]), True) or "").rpartition(ANSWER)[2]
         if another:
             around = len(tail) - len(common_suffix(tail, another))
             around = next((t.end() for t in self.added.finditer(tail) if t.start() < around < t.end()), around)
             if tail[around:].strip() and between.startswith(tail[:around]):
-                tail, between = tail[around:], between[around:]
+                tail, between, asked = tail[around:], between[around:], asked[around:]
         if self.appends_always:
             tail = self._without_prompt(tail)
         always = self._whole(common_prefix(tail, between), tail)
-        asked = (self.probe(self.take([user(USER), *answer]), True) or "").rpartition(ANSWER)[2]
         for text in (always, self._whole(common_prefix(tail, asked), tail)):
             if stop := self._end_of_turn(text):
                 return stop
