@@ -188,8 +188,10 @@ def test_work_is_counted_by_hand():
         ("one plain pass, leaking", [57]),
         ("a plain row", [128]),
     ):
-        assert steps.work_of(name, case, counted) == pytest.approx(work(lengths) / tree)
-    assert steps.work_of("one pass, dense", case, counted) is None
+        by_work, by_tokens = steps.work_of(name, case, counted)
+        assert by_work == pytest.approx(work(lengths) / tree)
+        assert by_tokens == pytest.approx(sum(lengths) / sum(map(len, case.layouts)))
+    assert steps.work_of("one pass, dense", case, counted) == (None, None)
 
 
 def test_growth(tmp_path):

@@ -117,7 +117,7 @@ def test_helpers_end_with_the_command(material, tmp_path):
         assert last_line(one["errors"], "report") == NOTHING_KEPT
 
 
-@pytest.mark.parametrize("imported", ["flexreason.commands", "torch._C", "torch.nn", "transformers"])
+@pytest.mark.parametrize("imported", ["flexreason.data", "torch._C", "torch.nn", "transformers"])
 def test_it_is_heard_while_python_still_imports(imported, material):
     told = interrupted(["verify", str(material / "model")], imported)
     assert told.code == 130
@@ -175,6 +175,24 @@ def test_a_process_that_is_started_deaf_does_not_hear_it():
     helper.kill()
     for process in (helper, other):
         process.communicate()
+
+
+def test_one_that_comes_while_an_object_is_deleted_comes_again():
+    code = (
+        "import signal, time\n"
+        "from flexreason.talk.interrupt import come_again_where_ignored\n"
+        "come_again_where_ignored()\n"
+        "class Deleted:\n"
+        "    def __del__(self):\n"
+        "        signal.raise_signal(signal.SIGINT)\n"
+        "try:\n"
+        "    Deleted()\n"
+        "    time.sleep(10)\n"
+        "except KeyboardInterrupt:\n"
+        "    print('heard')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True, timeout=60)
+    assert (done.stdout, done.stderr) == ("heard\n", "")
 
 
 def test_one_that_comes_while_a_helper_is_started_is_heard():

@@ -85,7 +85,11 @@ def test_the_source_distribution_has_what_the_repository_has(built):
     source, _ = built
     for folder in ("flexreason", "tests", "docs", "examples", "benchmarks"):
         for path in (ROOT / folder).rglob("*"):
-            if path.is_file() and not {"__pycache__", "here"} & set(path.parts) and not path.name.startswith("."):
+            if (
+                path.is_file()
+                and not {"__pycache__", "here", ".hypothesis"} & set(path.parts)
+                and not path.name.startswith(".")
+            ):
                 assert (source / path.relative_to(ROOT)).exists(), path
     for name in ("CHANGELOG.md", "CONTRIBUTING.md", "LICENSE", "Makefile", "pyproject.toml", "requirements-least.txt"):
         assert (source / name).exists(), name

@@ -95,9 +95,9 @@ def test_what_does_not_fit_is_named_and_never_cut():
         ValueError, match=r"layout 1 has 320 tokens and does not fit into a row of 256 behind 100 tokens"
     ):
         fr.collate([small, big], 256)
-    with pytest.raises(ValueError, match=r"layout 0 has 320 tokens .* row of 256; use a longer row, or fewer turns"):
+    with pytest.raises(ValueError, match=r"layout 0 has 320 tokens .* row of 256; use a longer row, or fr.split it"):
         fr.collate([big], 256)
-    with pytest.raises(ValueError, match=r"layout 2 has 100 tokens .* pack it into a row of its own"):
+    with pytest.raises(ValueError, match=r"layout 2 has 100 tokens .* put fewer into a row, or let fr.Rows fill rows"):
         fr.collate([small, small, small], 256)
 
 

@@ -480,29 +480,28 @@ def test_every_worker_of_a_loader_gives_its_share_of_an_iterable(conversations):
 
 @pytest.mark.parametrize("kind", ["table", "list"])
 def test_a_conversation_that_is_longer_than_a_row_is_told_when_the_trainer_is_made(kind, conversations, tmp_path):
-    def made(length):
-        return fr.RowSFTTrainer(
-            model=model_of(),
-            args=arguments(tmp_path),
-            data_collator=fr.Collator(length),
-            train_dataset=KINDS[kind](conversations),
-            processing_class=TOKENIZER,
-        )
+    long = {"messages": [{"role": "user", "content": "1" * 150}, {"role": "assistant", "content": "2"}]}
+    data = KINDS[kind]([*conversations, long])
 
-    longest = max(map(len, layouts_of(conversations)))
-    assert made(-(-longest // 128) * 128).train_dataset
+    def made(length):
+        given = {"args": arguments(tmp_path), "train_dataset": data, "processing_class": TOKENIZER}
+        return fr.RowSFTTrainer(model=model_of(), data_collator=fr.Collator(length), **given)
+
+    assert made(256).train_dataset
     with pytest.raises(ValueError, match=r"a tree of \d+ tokens, in rows of 128; use longer rows, or fr.split it"):
         made(128)
 
 
 def test_the_page_on_long_conversations_makes_rows_of_one_length(conversations, tmp_path):
     """Every target is in one of the rows, once an epoch."""
+    triples = zip(*(conversations[at::3] for at in range(3)), strict=True)
+    conversations = [{"messages": [message for one in some for message in one["messages"]]} for some in triples]
     [block] = re.findall(r"```python\n(encode = .*?)```", (ROOT / "docs" / "howto" / "long.md").read_text(), re.S)
     assert block.count("8192") == 3
     given = {"fr": fr, "SFTConfig": lambda output_dir, **more: arguments(tmp_path, **{"max_steps": -1, **more})}
     given |= {"tokenizer": TOKENIZER, "data": conversations, "model": fr.patch(model_of())}
-    exec(block.replace("8192", "256"), given)
-    assert any(len(layout) > 256 for layout in layouts_of(conversations)), "some are split"
+    exec(block.replace("8192", "128"), given)
+    assert any(len(layout) > 128 for layout in layouts_of(conversations)), "some are split"
     targets = [sum(len(part.target_ids) for part in given["rows"][row]) for row in range(len(given["rows"]))]
     assert sum(targets) == 2 * sum(len(layout.target_ids) for layout in layouts_of(conversations))
     given["trainer"].train()

@@ -93,19 +93,19 @@ def check_outputs(options: argparse.Namespace, names: Iterable[str]) -> None:
     or become others."""
     taken: set[Path] = set()
     for name in names:
-        if (path := getattr(options, name)) is None:
+        if (named := getattr(options, name)) is None:
             continue
-        path = Path(path).resolve()  # a link is not to be removed
+        path = Path(named).resolve()  # a link is not to be removed
         if path in taken:
-            raise ValueError(f"--{name}: {path} is named twice; give another file")
+            raise ValueError(f"--{name}: {named} is named twice; give another file")
         taken.add(path)
         if not path.parent.is_dir():
-            raise ValueError(f"--{name}: there is no folder {path.parent}; make it first")
+            raise ValueError(f"--{name}: there is no folder {named.parent}; make it first")
         for source in map(Path, options.data or ()):
             if path == source.resolve():
-                raise ValueError(f"--{name}: {path} holds the data, and would be written over; give another file")
+                raise ValueError(f"--{name}: {named} holds the data, and would be written over; give another file")
             if path.suffix.lower() in FILES and source.is_dir() and source.resolve() in path.parents:
-                raise ValueError(f"--{name}: {path} is inside the data, {source}; give a file elsewhere")
+                raise ValueError(f"--{name}: {named} is inside the data, {source}; give a file elsewhere")
         if path.exists() and not path.is_file() and not path.is_dir():
             continue  # a pipe, or a device
         try:
@@ -114,7 +114,7 @@ def check_outputs(options: argparse.Namespace, names: Iterable[str]) -> None:
             if not was_there:
                 path.unlink()
         except OSError as error:
-            raise ValueError(f"--{name}: {path} cannot be written: {error.strerror}; give another file") from error
+            raise ValueError(f"--{name}: {named} cannot be written: {error.strerror}; give another file") from error
 
 
 def is_given(options: argparse.Namespace, name: str) -> bool:

@@ -5,7 +5,9 @@ A terminal sends it to all processes of a command. So helpers are started deaf t
 
 import contextlib
 import multiprocessing.resource_tracker
+import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 
@@ -34,6 +36,20 @@ class Interrupt:
             raise KeyboardInterrupt
         self.is_asked = True
         self.when_asked()
+
+
+def come_again_where_ignored() -> None:
+    """Let a Ctrl-C that comes while an object is deleted come once more. What is raised there, Python only writes down
+    and goes on."""
+    write_down = sys.unraisablehook
+
+    def hear(about: "sys.UnraisableHookArgs") -> None:
+        if about.exc_type is KeyboardInterrupt:
+            threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGINT)).start()
+        else:
+            write_down(about)
+
+    sys.unraisablehook = hear
 
 
 @contextlib.contextmanager
