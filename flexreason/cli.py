@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from flexreason.talk import telling
-from flexreason.talk.interrupt import come_again_where_ignored
+from flexreason.talk.interrupt import resend_ignored_interrupts
 from flexreason.talk.nearest import did_you_mean
 from flexreason.talk.parsing import Parser
 
@@ -50,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     was_stopped: list[bool] = []
     if arguments is None:
         atexit.register(_leave, was_stopped)  # first of all, and so it is the last to be called
-        come_again_where_ignored()
+        resend_ignored_interrupts()
     title, options = f"flexreason {name or ''}".strip(), argparse.Namespace()
     try:
         with telling.of(title):

@@ -29,10 +29,7 @@ MOMENTS = 5
 def material(tmp_path_factory):
     """A model, a tokenizer and data with which commands take some seconds."""
     folder = tmp_path_factory.mktemp("material")
-    write_model(folder / "model")
-    config = json.loads((folder / "model" / "config.json").read_text())
-    wider = {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 4, "layer_types": None}
-    (folder / "model" / "config.json").write_text(json.dumps({**config, **wider}))
+    write_model(folder / "model", hidden_size=128, intermediate_size=512, num_hidden_layers=4)
     write_data(folder / "data.jsonl")
     write_data(folder / "many.jsonl", n=1500)
     return folder
@@ -180,8 +177,8 @@ def test_a_process_that_is_started_deaf_does_not_hear_it():
 def test_one_that_comes_while_an_object_is_deleted_comes_again():
     code = (
         "import signal, time\n"
-        "from flexreason.talk.interrupt import come_again_where_ignored\n"
-        "come_again_where_ignored()\n"
+        "from flexreason.talk.interrupt import resend_ignored_interrupts\n"
+        "resend_ignored_interrupts()\n"
         "class Deleted:\n"
         "    def __del__(self):\n"
         "        signal.raise_signal(signal.SIGINT)\n"

@@ -1,7 +1,6 @@
 """Progress: told on stderr of what takes long, on a terminal in one line that is gone at the end, elsewhere in plain
 lines; and nothing of what is quick."""
 
-import json
 import re
 import sys
 
@@ -106,10 +105,7 @@ def test_stages_end_with_their_blocks_whatever_ends_these():
 def slow_model(tmp_path_factory):
     """A model that takes seconds, its tokenizer, and data."""
     folder = tmp_path_factory.mktemp("slow")
-    write_model(folder / "model")
-    config = json.loads((folder / "model" / "config.json").read_text())
-    wider = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 8, "layer_types": None}
-    (folder / "model" / "config.json").write_text(json.dumps({**config, **wider}))
+    write_model(folder / "model", hidden_size=512, intermediate_size=2048, num_hidden_layers=8)
     write_data(folder / "data.jsonl")
     return folder
 

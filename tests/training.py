@@ -109,11 +109,11 @@ class CollatorAsEver(fr.Collator):
             return super().__call__(batch)
 
 
-def write_model(folder):
-    """A tokenizer and a config, for a model with random weights."""
+def write_model(folder, **sizes):
+    """A tokenizer and a config, for a model with random weights, tiny but for the sizes that are given."""
     tokenizer = stand_in(TEMPLATE)
     tokenizer.save_pretrained(str(folder))
-    Qwen3Config(**{**TINY, "vocab_size": len(tokenizer)}).save_pretrained(str(folder))
+    Qwen3Config(**{**TINY, "vocab_size": len(tokenizer), **sizes}).save_pretrained(str(folder))
     return folder
 
 

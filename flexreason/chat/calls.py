@@ -17,10 +17,10 @@ from collections.abc import Iterator
 from typing import Any
 
 ESCAPES = re.compile(r"\\+[nrtfvb]?|[\s\"']")
-"""What templates put before a character or leave out: none of it counts."""
+"""Backslashes with what they escape, white space and quotes. Templates differ in these, so they are not compared."""
 
 SHORT = 4
-"""Characters below which a text may be part of any word."""
+"""A text of fewer characters may be a part of some other word, so it has to stand by itself."""
 
 
 def lost_call(functions: list[dict[str, Any]], text: str) -> str | None:

@@ -110,8 +110,8 @@ class _Survey:
         return turn
 
     def _calls_of(self, turn: Turn) -> str:
-        """What a target has behind its reasoning, and behind the content where that stands before the calls: these may
-        name the same values."""
+        """The part of a target in which its calls stand. Reasoning, and content before the calls, are left out, since
+        they may name the same values."""
         text, content = turn.target[turn.response :], self.response.strip()
         names = [text.find(function["name"]) for function in self.message.functions[:1]]
         before = content and names and 0 <= text.find(content) < names[0]

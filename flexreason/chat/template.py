@@ -251,14 +251,14 @@ class Template:
         number = self.probe(self.take([user(USER), calling(form, value=7)])) or ""
         return self._find_stop([calling(form)], [tool(AGAIN)], number)
 
-    def _find_stop(self, answer: Messages, more: Messages, another: str | None = None) -> Stop | None:
+    def _find_stop(self, answer: Messages, more: Messages, with_number: str = "") -> Stop | None:
         last = self.probe(self.take([user(USER), *answer]))
         after = self.probe(self.take([user(USER), *answer, *more]))
         tail = last.rpartition(ANSWER)[2] if last and ANSWER in last else ""
         between = after.rpartition(ANSWER)[2].partition(AGAIN)[0] if after and ANSWER in after else ""
         asked = (self.probe(self.take([user(USER), *answer]), True) or "").rpartition(ANSWER)[2]
-        if another:
-            around = len(tail) - len(common_suffix(tail, another))
+        if with_number:
+            around = len(tail) - len(common_suffix(tail, with_number))
             around = next((t.end() for t in self.added.finditer(tail) if t.start() < around < t.end()), around)
             if tail[around:].strip() and between.startswith(tail[:around]):
                 tail, between, asked = tail[around:], between[around:], asked[around:]

@@ -129,7 +129,7 @@ def _yours(options: argparse.Namespace, width: int) -> int:
     else:
         shown = _in_terminal(options, found, width)
     if not shown:
-        of_data.refuse_none(options)
+        of_data.raise_no_such_conversation(options)
     refused = [scene for scene in shown if isinstance(scene, RefusedScene)]
     if len(refused) == len(shown) and not options.json:
         first = refused[0]

@@ -138,7 +138,7 @@ def _chosen(options: argparse.Namespace) -> Conversation | BadInput:
     if options.data is None:
         return Conversation(EXAMPLE, None, 0, "the example", "messages")
     found = next(of_data.chosen(options), None)
-    return of_data.refuse_none(options) if found is None else found
+    return of_data.raise_no_such_conversation(options) if found is None else found
 
 
 def _guesses(template: Template) -> list[str]:

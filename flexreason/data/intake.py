@@ -280,8 +280,8 @@ class _Workers(ProcessPoolExecutor):
 
     def __exit__(self, kind: type[BaseException] | None, *about: Any) -> bool | None:
         if kind is not None:
-            # one may end within a result or a task, and whoever is at the other end of that pipe waits for the rest as
-            # long as anybody could write it, or read it: we could
+            # A process may be ended while it writes a result or reads a task. Whoever is at the other end of that pipe
+            # waits as long as anybody holds this end, and we hold it.
             cast(Any, self)._result_queue._writer.close()
             cast(Any, self)._call_queue._reader.close()
             for process in dict(self._processes or {}).values():

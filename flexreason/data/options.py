@@ -89,8 +89,8 @@ def check(options: argparse.Namespace, of_data: Iterable[str] = OF_DATA) -> None
 
 
 def check_outputs(options: argparse.Namespace, names: Iterable[str]) -> None:
-    """Refuse files that cannot be written, before all the work and not after it; and those by which data would be lost,
-    or become others."""
+    """Refuse output files that cannot be written, that hold the data, or that would be read as data the next time:
+    before the work, and not after it."""
     taken: set[Path] = set()
     for name in names:
         if (named := getattr(options, name)) is None:
@@ -131,7 +131,7 @@ def chosen(options: argparse.Namespace) -> Iterator[Conversation | BadInput]:
     return itertools.islice(itertools.chain.from_iterable(sources), start, end)
 
 
-def refuse_none(options: argparse.Namespace) -> NoReturn:
+def raise_no_such_conversation(options: argparse.Namespace) -> NoReturn:
     """Say that there is no conversation of the number that --conversation names."""
     raise ValueError(
         f"{', '.join(options.data)}: there is no conversation {options.conversation or 0}; expected a number from 0 "

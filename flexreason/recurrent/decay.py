@@ -29,7 +29,7 @@ def decayed(
     parts = list(zip(*(x.split(chunk, 2) for x in (q, k, v)), decay.movedim(1, 3).split(chunk, 3), strict=True))
     for number, (q_i, k_i, v_i, decay_i) in enumerate(parts, 1):
         n_tokens, total = q_i.shape[2], decay_i.cumsum(3)
-        # summed for each pair: behind a token that forgets much, differences of sums would have few digits left
+        # Each pair has its own sum: the difference of two long sums loses digits behind a token that forgets much.
         since = decay_i[..., None].where(later[:n_tokens, :n_tokens], 0.0).cumsum(3)
         ending = since[..., -1, :].transpose(2, 3)[..., None]
         since = since.masked_fill(~causal[:n_tokens, :n_tokens], -torch.inf)

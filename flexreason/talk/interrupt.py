@@ -38,7 +38,7 @@ class Interrupt:
         self.when_asked()
 
 
-def come_again_where_ignored() -> None:
+def resend_ignored_interrupts() -> None:
     """Let a Ctrl-C that comes while an object is deleted come once more. What is raised there, Python only writes down
     and goes on."""
     write_down = sys.unraisablehook
