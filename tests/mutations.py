@@ -509,7 +509,7 @@ STOPS = "the target ends with the token that stops generation, and nothing behin
 
 @mutation(
     STOPS,
-    "flexreason.chat.Template.ending",
+    "flexreason.chat.Endings.of",
     "test_templates.py::test_targets_end_with_a_token_that_stops_generation",
 )
 def the_stop_token_is_left_out(original, self, tail, calls):
@@ -517,7 +517,7 @@ def the_stop_token_is_left_out(original, self, tail, calls):
     return end - len(stop.text), stop
 
 
-@mutation(STOPS, "flexreason.chat.Template.ending", "test_templates.py::test_text_after_the_stop_token")
+@mutation(STOPS, "flexreason.chat.Endings.of", "test_templates.py::test_text_after_the_stop_token")
 def what_stands_behind_the_stop_token_is_kept(original, self, tail, calls):
     return len(tail), original(self, tail, calls)[1]
 

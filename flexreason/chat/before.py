@@ -10,9 +10,10 @@ from typing import Any
 
 from flexreason.chat.marks import Marked, joined
 from flexreason.chat.messages import take_apart
+from flexreason.chat.probes import user
 from flexreason.chat.render import ALONE, Messages, NotAligned, Renderer
 from flexreason.chat.seam import Seam, find_seam, first_part, says_something
-from flexreason.chat.template import Template, user
+from flexreason.chat.template import Template
 
 
 class Before:

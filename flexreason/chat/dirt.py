@@ -17,9 +17,10 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
+from flexreason.chat.ending import Endings
 from flexreason.chat.messages import CLOSE, OPEN, REASONING_FIELDS, Message
 from flexreason.chat.render import ConversationError
-from flexreason.chat.template import KNOWN_MARKERS, Markers, Template
+from flexreason.chat.template import KNOWN_MARKERS, Markers
 from flexreason.talk.nearest import did_you_mean
 
 Pair = tuple[str, str]
@@ -169,8 +170,9 @@ def doubled(message: Message, pairs: Sequence[Pair], behind: str) -> str | None:
     return next(opening for opening, _ in blocks if text.startswith(opening)) if begins else None
 
 
-def find(message: Message, number: int, pairs: Sequence[Pair], template: Template) -> Iterator[ConversationError]:
+def find(message: Message, number: int, pairs: Sequence[Pair], endings: Endings) -> Iterator[ConversationError]:
     """All that an answer would be refused for as dirty."""
+    template = endings.template
     behind, off = template.markers.close, template.markers.closed_by(template.prompt_end)
     if pair := unclosed(message.text, pairs):
         yield _error(UnclosedReasoning, f"its content begins with {pair[0]} and never closes it", number)
@@ -185,9 +187,8 @@ def find(message: Message, number: int, pairs: Sequence[Pair], template: Templat
         yield _error(DoubledReasoning, words, number)
     if not (message.functions or (message.reasoning + message.response).strip()):
         yield _error(EmptyMessage, "it has no reasoning, no content and no calls", number)
-    stops = [template.stop, template.call_stop if message.functions else None]
     texts = [message.response, *map(str, message.functions), *([] if off else [message.reasoning])]
-    for stop in dict.fromkeys([*(stop.text for stop in stops if stop), *([template.eos] if template.eos else [])]):
+    for stop in endings.stops(bool(message.functions)):
         if any(stop in text for text in texts):
             words = f"it has {stop!r} in its text, which stops generation: nothing behind it would be generated"
             yield _error(StopInText, words, number)

@@ -13,8 +13,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from flexreason.chat import dirt
+from flexreason.chat.ending import Endings
 from flexreason.chat.history import History, Stretch, find_stretches, repeated
 from flexreason.chat.messages import TRAINING_KEYS, Message, check, is_trained
+from flexreason.chat.probes import PROBE_TOOL
 from flexreason.chat.render import (
     BadMessage,
     ConversationError,
@@ -24,7 +26,7 @@ from flexreason.chat.render import (
     function_tools,
 )
 from flexreason.chat.survey import Turns
-from flexreason.chat.template import PROBE_TOOL, Template
+from flexreason.chat.template import Template
 from flexreason.chat.tokens import Running, Tokens, joined
 from flexreason.chat.turns import Turn
 from flexreason.tree.layout import TOKENIZERS, Layout
@@ -149,8 +151,8 @@ class Encoder:
         trained = choose(checked, turns)
         with frozen_clock():
             render = Renderer(self.tokenizer, function_tools(tools), self.options)
-            template, finder = self._template(render)
-            own, dirty = self._in_form(render, template, checked, set(trained))
+            finder = self._template(render)[1]
+            own, dirty = self._in_form(render, finder.endings, checked, set(trained))
             past = [message.without_reasoning() for message in own] if self.history == "content" else own
             before = [message.as_dict for message in past]
             answered = [self._turn(render, finder, before[:number], own[number], number) for number in trained]
@@ -161,12 +163,13 @@ class Encoder:
         return Encoded(samples, how, trained, answered, render.seconds, render.n_calls, dirty)
 
     def _in_form(
-        self, render: Renderer, template: Template, messages: list[Message], trained: set[int]
+        self, render: Renderer, endings: Endings, messages: list[Message], trained: set[int]
     ) -> tuple[list[Message], dict[int, str]]:
         """The messages as the template takes them, and those that are accepted though they are dirty. Raises where one
         that is trained on is dirty."""
         in_form: list[Message] = []
         dirty: dict[int, ConversationError] = {}
+        template = endings.template
         pairs, end = dirt.pairs_with(template.markers), template.prompt_end
         for number, message in enumerate(messages):
             message = message.without(*TRAINING_KEYS)
@@ -177,7 +180,7 @@ class Encoder:
                     asked = in_form[-1].text.strip()  # a text that ends in a marker opens nothing
                     if dirt.opened_by(prompt, end, half) and not (asked and prompt.rstrip().endswith(asked)):
                         message = dirt.with_reasoning_before(message, half[1])
-                if number in trained and (found := list(dirt.find(message, number, pairs, template))):
+                if number in trained and (found := list(dirt.find(message, number, pairs, endings))):
                     dirty[number] = next((error for error in found if error.reason not in self.accept), found[0])
             in_form.append(template.in_form(message))
         dirt.refuse(dirty, self.accept)

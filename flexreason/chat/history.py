@@ -11,8 +11,8 @@ from bisect import bisect_right
 from dataclasses import dataclass
 
 from flexreason.chat.messages import Message
+from flexreason.chat.probes import MARK
 from flexreason.chat.render import Renderer
-from flexreason.chat.template import MARK
 from flexreason.chat.texts import common_prefix, places_of
 from flexreason.chat.tokens import Piece, Running, Tokens
 from flexreason.tree.sample import Role

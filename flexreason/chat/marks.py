@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from flexreason.chat.messages import Message, marked_arguments
-from flexreason.chat.template import MARK
+from flexreason.chat.probes import MARK
 from flexreason.chat.texts import forms, places_of
 
 QUOTES = "\"'\\"

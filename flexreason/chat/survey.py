@@ -23,8 +23,10 @@ from typing import Any
 
 from flexreason.chat.before import Before
 from flexreason.chat.calls import lost_call
+from flexreason.chat.ending import Endings, Stop
 from flexreason.chat.marks import Marked, joined, mark, new_base, stands_for, texts_between_marks
 from flexreason.chat.messages import REASONING_FIELDS, Message
+from flexreason.chat.probes import ANSWER, USER, assistant, user
 from flexreason.chat.render import (
     ALONE,
     ConversationError,
@@ -36,7 +38,7 @@ from flexreason.chat.render import (
     StopsWithin,
 )
 from flexreason.chat.seam import find_seam
-from flexreason.chat.template import ANSWER, USER, Stop, Template, assistant, user
+from flexreason.chat.template import Template
 from flexreason.chat.texts import common_suffix, places_of
 from flexreason.chat.turns import Pattern, Turn
 
@@ -45,7 +47,7 @@ class Turns:
     """Finds turns with one template; patterns learned are kept, each for messages of one shape."""
 
     def __init__(self, template: Template) -> None:
-        self.template = template
+        self.template, self.endings = template, Endings(template)
         self.patterns: dict[Any, Pattern] = {}
 
     def find(self, render: Renderer, before: Messages, message: Message, number: int, prompt: str) -> Turn:
@@ -61,7 +63,7 @@ class Turns:
         )
         if (pattern := self.patterns.get(shape)) and (turn := pattern.fit(prompt, whole, message)):
             return turn
-        survey = _Survey(self.template, render, before, message, number, prompt, whole)
+        survey = _Survey(self.endings, render, before, message, number, prompt, whole)
         turn = survey.turn()
         if survey.pattern:
             self.patterns[shape] = survey.pattern
@@ -73,7 +75,7 @@ class _Survey:
 
     def __init__(
         self,
-        template: Template,
+        endings: Endings,
         render: Renderer,
         before: Messages,
         message: Message,
@@ -81,7 +83,7 @@ class _Survey:
         prompt: str,
         whole: str,
     ) -> None:
-        self.template, self.render = template, render
+        self.endings, self.template, self.render = endings, endings.template, render
         self.messages, self.message, self.number = before, message, number
         self.prompt, self.whole = prompt, whole
         # templates take white space for none
@@ -90,7 +92,7 @@ class _Survey:
         self.pattern: Pattern | None = None
         self.stop: Stop | None = None
         self.base = new_base((whole, prompt, str(message.as_dict)))
-        self.before = Before(template, render, before, number, self.base)
+        self.before = Before(self.template, render, before, number, self.base)
 
     def turn(self) -> Turn:
         """The turn, with all calls of the message in it, and nothing behind what stops generation."""
@@ -229,7 +231,7 @@ class _Survey:
         """What the message must generate of `whole`: up to its stop token."""
         last = max(shown.rfind(mark) + len(mark) for mark in marked.marks.values() if mark in shown)
         tail = common_suffix(shown[last:], whole)
-        ending = self.template.ending(tail, bool(self.message.functions))
+        ending = self.endings.of(tail, bool(self.message.functions))
         if ending is None:
             raise NoStopToken(
                 "nothing ends this message: the chat template writes no special token behind it, and the tokenizer has "
@@ -312,7 +314,7 @@ class _Survey:
         """The prompt has closed the block: what the model generates is the message without reasoning."""
         bare = self.message.without_reasoning()
         whole = self.render([*self.messages, bare.as_dict], False, blame=self.number)
-        turn = _Survey(self.template, self.render, self.messages, bare, self.number, self.prompt, whole).turn()
+        turn = _Survey(self.endings, self.render, self.messages, bare, self.number, self.prompt, whole).turn()
         return Turn(turn.prompt, turn.target, turn.response, "thinking off")
 
     def _learn(self, marked: Marked, places: dict[str, int], shown: str, whole: str, kept: int, stop: Stop) -> None:

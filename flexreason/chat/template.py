@@ -1,10 +1,5 @@
-"""What a chat template does, found by probing it: never by its name, and never by looking at users' text.
+"""What a chat template does, found by probing it: never by its name, and never by looking at users' text."""
 
-A probe is a rendering of a small conversation whose texts are *marks*, words that occur nowhere else. Where a mark
-comes out is where the template puts that text; what stands around it is the template's own.
-"""
-
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,13 +7,10 @@ from functools import cached_property
 from typing import Any
 
 from flexreason.chat.messages import REASONING_FIELDS, Message, take_apart
+from flexreason.chat.probes import AGAIN, ANSWER, SYSTEM, THOUGHT, USER, assistant, calling, user
 from flexreason.chat.render import Messages, Renderer
-from flexreason.chat.seam import find_seam, first_part
-from flexreason.chat.texts import common_prefix, common_suffix
-
-MARK = "zQ7xV{}Kmark"
-
-USER, ANSWER, THOUGHT, AGAIN, SYSTEM = (MARK.format(letter) for letter in ("u", "b", "a", "w", "y"))
+from flexreason.chat.seam import find_seam
+from flexreason.chat.texts import common_prefix
 
 KNOWN_MARKERS = (
     ("<think>", "</think>"),
@@ -28,33 +20,6 @@ KNOWN_MARKERS = (
     ("<reasoning>", "</reasoning>"),
 )
 """Pairs that surround reasoning, tried where a template does not show its own by rendering a reasoning field."""
-
-PROBE_TOOL = {
-    "type": "function",
-    "function": {
-        "name": "probe",
-        "description": "probe",
-        "parameters": {"type": "object", "properties": {"key": {"type": "string", "description": "k"}}},
-    },
-}
-
-
-def user(text: str) -> dict[str, Any]:
-    return {"role": "user", "content": text}
-
-
-def assistant(text: str, **more: Any) -> dict[str, Any]:
-    return {"role": "assistant", "content": text, **more}
-
-
-def calling(form: str, key: str = "key", value: str | int = ANSWER, **more: Any) -> dict[str, Any]:
-    arguments = {key: value} if form == "object" else json.dumps({key: value})
-    call = {"id": "call00001", "type": "function", "function": {"name": "probe", "arguments": arguments}}
-    return {"role": "assistant", "content": "", **more, "tool_calls": [call]}
-
-
-def tool(text: str) -> dict[str, Any]:
-    return {"role": "tool", "name": "probe", "tool_call_id": "call00001", "content": text}
 
 
 @dataclass(frozen=True)
@@ -93,18 +58,6 @@ class Markers:
         """What of `open` a prompt that has opened the block has not written yet."""
         written = prompt[prompt.rfind(self.opening) :]
         return self.open.lstrip()[len(written) :] if self.open.lstrip().startswith(written) else ""
-
-
-@dataclass(frozen=True)
-class Stop:
-    """How a message ends: `text` stands behind it and stops generation, or has to be appended to do so. `guessed`: it
-    is the first special token there, and nothing else says that it stops. `behind`: what an appended one stands behind.
-    """
-
-    text: str
-    appended: bool
-    guessed: bool = False
-    behind: str = ""
 
 
 class Template:
@@ -230,131 +183,17 @@ class Template:
             opening = head[len(header) :] or (word.group(0) if word else opening)
         return Markers(opening, close, "template")
 
-    # --- the end of a message
-
     @cached_property
     def appends_always(self) -> bool:
         """Whether the generation prompt comes even when it is not asked for."""
         asked, unasked = (self.probe(self.take([user(USER)]), prompt) for prompt in (True, False))
         return asked is not None and asked == unasked
 
-    @cached_property
-    def stop(self) -> Stop | None:
-        """How a plain answer ends."""
-        return self._find_stop([assistant(ANSWER)], [user(AGAIN)])
-
-    @cached_property
-    def call_stop(self) -> Stop | None:
-        """How a tool call ends, whatever its arguments are: what is written around a text, and not around a number, is
-        no part of that."""
-        form = "object" if self.argument_form in ("any", "object") else "string"
-        number = self.probe(self.take([user(USER), calling(form, value=7)])) or ""
-        return self._find_stop([calling(form)], [tool(AGAIN)], number)
-
-    def _find_stop(self, answer: Messages, more: Messages, with_number: str = "") -> Stop | None:
-        last = self.probe(self.take([user(USER), *answer]))
-        after = self.probe(self.take([user(USER), *answer, *more]))
-        tail = last.rpartition(ANSWER)[2] if last and ANSWER in last else ""
-        between = after.rpartition(ANSWER)[2].partition(AGAIN)[0] if after and ANSWER in after else ""
-        asked = (self.probe(self.take([user(USER), *answer]), True) or "").rpartition(ANSWER)[2]
-        if with_number:
-            around = len(tail) - len(common_suffix(tail, with_number))
-            around = next((t.end() for t in self.added.finditer(tail) if t.start() < around < t.end()), around)
-            if tail[around:].strip() and between.startswith(tail[:around]):
-                tail, between, asked = tail[around:], between[around:], asked[around:]
-        if self.appends_always:
-            tail = self._without_prompt(tail)
-        always = self._whole(common_prefix(tail, between), tail)
-        for text in (always, self._whole(common_prefix(tail, asked), tail)):
-            if stop := self._end_of_turn(text):
-                return stop
-        if between.startswith(tail) and (stop := self._end_in_history(tail, between)):
-            return stop
-        if run := self._run(always):
-            return Stop(run, False, guessed=True)
-        if stop := self._end_of_turn(tail):
-            return stop
-        if run := self._run(tail):
-            return Stop(run, False, guessed=True)
-        after_tail = between[len(tail) :] if between.startswith(tail) else between
-        if (next_role := self.special.match(after_tail.lstrip())) and next_role.group() != self.bos:
-            return Stop(next_role.group(), True)
-        return Stop(self.eos, True) if self.eos else None
-
-    def _end_in_history(self, tail: str, between: str) -> Stop | None:
-        """What ends a turn directly behind what a message ends with, and is written once another message follows."""
-        stop = self._end_of_turn(between[len(tail) :])
-        end = between.find(stop.text, len(tail)) + len(stop.text) if stop else 0
-        text = between[len(tail.rstrip()) : end]
-        return Stop(text, True, behind=tail.rstrip()) if stop and not self.added.sub("", text).strip() else None
-
-    def ending(self, tail: str, calls: bool) -> tuple[int, Stop] | None:
-        """How many characters of what a message ends with belong to it, and how it stops."""
-        known = [stop for stop in ((self.call_stop if calls else None), self.stop) if stop]
-        for stop in known:
-            if not stop.appended and (at := tail.find(stop.text)) >= 0:
-                return at + len(stop.text), stop
-            if stop.appended and re.search(r"\w", common_suffix(stop.behind, tail.rstrip())):
-                return len(tail.rstrip()), stop
-        if not self.appends_always and (run := self._run(tail)):
-            stop = self._end_of_turn(tail) or Stop(run, False, guessed=True)
-            return tail.find(stop.text) + len(stop.text), stop
-        if not known:
-            return None
-        kept = tail
-        if self.appends_always:
-            kept = self._without_prompt(tail)
-        stop = next((stop for stop in known if stop.appended), known[0])
-        return len(kept.rstrip()), stop
-
-    def _end_of_turn(self, text: str) -> Stop | None:
-        """The eos_token, or the first token that ends a user's message too: of what stands behind every answer, these
-        stop generation, whether flagged special or not, and whatever stands before them."""
-        if self.eos and self.eos in text:
-            return Stop(self.eos, False)
-        ends = (token.group() for token in self.added.finditer(text) if token.group() in self._ends_users)
-        token = next((token for token in ends if token != self.bos), None)
-        return Stop(token, False) if token else None
-
-    @cached_property
-    def _ends_users(self) -> list[str]:
-        """The token that ends a user's message: the last one there, since others may stand before it that end no turn.
-        Where the answer's header cannot be told from that end, all tokens between a user's text and an answer."""
-        asked = self.take([user(USER)])
-        closed, text = (
-            self.probe(asked) or "",
-            self.probe(self.take([user(USER), assistant(ANSWER), user(AGAIN)])) or "",
-        )
-        closed, between = closed.rpartition(USER)[2], text.partition(USER)[2].partition(ANSWER)[0]
-        size = next((n for n in range(min(len(closed), len(between)), 0, -1) if closed.endswith(between[:n])), 0)
-        header = first_part(self.prompt_end.removeprefix(closed), self.added)  # where it begins, if it shows
-        at = between.rfind(header.group()) if header and self.prompt_end.startswith(closed) else 0
-        for end in (between[:size], between[: max(at, 0)], self.shared(closed, between)):
-            if not self.appends_always and (tokens := [t for t in self.added.findall(end) if t != self.bos]):
-                return tokens[-1:]
-        return self.added.findall(self.prompt_end + between)
-
-    def _without_prompt(self, tail: str) -> str:
-        """The end of a message without a generation prompt that nobody asked for."""
-        start = len(tail) - len(common_suffix(tail, self.prompt_end))
-        cut = next((token.end() for token in self.added.finditer(tail) if token.start() < start < token.end()), start)
-        return tail[:cut]
-
-    def _run(self, text: str) -> str:
-        """The first special tokens in a text that stand side by side, without one that begins a text."""
-        first = self.special.search(text)
-        if not first or first.group() == self.bos != self.eos:
-            return ""
-        end = first.end()
-        while (more := self.special.match(text, end)) and more.group() != self.bos:
-            end = more.end()
-        return text[first.start() : end]
-
     def shared(self, one: str, other: str) -> str:
         """What two texts begin with both, no token of them cut."""
-        return self._whole(self._whole(common_prefix(one, other), one), other)
+        return self.whole(self.whole(common_prefix(one, other), one), other)
 
-    def _whole(self, prefix: str, text: str) -> str:
+    def whole(self, prefix: str, text: str) -> str:
         """A prefix of a text, cut so that no added token of the text is cut."""
         for token in self.added.finditer(text):
             if token.start() < len(prefix) < token.end():

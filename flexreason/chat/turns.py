@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 
 from flexreason.chat.calls import lost_call
+from flexreason.chat.ending import Stop
 from flexreason.chat.messages import Message
-from flexreason.chat.template import Stop
 from flexreason.chat.texts import places_of
 
 

@@ -14,20 +14,11 @@ from datetime import datetime
 from typing import Any
 
 from flexreason.chat.encode import Encoder
+from flexreason.chat.ending import Endings
 from flexreason.chat.messages import REASONING_FIELDS
+from flexreason.chat.probes import AGAIN, ANSWER, PROBE_TOOL, THOUGHT, USER, assistant, calling, tool, user
 from flexreason.chat.render import ConversationError, Messages, Renderer, frozen_clock
-from flexreason.chat.template import (
-    AGAIN,
-    ANSWER,
-    PROBE_TOOL,
-    THOUGHT,
-    USER,
-    Template,
-    assistant,
-    calling,
-    tool,
-    user,
-)
+from flexreason.chat.template import Template
 from flexreason.data import options as of_data
 from flexreason.data.files import BadInput, Conversation
 from flexreason.load import is_bare, load_tokenizer
@@ -144,7 +135,8 @@ def _chosen(options: argparse.Namespace) -> Conversation | BadInput:
 def _guesses(template: Template) -> list[str]:
     """What a real tokenizer may say otherwise: ends of messages that only their being special tells."""
     calls = template.argument_form != "none"
-    ends = {"an answer": template.stop, "a tool call": template.call_stop if calls else None}
+    endings = Endings(template)
+    ends = {"an answer": endings.stop, "a tool call": endings.call_stop if calls else None}
     guessed = [f"{what} ({stop.text!r})" for what, stop in ends.items() if stop and (stop.guessed or stop.appended)]
     if not guessed:
         return []
@@ -226,13 +218,14 @@ def _tail(text: str, n: int = 40) -> str:
 
 
 def _ends(template: Template) -> list[Fact]:
-    stop = template.stop
+    endings = Endings(template)
+    stop = endings.stop
     if stop is None:
         return [Fact("stop", None, "Nothing stops generation: no special token behind an answer, and no eos_token.")]
     appended = "appended, since the template writes nothing behind the last answer"
     how = appended if stop.appended else "written by the template"
     facts = [Fact("stop", stop.text, f"An answer ends with {stop.text!r} ({how}).")]
-    call = template.call_stop if template.argument_form != "none" else None
+    call = endings.call_stop if template.argument_form != "none" else None
     if call and call.text != stop.text:
         facts.append(Fact("call_stop", call.text, f"A tool call ends with {call.text!r}."))
     if not stop.appended:
