@@ -7,7 +7,8 @@ import pytest
 
 from flexreason.chat.messages import check
 from flexreason.chat.render import BadMessage
-from flexreason.data.files import BadInput, read_all, read_conversations, read_entries
+from flexreason.data.files import read_all, read_conversations, read_entries
+from flexreason.data.formats import BadInput
 from templating import answer, user
 
 CHAT = [user("one"), answer("two", "why")]

@@ -10,7 +10,7 @@ from flexreason.chat.dirt import REASONS
 from flexreason.chat.encode import Encoder
 from flexreason.chat.render import ConversationError, NotRendered
 from flexreason.cli import main
-from flexreason.data.files import BadInput
+from flexreason.data.formats import BadInput
 from flexreason.train.settings import from_mapping
 from models import tiny
 from templating import (

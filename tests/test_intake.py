@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 import flexreason as fr
 from flexreason.chat.render import ConversationError
 from flexreason.data import options
-from flexreason.data.files import BadInput
+from flexreason.data.formats import BadInput
 from flexreason.data.intake import AT_A_TIME, EntryEncoder, Intake, Refusals, Refused, start_workers
 from templating import SHAPES, TOOLS, answer, call, result, trl_tokenizer, user
 

@@ -16,7 +16,7 @@ import flexreason as fr
 from flexreason.cli import main
 from flexreason.commands.report import report
 from flexreason.data.figures import SIZES, Amount, Figures, dense, figures_of, shape_of
-from flexreason.data.files import BadInput
+from flexreason.data.formats import BadInput
 from flexreason.data.intake import EntryEncoder, Intake, Item
 from flexreason.data.pack import Packer
 from flexreason.data.summary import Fill, Summary, bin_of

@@ -17,7 +17,8 @@ from typing import Any
 
 from flexreason.data import options as of_data
 from flexreason.data.figures import Figures, Shape, figures_of, shape_of
-from flexreason.data.files import BadInput, Conversation, EmptySource, count_entries, place_of, read_all
+from flexreason.data.files import EmptySource, count_entries, place_of, read_all
+from flexreason.data.formats import BadInput, Conversation
 from flexreason.data.intake import EntryEncoder, Intake, Refusal, Refusals, Refused, start_workers
 from flexreason.data.summary import Summary
 from flexreason.load import load_tokenizer

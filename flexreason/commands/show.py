@@ -22,7 +22,7 @@ import torch
 
 import flexreason as fr
 from flexreason.data import options as of_data
-from flexreason.data.files import BadInput, Conversation
+from flexreason.data.formats import BadInput, Conversation
 from flexreason.load import load_tokenizer
 from flexreason.proof import oracle
 from flexreason.proof.compare import compare, one_pass

@@ -20,7 +20,7 @@ from flexreason.chat.probes import AGAIN, ANSWER, PROBE_TOOL, THOUGHT, USER, ass
 from flexreason.chat.render import ConversationError, Messages, Renderer, frozen_clock
 from flexreason.chat.template import Template
 from flexreason.data import options as of_data
-from flexreason.data.files import BadInput, Conversation
+from flexreason.data.formats import BadInput, Conversation
 from flexreason.load import is_bare, load_tokenizer
 from flexreason.show.plain import plain
 from flexreason.show.read import scenes

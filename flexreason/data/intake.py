@@ -23,15 +23,8 @@ import torch
 import flexreason
 from flexreason.chat.encode import Encoded, Encoder, encoder_of
 from flexreason.chat.render import ConversationError
-from flexreason.data.files import (
-    BadInput,
-    Conversation,
-    as_conversation,
-    as_sample,
-    detect,
-    read_all,
-    without_none,
-)
+from flexreason.data.files import read_all, without_none
+from flexreason.data.formats import BadInput, Conversation, as_conversation, as_sample, detect
 from flexreason.talk.interrupt import deaf
 from flexreason.tree.layout import Layout
 from flexreason.tree.merge import lay_out

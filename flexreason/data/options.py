@@ -10,7 +10,8 @@ from typing import Any, NoReturn, TypeVar
 from flexreason.chat import dirt
 from flexreason.chat.encode import HISTORIES
 from flexreason.chat.render import ConversationError
-from flexreason.data.files import DATA, FILES, FORMATS, BadInput, Conversation, read_all
+from flexreason.data.files import DATA, FILES, read_all
+from flexreason.data.formats import FORMATS, BadInput, Conversation
 from flexreason.data.intake import OURS, EntryEncoder, Refusals, Refused
 from flexreason.load import load_tokenizer, option_of
 from flexreason.talk.telling import each, stage

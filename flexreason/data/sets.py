@@ -20,7 +20,8 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from flexreason.chat.render import ConversationError
 from flexreason.data.collator import is_document
-from flexreason.data.files import BadInput, without_none
+from flexreason.data.files import without_none
+from flexreason.data.formats import BadInput
 from flexreason.data.intake import EntryEncoder, Refusals, Refused
 from flexreason.tree.layout import PER_TARGET, PER_TOKEN, Layout
 

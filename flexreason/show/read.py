@@ -11,7 +11,7 @@ from flexreason.chat import dirt
 from flexreason.chat.encode import REMARKS, Encoded
 from flexreason.chat.messages import TRAINING_KEYS, take_apart
 from flexreason.chat.render import ConversationError
-from flexreason.data.files import BadInput, Conversation
+from flexreason.data.formats import BadInput, Conversation
 from flexreason.data.intake import EntryEncoder
 from flexreason.show.notes import RefusedScene, Remark, Spoken, spoken
 from flexreason.show.scene import Scene
