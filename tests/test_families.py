@@ -22,10 +22,10 @@ from exact import EXACT, errors
 from flexreason.attention import segments
 from flexreason.attention.registry import BACKENDS, TreeRow
 from flexreason.cli import main
-from flexreason.commands import models
 from flexreason.model import head, refuse
 from flexreason.model import hooks as patching
 from flexreason.proof import evidence, selftest
+from flexreason.proof.scan import TABLE, scan, table
 from flexreason.proof.source import source_of
 from flexreason.proof.tiny import HEADS, ORIGINAL, build, causal_classes, default_config, length_constants, shrink
 from models import tiny
@@ -520,7 +520,7 @@ def test_a_class_that_is_exact_but_not_in_chunks_is_refused_by_name(monkeypatch)
 def test_the_list_says_which_classes_take_no_loss_in_chunks():
     found = evidence.listed()["models"]
     assert found["WhisperForCausalLM"]["chunked"] is False
-    assert "no chunked loss" in models.TABLE.read_text()
+    assert "no chunked loss" in TABLE.read_text()
     exact = [entry for entry in found.values() if entry["verdict"] == "exact"]
     assert sum(entry["chunked"] for entry in exact) >= 100
     assert all(entry["chunked_reason"] for entry in exact if not entry["chunked"])
@@ -634,14 +634,14 @@ def test_the_committed_list_is_of_the_locked_transformers_and_long_enough():
     assert len(exact) >= 92
     assert all(max(entry[key] for key in ("loss", "logprobs", "gradients")) <= EXACT for entry in exact)
     assert all(entry["reason"] for entry in found["models"].values() if entry["verdict"] != "exact")
-    assert models.TABLE.read_text() == models.table(found)
+    assert TABLE.read_text() == table(found)
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(transformers.__version__ != LOCKED["transformers"], reason="the list is of another transformers")
 @pytest.mark.filterwarnings("ignore")
 def test_a_new_scan_finds_what_the_list_says():
-    for name, entry in models.scan(causal_classes()):
+    for name, entry in scan(causal_classes()):
         listed = evidence.listed()["models"][name]
         for key in ("verdict", "unpatched", "structure", "source", "registry"):
             assert entry[key] == listed[key], (name, entry)
@@ -666,7 +666,7 @@ def test_the_command_tells_about_one_model(capsys):
 @pytest.mark.parametrize("other", [False, True])
 def test_the_command_says_where_its_list_is_of_another_transformers(monkeypatch, capsys, other):
     written = {**evidence.listed(), "transformers": "0.0" if other else transformers.__version__}
-    monkeypatch.setattr(models, "listed", lambda: written)
+    monkeypatch.setattr("flexreason.commands.models.listed", lambda: written)
     assert main(["models"]) == 0
     assert ("is tested when it is first patched" in capsys.readouterr().out) == other
 

@@ -10,10 +10,10 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 
 import flexreason as fr
 from exact import EXACT, worst_gradient
-from flexreason.commands.models import listed
 from flexreason.model import head
 from flexreason.model.hooks import apply_patch
 from flexreason.proof import oracle, selftest
+from flexreason.proof.evidence import listed
 from flexreason.proof.float64 import relative_l2, true_float64
 from flexreason.proof.tiny import build, default_config, shrink
 from models import checkpoint, tiny
