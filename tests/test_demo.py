@@ -9,9 +9,9 @@ import torch
 import flexreason as fr
 from exact import plain_pass
 from flexreason.chat.encode import Encoder
+from flexreason.chat.facts import describe
 from flexreason.cli import main
 from flexreason.commands.demo import claim, judge
-from flexreason.commands.template import describe
 from flexreason.demo import answers, material, task, ways
 from flexreason.demo.material import start
 from flexreason.demo.ways import fit

@@ -26,8 +26,9 @@ from flexreason.model import head, refuse
 from flexreason.model import hooks as patching
 from flexreason.proof import evidence, selftest
 from flexreason.proof.scan import TABLE, scan, table
+from flexreason.proof.sizes import HEADS, ORIGINAL, length_constants
 from flexreason.proof.source import source_of
-from flexreason.proof.tiny import HEADS, ORIGINAL, build, causal_classes, default_config, length_constants, shrink
+from flexreason.proof.tiny import build, causal_classes, default_config, shrink
 from models import tiny
 from strategies import random_tree, random_turns
 

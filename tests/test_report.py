@@ -14,11 +14,11 @@ from transformers import DeepseekV3Config, Qwen3Config, Qwen3ForCausalLM, Qwen3M
 
 import flexreason as fr
 from flexreason.cli import main
-from flexreason.commands.report import report
 from flexreason.data.figures import SIZES, Amount, Figures, dense, figures_of, shape_of
 from flexreason.data.formats import BadInput
 from flexreason.data.intake import EntryEncoder, Intake, Item
 from flexreason.data.pack import Packer
+from flexreason.data.report import report
 from flexreason.data.summary import Fill, Summary, bin_of
 from templating import SHAPES, TOOLS, answer, encode_samples, trl_tokenizer, user
 

@@ -5,8 +5,8 @@ import json
 import pytest
 
 from flexreason.chat.encode import Encoder
+from flexreason.chat.facts import describe
 from flexreason.cli import main
-from flexreason.commands.template import describe
 from flexreason.load import load_tokenizer
 from templating import TRL, TRL_TEMPLATES, trl_tokenizer
 

@@ -23,7 +23,7 @@ from flexreason.model.hooks import find_patch
 from flexreason.model.loss import TreeLoss
 from flexreason.proof import compare, evidence, selftest
 from flexreason.proof.tiny import build, default_config, shrink
-from flexreason.proof.verify import Error, NoVerdict, limits_from
+from flexreason.proof.verdict import Error, NoVerdict, limits_from
 from models import TINY, checkpoint, tiny
 from strategies import random_tree, random_turns
 

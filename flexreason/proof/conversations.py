@@ -10,7 +10,7 @@ from transformers import PreTrainedConfig
 
 from flexreason.model.loss import is_weighted
 from flexreason.model.refuse import refuse_rope
-from flexreason.proof.tiny import length_constants
+from flexreason.proof.sizes import length_constants
 from flexreason.tree.layout import Layout, unmerge
 from flexreason.tree.merge import lay_out
 from flexreason.tree.row import collate

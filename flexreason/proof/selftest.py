@@ -33,7 +33,8 @@ from flexreason.model.refuse import (
 from flexreason.proof import oracle
 from flexreason.proof.compare import EXACT, Errors, compare, logprobs_pass, one_pass
 from flexreason.proof.float64 import in_float64, true_float64
-from flexreason.proof.tiny import ORIGINAL, SPECIAL, VOCABULARY, build, class_of, default_config, shrink
+from flexreason.proof.sizes import ORIGINAL, SPECIAL, VOCABULARY
+from flexreason.proof.tiny import build, class_of, default_config, shrink
 from flexreason.recurrent.entries import KINDS, names_of
 from flexreason.talk.telling import each
 from flexreason.tree.layout import Layout, lay_out_turns, unmerge
