@@ -285,7 +285,6 @@ def test_dice_where_a_block_is_closed_are_refused():
         "{{ namespace(made=['x'] | map('upper')) }}",
         "{{ cycler('a', 'b') }}",
         "{{ joiner }}{{ joiner() }}",
-        "{{ dict }}",
         "{{ '%s' % raise_exception }}",
         "{{ [strftime_now] | join }}",
     ],
