@@ -56,10 +56,11 @@ bench: $(READY)  ## tables and plots of this machine, in OUT; under ten minutes 
 	$(BIN)/python benchmarks/growth.py --out $(OUT) --repeats 3 --turns 1 2 4 8 16 32 --steps-to 16
 	$(BIN)/python benchmarks/where.py --out $(OUT) --repeats 3 --shapes "8 x 64/256/64"
 	$(BIN)/python benchmarks/long.py --out $(OUT) --lengths 8192
+	$(BIN)/python benchmarks/counts.py --out $(OUT) --lengths 8192 32768
 	$(BIN)/python benchmarks/data.py --out $(OUT) --repeats 3 --steps 75 --tokens 50000 250000
 
 bench-all: $(READY)  ## all of them: hours. Stopped, it goes on where it was; what is done is kept in OUT
-	for name in steps masks growth where long data; do $(BIN)/python benchmarks/$$name.py --out $(OUT) || exit 1; done
+	for name in steps masks growth where long counts data; do $(BIN)/python benchmarks/$$name.py --out $(OUT) || exit 1; done
 
 lock: $(READY) $(DOCS)/ready  ## write down what is installed now
 	$(BIN)/pip freeze --all --exclude-editable | grep -v '^pip==' | sed 's/+cpu//' > requirements-dev.txt

@@ -69,6 +69,34 @@ def test_masks(tmp_path):
     assert json.loads((tmp_path / "masks.json").read_text())["rows"] == found["rows"]
 
 
+def test_counts(tmp_path):
+    [row] = main("counts", tmp_path, "--lengths", "1000", "--shapes", "3 x 64/128/64")["rows"]
+    shared = module("shared")
+    grown = shared.shape("3 x 64/128/64").grown(1000)
+    layout = shared.conversation([grown[1:]] * 3)
+    visible = fr.dense_mask(layout)
+    blocks = F.pad(visible, (0, -len(layout) % 128, 0, -len(layout) % 128)).unfold(0, 128, 128).unfold(1, 128, 128)
+    assert row["flex computes"] == blocks.any(-1).any(-1).sum() * 128**2 / visible.sum()
+    samples = [len(sample.prompt_ids) + len(sample.target_ids) for sample in fr.unmerge(layout)]
+    assert row["tokens"] == sum(samples) / len(layout)
+    assert 1 < row["work, 0.6B"] < row["tokens"]
+    assert row["flash computes"] > 1
+    assert row["calls"] == 2
+
+
+@pytest.mark.parametrize("n_queries, n_keys, causal", [(300, 300, True), (100, 333, True), (300, 130, False)])
+def test_the_tiles_of_a_call_are_those_with_a_visible_pair(n_queries, n_keys, causal):
+    from flexreason.attention.flash import Call, Gathered
+
+    queries, keys = (Gathered.of([[(0, n)], [(n, n + 5)]], CPU) for n in (n_queries, n_keys))
+    total = 0
+    for q, k in ((n_queries, n_keys), (5, 5)):
+        visible = torch.ones(q, k).tril(k - q) if causal else torch.ones(q, k)
+        tiles = F.pad(visible, (0, -k % 64, 0, -q % 128)).unfold(0, 128, 128).unfold(1, 64, 64)
+        total += int(tiles.sum((-1, -2)).bool().sum()) * 128 * 64
+    assert module("counts").tiles(Call(queries, keys, causal)) == total
+
+
 def test_what_does_not_fit_says_so_with_its_arithmetic():
     masks = module("masks")
     assert masks.too_large("dense", 2**20, CPU) == "does not fit: 3 x 1,048,576^2 bytes = 3,072 GiB"
