@@ -140,7 +140,7 @@ def test_a_way_of_the_samples_that_differs_is_no_reference(config, capsys, monke
 
 def test_what_gains_nothing_and_what_gains_more_than_the_work_is_said(config, capsys, monkeypatch):
     little = "these conversations share too little; train them as they are"
-    more = "more than 100 % of the work's"
+    more = "more than 100 % of what the work says"
     right = {name: steps.WAYS[name] for name in ("one-by-one", "one-pass")}
     only = ["--ways", *right, "--shape", "1 x 6/9/4", "--repeats", "2"]
     monkeypatch.setitem(steps.WAYS, "one-pass", lambda case, backend: slower(right["one-pass"](case, backend)))

@@ -84,7 +84,7 @@ def test_counts(tmp_path):
     assert row["calls"] == 2
 
 
-@pytest.mark.parametrize("n_queries, n_keys, causal", [(300, 300, True), (100, 333, True), (300, 130, False)])
+@pytest.mark.parametrize(("n_queries", "n_keys", "causal"), [(300, 300, True), (100, 333, True), (300, 130, False)])
 def test_the_tiles_of_a_call_are_those_with_a_visible_pair(n_queries, n_keys, causal):
     from flexreason.attention.flash import Call, Gathered
 

@@ -69,7 +69,8 @@ class Report:
             return []
         notes = [words] if (words := advice(max(gains))) else []
         if self.work_ratio and max(gains) > MORE * self.work_ratio:
-            notes.append("more than 100 % of the work's: short samples use this machine less well than one row does")
+            more = "more than 100 % of what the work says"
+            notes.append(f"{more}: short samples use this machine less well than one row does")
         return notes
 
     def as_json(self) -> dict[str, Any]:
@@ -85,7 +86,7 @@ class Report:
         return {**asdict(self), **named, **ratios}
 
     def __str__(self) -> str:
-        rows = [["", "ms", "speed-up", "of the work's", "memory", "loss"]]
+        rows = [["", "ms", "speed-up", "of what work says", "memory", "loss"]]
         for one in self.ways:
             if not one.ms:
                 rows.append([one.name, "", "", "", "", one.failed])
@@ -97,14 +98,13 @@ class Report:
             loss = f"{one.loss:.6f}" + (", which is another" if self.differs(one) else "")
             loss += "" if one.trains else ", forward alone"
             rows.append([one.name, f"{one.median:,.0f}", str(faster or ""), share, memory, loss])
-        times_less = f"{self.token_ratio:.2f} of tokens" + (
-            f", {self.work_ratio:.2f} of work" if self.work_ratio else ""
-        )
+        more = f"{self.token_ratio:.2f} times as many tokens"
+        more += f", {self.work_ratio:.2f} times as much work" if self.work_ratio else ""
         lines = [
             f"{self.model}, {self.dtype}, on {self.device}, torch {self.torch}",
             f"{self.turns} turns in {_count(self.conversations)}: {self.tree.tokens:,} tokens in one pass, "
             f"{self.samples.tokens:,} in the samples",
-            f"So many times less: {times_less}",
+            f"The samples have {more}",
             "",
             draw_table(rows),
             *(["", *(f"- {note}" for note in notes)] if (notes := [*self.notes, *self._on_the_speed_up()]) else []),

@@ -223,7 +223,7 @@ class Summary:
         yield _line("longest sample", f"{self.longest_sample[0]:,} tokens ({self.longest_sample[1]})")
         yield _line("longest tree", f"{self.longest_tree[0]:,} tokens ({self.longest_tree[1]})")
         ways = ", ".join(f"{n:,} {kind}" for kind, n in self.how.most_common())
-        yield _line("turns were found", f"{ways or 'none'} (docs/templates.md)")
+        yield _line("turns, how found", f"{ways or 'none'} (docs/templates.md)")
         if off := self.how["thinking off"]:
             yield _line("warning", f"thinking off in {_some(off, 'turn')}: {REMARKS['thinking off']}")
 

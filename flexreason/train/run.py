@@ -277,9 +277,10 @@ def _tell(plan: _Plan, data: Prepared, rows: Rows, steps: int) -> None:
     for figures in data.figures():
         summary.add(figures)
     plan.say(str(summary))
+    rows_a_step = f"{plan.rows_per_step} row{'s' * (plan.rows_per_step > 1)} of {settings.length} tokens"
     plan.say(
-        f"{steps} steps of {plan.rows_per_step} rows of {settings.length} tokens, {rows.progress(len(rows)):.2f} "
-        f"epochs; history={settings.history}, template options {settings.template or 'none'}"
+        f"{steps} steps of {rows_a_step}, {rows.progress(len(rows)):.2f} epochs; history={settings.history}, template "
+        f"options {settings.template or 'none'}"
     )
 
 
