@@ -230,7 +230,7 @@ def _checked_calls(number: int, calls: Any) -> list[Any]:
             kind = type(arguments).__name__
             raise BadMessage(f"tool_calls[{at}]: expected arguments as an object or its JSON, found {kind}", number)
         if what := not_json(function):
-            raise BadMessage(f"tool_calls[{at}]: {what}; write it as text or a number", number)
+            raise BadMessage(f"tool_calls[{at}]: {what}; give it as text or a number", number)
         if function.get("arguments") == "":
             function = {**function, "arguments": "{}"}
         about = call if "function" in call else {"type": "function"}

@@ -320,7 +320,7 @@ def function_tools(tools: Any) -> list[Any] | None:
         if not (isinstance(tool, dict) or inspect.isfunction(tool) or inspect.ismethod(tool)):
             raise BadMessage(f"tools[{number}]: expected a JSON schema or a function, found {type(tool).__name__}")
         if isinstance(tool, dict) and (what := not_json(tool)):
-            raise BadMessage(f"tools[{number}]: {what}; write it as text or a number")
+            raise BadMessage(f"tools[{number}]: {what}; give it as text or a number")
     return list(tools)
 
 
