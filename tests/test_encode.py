@@ -219,9 +219,9 @@ def test_an_encoder_can_be_pickled_and_does_the_same():
 
 def test_a_changed_template_is_noticed():
     tokenizer = with_template(byte_level(), source("qwen3"), special=["<|im_start|>", "<|im_end|>"], eos="<|im_end|>")
-    before = encode_samples(CHAT[:2], tokenizer)
+    before = fr.encode(CHAT[:2], tokenizer)
     tokenizer.chat_template = source("llama3_1")
-    assert encode_samples(CHAT[:2], tokenizer) != before
+    assert fr.encode(CHAT[:2], tokenizer).input_ids.tolist() != before.input_ids.tolist()
 
 
 def test_a_tokenizer_that_has_changed_is_noticed():
@@ -229,13 +229,27 @@ def test_a_tokenizer_that_has_changed_is_noticed():
     tokenizer = small(template + "{{ '<a>' if add_generation_prompt }}")
 
     def target():
-        return words(encode_samples([user("x"), answer("y")], tokenizer)[0], tokenizer)[1]
+        [sample] = fr.unmerge(fr.encode([user("x"), answer("y")], tokenizer))
+        return words(sample, tokenizer)[1]
 
     assert target() == "y<end></s>"
     tokenizer.eos_token = "</a>"
     assert target() == "y<end></a>"
     tokenizer.add_tokens([AddedToken("<end>", special=True, normalized=False)], special_tokens=True)
     assert target() == "y<end>"
+
+
+def test_a_token_that_becomes_special_is_noticed():
+    template = "{% for m in messages %}{{ '<a>' if m.role == 'assistant' else '<u>' }}{{ m.content }}"
+    template += "{{ '<end>' if m.role == 'assistant' }}\n{% endfor %}{{ '<a>' if add_generation_prompt }}"
+    tokenizer = with_template(byte_level(), template, special=["<a>", "<u>"], plain=["<end>"])
+    before = fr.encode([user("x"), answer("y")], tokenizer).input_ids.tolist()
+    tokenizer.add_tokens(
+        [AddedToken("<end>", special=True, normalized=False)], special_tokens=True
+    )  # it is there already
+    [sample] = fr.unmerge(fr.encode([user("x"), answer("y")], tokenizer))
+    assert words(sample, tokenizer)[1] == "y<end>"
+    assert sample.prompt_ids + sample.target_ids != before
 
 
 def test_what_an_entry_says_of_tools_and_options_reaches_the_template():

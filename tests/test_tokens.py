@@ -7,12 +7,12 @@ from pathlib import Path
 from random import Random
 
 import pytest
-from tokenizers import AddedToken, Tokenizer, processors
+from tokenizers import AddedToken, Tokenizer, normalizers, processors
 from transformers import PreTrainedTokenizer, PreTrainedTokenizerFast
 
 from flexreason.chat.dirt import REASONS
 from flexreason.chat.encode import Encoder
-from flexreason.chat.render import ConversationError
+from flexreason.chat.render import ConversationError, NoStopToken
 from flexreason.chat.tokens import Running, Tokens
 from fuzzing import conversation
 from templating import answer, byte_level, metaspace, samples_of, source, user, with_template, word_piece
@@ -248,3 +248,38 @@ def test_encoding_is_not_slow():
     start = time.perf_counter()
     encoder.encoded(messages)
     assert time.perf_counter() - start < 10 * once
+
+
+def spelling_out(*added, eos):
+    """Llama 2's way to normalize: added tokens are looked for in the text as it is then, unless they say otherwise."""
+    backend = metaspace("never")
+    backend.pre_tokenizer = None
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>")
+    tokenizer.add_tokens(list(added))
+    tokenizer.eos_token, tokenizer.chat_template = eos, source("qwen3")
+    return tokenizer
+
+
+@pytest.mark.parametrize("eos", ["</s>", "<|im_end|>"])
+def test_a_stop_that_the_tokenizer_spells_out_is_refused(eos):
+    tokenizer = spelling_out(*TAGS, eos=eos)
+    stop = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert stop not in tokenizer("5<|im_end|>", add_special_tokens=False)["input_ids"]
+    with pytest.raises(NoStopToken, match=r"message 1: the target ends with '<\|im_end\|>'.*normalized=False"):
+        Encoder(tokenizer).encoded(CHAT)
+    tokenizer = spelling_out(*(AddedToken(tag, special=True, normalized=False) for tag in TAGS), eos=eos)
+    assert {sample.target_ids[-1] for sample in Encoder(tokenizer).encoded(CHAT).samples} == {stop}
+
+
+def test_a_token_that_must_be_a_word_is_found_as_in_the_whole_text():
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=byte_level(), eos_token="</s>")
+    word = AddedToken("<sep>", single_word=True, normalized=False)
+    tokenizer.add_tokens([word, AddedToken("assistant", normalized=False)])
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}<sep>{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    [sample] = Encoder(tokenizer).encoded([user("harbour!"), answer("granite!")]).samples
+    asked = tokenizer.apply_chat_template([user("harbour!")], add_generation_prompt=True, return_dict=False)
+    assert list(sample.prompt_ids) == asked

@@ -275,7 +275,8 @@ KEPT = 8
 
 def encoder_of(tokenizer: Any, **options: Any) -> Encoder:
     """The encoder for a tokenizer as it is now, kept from call to call."""
-    now = (str(getattr(tokenizer, "chat_template", None)), len(tokenizer), tokenizer.eos_token)
+    tokens = str(tokenizer.added_tokens_decoder), str(tokenizer.special_tokens_map), len(tokenizer)
+    now = (str(getattr(tokenizer, "chat_template", None)), *tokens)
     key = (id(tokenizer), now, repr(sorted(options.items())))  # the encoder holds the tokenizer: its id stays its own
     encoder = _encoders.pop(key, None) or Encoder(tokenizer, **options)
     _encoders[key] = encoder

@@ -8,7 +8,7 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-from flexreason.chat.render import BadMessage
+from flexreason.chat.render import BadMessage, not_json
 from flexreason.talk.nearest import did_you_mean
 
 REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
@@ -63,9 +63,12 @@ class Message:
 
     def with_field(self, name: str) -> "Message":
         """The message with its reasoning, if it has any, in field `name`, and nowhere else."""
-        if not (self.fields or self.reasoning):
+        if not (self.fields or self.inline):
             return self
-        return self.without_reasoning().changed(**{name: self.reasoning})
+        bare, is_empty = self.without_reasoning(), self.inline and not self.reasoning.strip()
+        if is_empty and not (self.response or self.functions):
+            return self  # nothing else is said: it is dirt, and as written if it is accepted
+        return bare if is_empty else bare.changed(**{name: self.reasoning})
 
     def with_texts(self, reasoning: str | None = None, content: str | None = None) -> "Message":
         """The message with other texts in these places; reasoning that stood inline then stands in a field."""
@@ -179,7 +182,7 @@ def _check_message(number: int, message: Any) -> dict[str, Any]:
     inline = _inline_block(_text_of(message)) if fields else None
     block = inline[0].strip() if inline else ""
     said = {name for name in fields if message[name].strip() in ("", block)}  # nothing, or what the block says too
-    if len(said) < len(fields) or block:  # the reasoning stands elsewhere
+    if len(said) < len(fields) or inline:  # the reasoning stands elsewhere, or in a block that is empty
         message = {key: value for key, value in message.items() if key not in said}
     if message.get("tool_calls"):
         if role != "assistant":
@@ -187,7 +190,7 @@ def _check_message(number: int, message: Any) -> dict[str, Any]:
                 f"a {role} message has tool_calls; only assistant messages can have them; leave them out",
                 number,
             )
-        _check_calls(number, message["tool_calls"])
+        message = {**message, "tool_calls": _checked_calls(number, message["tool_calls"])}
     elif "content" not in message:
         why = "has reasoning but no content" if fields else "has no content"
         may_be = ' (it may be "")' if fields or role != "assistant" else ""
@@ -207,9 +210,11 @@ def _check_content(number: int, message: dict[str, Any]) -> None:
             raise BadMessage(f"content: expected parts like {{'type': 'text', 'text': ...}}, found {kind!r}", number)
 
 
-def _check_calls(number: int, calls: Any) -> None:
+def _checked_calls(number: int, calls: Any) -> list[Any]:
+    """The calls, each a function under its key; arguments that are an empty text are an empty object's."""
     if not isinstance(calls, list):
         raise BadMessage(f"tool_calls: expected a list, found {type(calls).__name__}", number)
+    checked = []
     for at, call in enumerate(calls):
         function = call.get("function", call) if isinstance(call, dict) else None
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
@@ -224,6 +229,13 @@ def _check_calls(number: int, calls: Any) -> None:
         if arguments is not None and not isinstance(arguments, dict):
             kind = type(arguments).__name__
             raise BadMessage(f"tool_calls[{at}]: expected arguments as an object or its JSON, found {kind}", number)
+        if what := not_json(function):
+            raise BadMessage(f"tool_calls[{at}]: {what}; give it as text or a number", number)
+        if function.get("arguments") == "":
+            function = {**function, "arguments": "{}"}
+        about = call if "function" in call else {"type": "function"}
+        checked.append({**about, "function": function})
+    return checked
 
 
 def json_words(error: Exception) -> str:

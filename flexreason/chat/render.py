@@ -319,4 +319,19 @@ def function_tools(tools: Any) -> list[Any] | None:
     for number, tool in enumerate(tools):
         if not (isinstance(tool, dict) or inspect.isfunction(tool) or inspect.ismethod(tool)):
             raise BadMessage(f"tools[{number}]: expected a JSON schema or a function, found {type(tool).__name__}")
+        if isinstance(tool, dict) and (what := not_json(tool)):
+            raise BadMessage(f"tools[{number}]: {what}; give it as text or a number")
     return list(tools)
+
+
+def not_json(value: Any, name: str = "") -> str | None:
+    """The first value within one that JSON does not have, and where: templates would be given its type's name."""
+    if isinstance(value, dict):
+        parts = ((f"{name}.{key}" if name else str(key), item) for key, item in value.items())
+    elif isinstance(value, list | tuple):
+        parts = ((f"{name}[{at}]", item) for at, item in enumerate(value))
+    elif value is None or isinstance(value, str | int | float):
+        return None
+    else:
+        return f"{name}: expected a value that JSON has, found {type(value).__name__}"
+    return next((what for part, item in parts if (what := not_json(item, part))), None)

@@ -94,17 +94,20 @@ class Template:
     @cached_property
     def argument_form(self) -> str:
         """ "any", "object" or "string": which tool arguments come out as themselves; "none" where calls never do."""
-        takes = [form for form in ("object", "string") if self._takes_arguments(form)]
-        return "any" if len(takes) == 2 else takes[0] if takes else "none"
+        objects, texts = (self._with_arguments(form) for form in ("object", "string"))
+        if objects and texts:  # a template with a syntax of its own for objects may write a text into it as it is
+            return "any" if objects == texts or "{'key'" in objects else "object"
+        return "object" if objects else "string" if texts else "none"
 
-    def _takes_arguments(self, form: str) -> bool:
+    def _with_arguments(self, form: str) -> str | None:
+        """A call's rendering, where its arguments come out of it as themselves."""
         call = calling(form)
         without_content = {key: value for key, value in call.items() if key != "content"}
         for message in (call, without_content):
             text = self.probe([user(USER), message])
             if text is not None and ANSWER in text:
-                return not (form == "string" and re.search(r'\\+"key\\+"', text))
-        return False
+                return None if form == "string" and re.search(r'\\+"key\\+"', text) else text
+        return None
 
     @cached_property
     def fields(self) -> tuple[str, ...]:
@@ -208,17 +211,17 @@ class Template:
 
     def in_form(self, message: Message) -> Message:
         """The message in the forms that the template takes, changed only where it would come out wrong."""
-        content = message.as_dict.get("content")
-        if isinstance(content, list) and self.content_form == "string":
-            message = message.changed(content=message.text)
-        elif isinstance(content, str) and self.content_form == "parts":
-            message = message.changed(content=[{"type": "text", "text": content}])
         if message.functions and self.argument_form in ("object", "string"):
             message = message.with_arguments(self.argument_form)
         if message.fields and self.fields and not set(message.fields) & set(self.fields):
-            return message.with_field(self.fields[0])
-        if message.inline and not self.splits_inline:
-            return message.with_field((self.fields or REASONING_FIELDS)[0])
+            message = message.with_field(self.fields[0])
+        elif message.inline and not self.splits_inline:
+            message = message.with_field((self.fields or REASONING_FIELDS)[0])
+        content = message.as_dict.get("content")
+        if isinstance(content, list) and self.content_form == "string":
+            return message.changed(content=message.text)
+        if isinstance(content, str) and self.content_form == "parts":
+            return message.changed(content=[{"type": "text", "text": content}])
         return message
 
 

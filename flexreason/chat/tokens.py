@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-from flexreason.chat.render import TokenBoundary
+from flexreason.chat.render import NoStopToken, TokenBoundary
 
 AWKWARD = (
     "", " ", "  ", "\n", "\n\n", " \n", "\t", "a", " a", "a ", "Word", "1", "12 ", ".", "'s", "é", "\u0301x",
@@ -41,6 +41,7 @@ class Tokens:
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
+        self.added: dict[str, int] = tokenizer.added_tokens_encoder
         self.splitter, self.longest = self._splitter()
 
     def whole(self, text: str) -> list[int]:
@@ -65,7 +66,7 @@ class Tokens:
         clean = {
             t.content for t in first if not (t.lstrip or t.rstrip or t.single_word or t.content != t.content.strip())
         }
-        if not clean:
+        if not clean or any(token.single_word for token in added):  # which looks at what stands behind it
             return None, 0
         # leftmost and longest among all tokens found before normalising, as the tokenizer itself does
         ordered = sorted((token.content for token in first), key=len, reverse=True)
@@ -155,8 +156,22 @@ class Running:
             same += 1
         rest, all_ = joined(before[same:]), joined(both[same:])
         if all_[: len(rest)] == rest and len(all_) > len(rest):
-            return before, all_[len(rest) :]
-        return before, self._behind(before, target)
+            ids: Sequence[int] = all_[len(rest) :]
+        else:
+            ids = self._behind(before, target)
+        self._check_end(target, ids)
+        return before, ids
+
+    def _check_end(self, target: str, ids: Sequence[int]) -> None:
+        """Raise unless the token that the target ends with is its last one: generation stops at an id, not at a text,
+        and some tokenizers spell a token out."""
+        added = self.tokens.added
+        stop = max((text for text in added if text and target.endswith(text)), key=len, default=None)
+        if stop is not None and ids[-1] != added[stop]:
+            raise NoStopToken(
+                f"the target ends with {stop!r}, and the tokenizer does not make the token {added[stop]} of that here, "
+                "so nothing would stop generation; add it as AddedToken(..., special=True, normalized=False)"
+            )
 
     def _behind(self, before: list[Piece], target: str) -> Sequence[int]:
         """Tokens of the target that decode, behind the prompt's, to prompt and target."""
