@@ -19,6 +19,7 @@ from types import MappingProxyType
 from typing import Any
 
 from flexreason.chat.bounds import OutOfBounds, bounded, huge_product
+from flexreason.chat.writable import half_character, has_half_character, why_unwritable
 from flexreason.talk.nearest import misspelt
 
 Messages = list[dict[str, Any]]
@@ -27,11 +28,22 @@ LONGEST = 64_000_000
 """Characters that one rendering may have."""
 
 OURS = {
-    "add_generation_prompt", "continue_final_message", "max_length", "messages", "padding",
+    "add_generation_prompt", "continue_final_message", "conversation", "max_length", "messages", "padding",
     "return_assistant_tokens_mask", "return_dict", "return_tensors", "sanitize_control_tokens", "tokenize",
-    "tokenizer_kwargs", "truncation",
+    "tokenizer_kwargs", "tools", "truncation",
 }  # fmt: skip
 """Arguments of apply_chat_template that would change what a sample is."""
+
+OF_ENCODE = ("tools", "history", "turns", "think", "accept")
+"""Options of encode that a misspelt one may mean. It would reach the template, which says nothing of it."""
+
+NOT_OPTIONS = {
+    "chat_template_kwargs": "give its options one by one",
+    "template_options": "give them one by one",
+    "skip_invalid": "give it to what goes over all conversations",
+    "turns": "give it to encode, or to EntryEncoder",
+}
+"""What is no template's option, and what to do instead."""
 
 OTHER = "; set tokenizer.chat_template to another one"
 """What can be done about a template."""
@@ -39,8 +51,10 @@ OTHER = "; set tokenizer.chat_template to another one"
 ALONE = "; say train: false in this message, or set tokenizer.chat_template to another one"
 """What can be done about a message that a template does not take apart."""
 
-ADDRESS = re.compile(r" at 0x[0-9a-f]+", re.IGNORECASE)
+ADDRESS = re.compile(r" at (0x[0-9a-f]+)", re.IGNORECASE)
 """How Python writes an object that has no text of its own: a function, or a filter's result that is no list yet."""
+
+PLACE = re.compile("0x[0-9a-f]+")
 
 MEND = "; change the message to what the template takes, or leave the conversation out"
 """What can be done where a template raises: by its own words, as it means to."""
@@ -105,6 +119,17 @@ class TokenBoundary(ConversationError):
     reason = "target cannot be tokenized behind its prompt"
 
 
+@contextmanager
+def blaming(number: int) -> Iterator[None]:
+    """Within it, errors that name no message name this one."""
+    try:
+        yield
+    except ConversationError as error:
+        if error.message is not None:
+            raise
+        raise type(error)(error.text, number) from error
+
+
 _NOW: contextvars.ContextVar[datetime | None] = contextvars.ContextVar("flexreason_now", default=None)
 
 
@@ -142,9 +167,12 @@ class Renderer:
         self.source = template_source(tokenizer, tools, options)
         self.n_calls, self.seconds = 0, 0.0
         _check_source(self.source)
-        for name in options:
-            if near := misspelt(name, _variables(self.source)):
+        variables = _variables(self.source)
+        for name in (name for name in options if name not in variables):
+            if near := misspelt(name, variables) or misspelt(name, OF_ENCODE, closeness=0.8):
                 raise ConversationError(f"the chat template has no option {name!r}; did you mean {near!r}?")
+            if hint := NOT_OPTIONS.get(name):
+                raise ConversationError(f"{name} is no option of the chat template; {hint}")
 
     def __call__(self, messages: Messages, prompt: bool, blame: int | None = None) -> str:
         """The text; errors blame message `blame`, or the first with which the rendering fails."""
@@ -176,6 +204,8 @@ class Renderer:
             raise TemplateRunsAway(
                 f"the chat template was stopped: it made {len(text)} characters, more than {LONGEST}{OTHER}"
             )
+        if half_character(text) is not None:
+            refuse_half(text, next((n for n, message in enumerate(messages) if has_half_character(message)), None))
         return text
 
     def _once_for_all(self, messages: Messages, prompt: bool) -> str:
@@ -190,8 +220,8 @@ class Renderer:
         """That a text has an object's place in memory which nobody has said; None if it has not."""
         if not any(sign in text for sign in (" at 0x", " AT 0X", " At 0X")):
             return None
-        said = str((messages, self.tools, self.options, self.source)).lower()
-        own = next((found for found in ADDRESS.finditer(text) if found.group().lower() not in said), None)
+        said = set(PLACE.findall(str((messages, self.tools, self.options, self.source)).lower()))
+        own = next((found for found in ADDRESS.finditer(text) if found.group(1).lower() not in said), None)
         if own is None:
             return None
         return f"it writes an object by its place in memory, {text[max(0, own.start() - 30) : own.end()]!r}"
@@ -310,6 +340,16 @@ def _throws_dice(drawn: str) -> TemplateThrowsDice:
     )
 
 
+def refuse_half(text: str, number: int | None) -> None:
+    """Raise where a text that is to be tokenized has half a character, which is message `number`'s."""
+    if (at := half_character(text)) is not None:
+        raise BadMessage(
+            f"a text was cut within a character, {text[max(0, at - 20) : at + 1]!r}: half of it is none, and no "
+            "tokenizer takes it; leave it out",
+            number,
+        )
+
+
 def function_tools(tools: Any) -> list[Any] | None:
     """Tools as apply_chat_template takes them: schemas or functions."""
     if tools is None:
@@ -319,4 +359,19 @@ def function_tools(tools: Any) -> list[Any] | None:
     for number, tool in enumerate(tools):
         if not (isinstance(tool, dict) or inspect.isfunction(tool) or inspect.ismethod(tool)):
             raise BadMessage(f"tools[{number}]: expected a JSON schema or a function, found {type(tool).__name__}")
-    return list(tools)
+        if words := why_unwritable(tool):
+            raise BadMessage(f"tools[{number}] cannot be written: {words}")
+    return [tool if isinstance(tool, dict) else _schema(number, tool) for number, tool in enumerate(tools)]
+
+
+def _schema(number: int, function: Any) -> dict[str, Any]:
+    """A function's schema, as apply_chat_template makes it of its types and its docstring."""
+    from transformers.utils import get_json_schema
+
+    try:
+        return get_json_schema(function)
+    except Exception as error:
+        raise BadMessage(
+            f"tools[{number}]: no JSON schema can be made of the function: {_words(error)}; mend its types and its "
+            "docstring, or give a schema"
+        ) from error

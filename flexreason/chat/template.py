@@ -217,7 +217,7 @@ class Template:
             message = message.with_arguments(self.argument_form)
         if message.fields and self.fields and not set(message.fields) & set(self.fields):
             return message.with_field(self.fields[0])
-        if message.inline and not self.splits_inline:
+        if message.inline and not (self.splits_inline and isinstance(message.as_dict["content"], str)):
             return message.with_field((self.fields or REASONING_FIELDS)[0])
         return message
 
