@@ -46,10 +46,13 @@ def outcome(messages, tokenizer, tools=None, **options):
 def test_a_call_in_the_older_form_is_refused_with_the_newer_one(content):
     called = {"role": "assistant", "content": content, "function_call": {"name": "f", "arguments": "{}"}}
     for tokenizer in (QWEN, trl_tokenizer("llama3")):
-        with pytest.raises(BadMessage, match=r"^message 1: it has function_call, .* give it as tool_calls") as error:
+        with pytest.raises(BadMessage, match=r"^message 1: .* function_call, .* give it as tool_calls") as error:
             encode_samples([user("harbour"), called, user("lantern"), answer("meadow")], tokenizer)
         assert error.value.message == 1
-    empty = {**answer("granite"), "function_call": None}
+    for key in ("tool_call", "toolCalls", "functionCall", "function_calls"):
+        with pytest.raises(BadMessage, match=f"^message 1: it has a call under {key}, "):
+            encode_samples([user("harbour"), {**answer("granite"), key: [{"name": "f"}]}], QWEN)
+    empty = {**answer("granite"), "function_call": None, "tool_call": []}
     assert encode_samples([user("harbour"), empty], QWEN) == encode_samples([user("harbour"), answer("granite")], QWEN)
 
 
@@ -237,6 +240,9 @@ def test_of_two_fields_that_are_accepted_the_templates_is_trained(template, fiel
     only = [user("harbour"), {**answer("granite"), field: messages[1][field]}]
     assert encode_samples(two("quartz\n", "quartz"), tokenizer)  # white space says nothing
     assert encode_samples(messages, tokenizer, accept=DOUBLED) == encode_samples(only, tokenizer)
+    marked = [user("harbour"), {**messages[1], field: "<think>steel</think>"}]
+    with pytest.raises(ConversationError, match="accept marked-reasoning"):  # in the field that is trained
+        encode_samples(marked, tokenizer, accept=DOUBLED)
 
 
 # --- roles

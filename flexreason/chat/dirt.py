@@ -178,8 +178,11 @@ def two_fields(message: Message) -> tuple[str, str] | None:
     return (first, other) if other else None
 
 
-def find(message: Message, number: int, pairs: Sequence[Pair], endings: Endings) -> Iterator[ConversationError]:
-    """All that an answer would be refused for as dirty."""
+def find(
+    message: Message, one: Message, number: int, pairs: Sequence[Pair], endings: Endings
+) -> Iterator[ConversationError]:
+    """All that an answer would be refused for as dirty. `one` is the message with one of its reasoning fields."""
+    two, message = two_fields(message), one
     template = endings.template
     behind, off = template.markers.close, template.markers.closed_by(template.prompt_end)
     if pair := unclosed(message.text, pairs):
@@ -193,7 +196,7 @@ def find(message: Message, number: int, pairs: Sequence[Pair], endings: Endings)
     if not (off and template.splits_inline) and (opening := doubled(message, pairs, behind)):
         words = f"it has reasoning in {message.fields[0]}, and its content begins with a block of {opening} too"
         yield _error(DoubledReasoning, words, number)
-    elif not off and (two := two_fields(message)):
+    elif two and not off:
         yield _error(DoubledReasoning, f"it has reasoning in {two[0]}, and other reasoning in {two[1]}", number)
     if not (message.functions or (message.reasoning + message.response).strip()):
         yield _error(EmptyMessage, "it has no reasoning, no content and no calls", number)

@@ -25,12 +25,12 @@ from flexreason.chat.render import (
     Renderer,
     blaming,
     frozen_clock,
-    function_tools,
     refuse_half,
 )
 from flexreason.chat.survey import Turns
 from flexreason.chat.template import Template
 from flexreason.chat.tokens import Running, Tokens, joined
+from flexreason.chat.tools import function_tools
 from flexreason.chat.turns import Turn
 from flexreason.tree.layout import TOKENIZERS, Layout
 from flexreason.tree.merge import lay_out
@@ -188,10 +188,10 @@ class Encoder:
                     asked = in_form[-1].text.strip()  # a text that ends in a marker opens nothing
                     if dirt.opened_by(prompt, end, half) and not (asked and prompt.rstrip().endswith(asked)):
                         message = dirt.with_reasoning_before(message, half[1])
-                if number in trained and (found := list(dirt.find(message, number, pairs, endings))):
+                one = heard.with_one_reasoning(message)
+                if number in trained and (found := list(dirt.find(message, one, number, pairs, endings))):
                     dirty[number] = next((error for error in found if error.reason not in self.accept), found[0])
-                if number in trained:
-                    message = heard.with_one_reasoning(message)
+                message = one if number in trained else message
             with blaming(number):
                 in_form.append(template.in_form(message))
         dirt.refuse(dirty, self.accept)

@@ -6,6 +6,7 @@ very beginning of the content. What stands elsewhere in a text is text.
 
 import json
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from flexreason.chat.arguments import in_form, parsed
@@ -21,6 +22,8 @@ OPEN, CLOSE = "<think>", "</think>"
 
 TRAINING_KEYS = ("train", "loss", "weight")
 """What a message says of its own training, here and in other tools' data."""
+
+OLDER_CALL = "function_call"
 
 AS_ARGUMENTS = ("arguments", "parameters", "params", "args", "kwargs", "input")
 """What the arguments of a call are called, here and elsewhere."""
@@ -179,9 +182,10 @@ def _check_message(number: int, message: Any) -> dict[str, Any]:
             keys = ", ".join(map(str, message)) or "none"
             raise BadMessage(f"it has no role; its keys are {keys}{hint or '; give it role and content'}", number)
         raise BadMessage(f"unknown role {role!r}; expected one of {', '.join(ROLES)}{hint}", number)
-    if role == "assistant" and message.get("function_call"):
+    called = (key for key, value in message.items() if value and _is_another_calls_key(key))
+    if role == "assistant" and (other := next(called, None)):
         raise BadMessage(
-            "it has function_call, the older form of a call, which chat templates leave out; give it as tool_calls: "
+            f"it has a call under {other}, which chat templates leave out; give it as tool_calls: "
             "[{'type': 'function', 'function': {'name': ..., 'arguments': ...}}], and its result with the role tool",
             number,
         )
@@ -218,6 +222,12 @@ def _check_message(number: int, message: Any) -> dict[str, Any]:
         may_be = ' (it may be "")' if fields or role != "assistant" else ""
         raise BadMessage(f"{role} message {why}; add content{may_be}, or leave the message out", number)
     return message
+
+
+@lru_cache(maxsize=256)
+def _is_another_calls_key(key: Any) -> bool:
+    """Whether a key is function_call, the older form of tool_calls, or one of the two but for a slip."""
+    return key != "tool_calls" and (key == OLDER_CALL or bool(misspelt(str(key), ("tool_calls", OLDER_CALL))))
 
 
 def _text_part(number: int, part: Any) -> dict[str, Any]:
@@ -273,7 +283,9 @@ def json_words(error: Exception) -> str:
     """What is wrong with a JSON text, and where in it: by character, since its line is no line of the file."""
     if isinstance(error, json.JSONDecodeError):
         return f"{error.msg} at character {error.pos + 1}"
-    return "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
+    if isinstance(error, RecursionError):
+        return "it is nested too deeply"
+    return "a number has more digits than Python reads" if "digits" in str(error) else str(error)
 
 
 def is_trained(number: int, message: Message) -> bool:

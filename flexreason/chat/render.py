@@ -8,7 +8,6 @@ or takes too much memory is stopped; text beyond a size is refused. What goes wr
 """
 
 import contextvars
-import inspect
 import re
 import time
 from collections.abc import Iterator, Mapping
@@ -19,7 +18,7 @@ from types import MappingProxyType
 from typing import Any
 
 from flexreason.chat.bounds import OutOfBounds, bounded, huge_product
-from flexreason.chat.writable import half_character, has_half_character, why_unwritable
+from flexreason.chat.writable import half_character, has_half_character
 from flexreason.talk.nearest import misspelt
 
 Messages = list[dict[str, Any]]
@@ -348,30 +347,3 @@ def refuse_half(text: str, number: int | None) -> None:
             "tokenizer takes it; leave it out",
             number,
         )
-
-
-def function_tools(tools: Any) -> list[Any] | None:
-    """Tools as apply_chat_template takes them: schemas or functions."""
-    if tools is None:
-        return None
-    if not isinstance(tools, list | tuple):
-        raise BadMessage(f"tools: expected a list of JSON schemas or functions, found {type(tools).__name__}")
-    for number, tool in enumerate(tools):
-        if not (isinstance(tool, dict) or inspect.isfunction(tool) or inspect.ismethod(tool)):
-            raise BadMessage(f"tools[{number}]: expected a JSON schema or a function, found {type(tool).__name__}")
-        if words := why_unwritable(tool):
-            raise BadMessage(f"tools[{number}] cannot be written: {words}")
-    return [tool if isinstance(tool, dict) else _schema(number, tool) for number, tool in enumerate(tools)]
-
-
-def _schema(number: int, function: Any) -> dict[str, Any]:
-    """A function's schema, as apply_chat_template makes it of its types and its docstring."""
-    from transformers.utils import get_json_schema
-
-    try:
-        return get_json_schema(function)
-    except Exception as error:
-        raise BadMessage(
-            f"tools[{number}]: no JSON schema can be made of the function: {_words(error)}; mend its types and its "
-            "docstring, or give a schema"
-        ) from error
