@@ -233,13 +233,23 @@ def test_two_fields_with_different_reasoning_are_refused_and_with_the_same_are_n
         assert prompt(untrained, tokenizer) == asked
 
 
-@pytest.mark.parametrize(("template", "field"), [("qwen3", "reasoning_content"), ("gptoss", "thinking")])
-def test_of_two_fields_that_are_accepted_the_templates_is_trained(template, field):
+@pytest.mark.parametrize(
+    ("template", "field", "other"),
+    [
+        ("qwen3", "reasoning_content", "thinking"),
+        ("gptoss", "thinking", "reasoning_content"),
+        ("gemma4", "reasoning", "reasoning_content"),  # which it writes before calls only
+    ],
+)
+def test_of_two_fields_that_are_accepted_the_templates_is_trained(template, field, other):
     tokenizer = trl_tokenizer(template)
-    messages = two("quartz", "steel")
+    messages = two("quartz", "steel", (field, other))
     only = [user("harbour"), {**answer("granite"), field: messages[1][field]}]
     assert encode_samples(two("quartz\n", "quartz"), tokenizer)  # white space says nothing
     assert encode_samples(messages, tokenizer, accept=DOUBLED) == encode_samples(only, tokenizer)
+    called = [user("harbour"), {**calling({"name": "f", "arguments": {}}), **messages[1], "content": ""}]
+    expected = [user("harbour"), {**calling({"name": "f", "arguments": {}}), field: messages[1][field]}]
+    assert encode_samples(called, tokenizer, accept=DOUBLED) == encode_samples(expected, tokenizer)
     marked = [user("harbour"), {**messages[1], field: "<think>steel</think>"}]
     with pytest.raises(ConversationError, match="accept marked-reasoning"):  # in the field that is trained
         encode_samples(marked, tokenizer, accept=DOUBLED)

@@ -5,6 +5,7 @@ Inference would leave out the same, so the samples are right. That it does so is
 
 from collections.abc import Iterable
 from functools import cache
+from typing import Any
 
 from flexreason.chat.messages import Message
 from flexreason.chat.probes import AGAIN, ANSWER, MARK, THOUGHT, USER, assistant, calling, tool, user
@@ -42,8 +43,7 @@ class Heard:
         """Whether nothing comes out of a message of this role, at the beginning or later. Where the template raises,
         nobody knows."""
         said = {"role": role, "content": AGAIN}
-        form = "string" if self.template.argument_form == "string" else "object"
-        before = [user(USER), calling(form)] if role in OF_CALLS else [user(USER), assistant(ANSWER)]
+        before = [user(USER), self._call()] if role in OF_CALLS else [user(USER), assistant(ANSWER)]
         messages = [said, user(USER)] if begins else [*before, {**tool(AGAIN), **said}, user(THOUGHT)]
         if role in OF_CALLS:
             messages.pop()
@@ -51,9 +51,15 @@ class Heard:
         return text is not None and USER in text and AGAIN not in text
 
     def _probe_fields(self, names: tuple[str, ...]) -> str | None:
-        """Which of these fields comes out where a message has them all. Where none does, the first of them."""
+        """Which of these fields comes out where a message has them all: before an answer, else before a call. Where
+        none does, the first of them."""
         marks = {name: MARK.format(f"f{n}") for n, name in enumerate(names)}
-        asked, taken = self.template.take([user(USER), assistant(ANSWER)])
-        text = self.template.probe([asked, {**taken, **marks}]) or ""
-        shown = [name for name in names if marks[name] in text] or [n for n in names if n in self.template.fields]
-        return shown[0] if len(shown) == 1 else None if shown else names[0]
+        for message in (assistant(ANSWER), self._call()):
+            asked, taken = self.template.take([user(USER), message])
+            text = self.template.probe([asked, {**taken, **marks}]) or ""
+            if shown := [name for name in names if marks[name] in text]:
+                return shown[0] if len(shown) == 1 else None
+        return names[0]
+
+    def _call(self) -> dict[str, Any]:
+        return calling("string" if self.template.argument_form == "string" else "object")

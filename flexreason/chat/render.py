@@ -54,6 +54,7 @@ ADDRESS = re.compile(r" at (0x[0-9a-f]+)", re.IGNORECASE)
 """How Python writes an object that has no text of its own: a function, or a filter's result that is no list yet."""
 
 PLACE = re.compile("0x[0-9a-f]+")
+"""Such a place, whatever stands before it."""
 
 MEND = "; change the message to what the template takes, or leave the conversation out"
 """What can be done where a template raises: by its own words, as it means to."""
