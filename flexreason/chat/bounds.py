@@ -105,12 +105,36 @@ def _memory_in_use() -> int:
         return 0
 
 
+HUGE = 1_000_000
+"""A number of seven digits, as no template multiplies by."""
+
+NO_CODE = ("data", "whitespace", "comment", "comment_begin", "comment_end", "raw_begin", "raw_end")
+"""What jinja's lexer calls text of a template that says nothing to be done."""
+
+
 @lru_cache(maxsize=64)
 def huge_product(source: str) -> str | None:
-    """A power, or a product with a number of seven digits, in a template's code; real templates have neither. It is
-    computed in one step, perhaps while the template is compiled, where nothing can stop it."""
-    for code in re.findall(r"\{[{%](.*?)[%}]\}", source, re.DOTALL):
-        without_texts = re.sub(r"'(?:\\.|[^'\\])*'|\"(?:\\.|[^\"\\])*\"", "''", code)
-        if product := re.search(r"\S*\s*\*\*\s*\S*|\S*\s*\*\s*\d{7,}|\d{7,}\s*\*\s*\S*", without_texts):
-            return product.group()
+    """A power, or a product with a huge number, in a template's code; real templates have neither. It is computed in
+    one step, perhaps while the template is compiled, where nothing can stop it.
+
+    >>> huge_product("{{ 10 ** 9 }}"), huge_product("**{{ '**' ~ call(**options) }}**{# 2 ** 3 #}")
+    ('10 ** 9', None)
+    """
+    from jinja2 import Environment, TemplateSyntaxError
+
+    try:
+        code = [token for token in Environment().lex(source) if token[1] not in NO_CODE]
+    except TemplateSyntaxError:  # which whoever compiles it will say
+        return None
+    for (_, _, before), (_, kind, sign), (_, _, behind) in zip(code, code[1:], code[2:], strict=False):
+        is_power = sign == "**" and before not in ("(", ",")  # where it hands on arguments by their names
+        if kind == "operator" and (is_power or (sign == "*" and (_is_huge(before) or _is_huge(behind)))):
+            return f"{before} {sign} {behind}"
     return None
+
+
+def _is_huge(text: str) -> bool:
+    """Whether a text is a huge whole number, as jinja writes these."""
+    if not re.fullmatch(r"0[bBoOxX][\da-fA-F_]+|\d[\d_]*", text):
+        return False
+    return len(text) > 1000 or int(text.replace("_", ""), 0) >= HUGE

@@ -57,7 +57,8 @@ REASONS = {
     UnclosedReasoning.reason: "content that begins a reasoning block and never closes it",
     UnopenedReasoning.reason: "content that closes a reasoning block which nothing has opened",
     MarkedReasoning.reason: "reasoning that holds the markers which are written around it",
-    DoubledReasoning.reason: "content that begins with a reasoning block, beside a field with other reasoning",
+    DoubledReasoning.reason: "a reasoning field beside another one, or beside a block in the content, that says "
+    "something else",
     EmptyMessage.reason: "no reasoning, no content and no calls",
     StopInText.reason: "a text that holds the token which stops generation",
 }
@@ -140,8 +141,8 @@ def opened_by(prompt: str, end: str, pair: Pair) -> bool:
 
 def with_reasoning_before(message: Message, closing: str) -> Message:
     """The message of a model whose prompt had opened the block, with what stands before `closing` as its reasoning."""
-    reasoning, _, response = message.text.partition(closing)
-    answer = message.without_reasoning().with_texts(content=response.lstrip("\n"))
+    reasoning, _, rest = message.text.partition(closing)
+    answer = message.without(*message.fields).without_beginning(len(message.text) - len(rest.lstrip("\n")))
     return answer.changed(**{REASONING_FIELDS[0]: reasoning.strip("\n")})
 
 
@@ -170,8 +171,18 @@ def doubled(message: Message, pairs: Sequence[Pair], behind: str) -> str | None:
     return next(opening for opening, _ in blocks if text.startswith(opening)) if begins else None
 
 
-def find(message: Message, number: int, pairs: Sequence[Pair], endings: Endings) -> Iterator[ConversationError]:
-    """All that an answer would be refused for as dirty."""
+def two_fields(message: Message) -> tuple[str, str] | None:
+    """Two reasoning fields that say different things; white space around them says nothing."""
+    first, *others = message.fields or ("",)
+    other = next((o for o in others if message.as_dict[o].strip() != message.as_dict[first].strip()), None)
+    return (first, other) if other else None
+
+
+def find(
+    message: Message, one: Message, number: int, pairs: Sequence[Pair], endings: Endings
+) -> Iterator[ConversationError]:
+    """All that an answer would be refused for as dirty. `one` is the message with one of its reasoning fields."""
+    two, message = two_fields(message), one
     template = endings.template
     behind, off = template.markers.close, template.markers.closed_by(template.prompt_end)
     if pair := unclosed(message.text, pairs):
@@ -185,6 +196,8 @@ def find(message: Message, number: int, pairs: Sequence[Pair], endings: Endings)
     if not (off and template.splits_inline) and (opening := doubled(message, pairs, behind)):
         words = f"it has reasoning in {message.fields[0]}, and its content begins with a block of {opening} too"
         yield _error(DoubledReasoning, words, number)
+    elif two and not off:
+        yield _error(DoubledReasoning, f"it has reasoning in {two[0]}, and other reasoning in {two[1]}", number)
     if not (message.functions or (message.reasoning + message.response).strip()):
         yield _error(EmptyMessage, "it has no reasoning, no content and no calls", number)
     texts = [message.response, *map(str, message.functions), *([] if off else [message.reasoning])]

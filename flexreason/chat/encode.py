@@ -14,6 +14,7 @@ from typing import Any
 
 from flexreason.chat import dirt
 from flexreason.chat.ending import Endings
+from flexreason.chat.heard import Heard
 from flexreason.chat.history import History, Stretch, find_stretches, repeated
 from flexreason.chat.messages import TRAINING_KEYS, Message, check, is_trained
 from flexreason.chat.probes import PROBE_TOOL
@@ -22,12 +23,14 @@ from flexreason.chat.render import (
     ConversationError,
     NothingToTrain,
     Renderer,
+    blaming,
     frozen_clock,
-    function_tools,
+    refuse_half,
 )
 from flexreason.chat.survey import Turns
 from flexreason.chat.template import Template
 from flexreason.chat.tokens import Running, Tokens, joined
+from flexreason.chat.tools import function_tools
 from flexreason.chat.turns import Turn
 from flexreason.tree.layout import TOKENIZERS, Layout
 from flexreason.tree.merge import lay_out
@@ -105,7 +108,11 @@ class Encoder:
     ) -> None:
         if history not in HISTORIES:
             raise ConversationError(f'history: expected "template" or "content", found {history!r}')
-        if think is not None and not (len(think) == 2 and all(isinstance(text, str) and text for text in think)):
+        if think is not None and not (
+            isinstance(think, tuple | list)
+            and len(think) == 2
+            and all(isinstance(text, str) and text for text in think)
+        ):
             raise ConversationError(f"think: expected (before, behind), two texts, found {think!r}")
         self.tokenizer, self.history, self.think, self.options = tokenizer, history, think, template_options
         self.accept = dirt.accepted(accept)
@@ -113,7 +120,7 @@ class Encoder:
 
     def _forget(self) -> None:
         self._tokens: Tokens | None = None
-        self._templates: dict[tuple[str, bool], tuple[Template, Turns]] = {}
+        self._templates: dict[tuple[str, bool], tuple[Template, Turns, Heard]] = {}
         self._told: set[str] = set()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -132,12 +139,12 @@ class Encoder:
         """What is known of the template that is used with or without tools."""
         return self._template(Renderer(self.tokenizer, tools, self.options))[0]
 
-    def _template(self, render: Renderer) -> tuple[Template, Turns]:
+    def _template(self, render: Renderer) -> tuple[Template, Turns, Heard]:
         key = (render.source, bool(render.tools))
         if key not in self._templates:
             tools = [PROBE_TOOL] if render.tools else render.tools
             template = Template(Renderer(self.tokenizer, tools, self.options, probing=True), self.think)
-            self._templates[key] = (template, Turns(template))
+            self._templates[key] = (template, Turns(template), Heard(template))
         return self._templates[key]
 
     def layout(self, messages: Any, tools: Any = None, turns: Any = None) -> Layout:
@@ -151,19 +158,20 @@ class Encoder:
         trained = choose(checked, turns)
         with frozen_clock():
             render = Renderer(self.tokenizer, function_tools(tools), self.options)
-            finder = self._template(render)[1]
-            own, dirty = self._in_form(render, finder.endings, checked, set(trained))
+            _, finder, heard = self._template(render)
+            own, dirty = self._in_form(render, finder.endings, heard, checked, set(trained))
             past = [message.without_reasoning() for message in own] if self.history == "content" else own
             before = [message.as_dict for message in past]
             answered = [self._turn(render, finder, before[:number], own[number], number) for number in trained]
             stretches = find_stretches(render, past[: trained[-1]], answered[-1].prompt)
+            dropped = heard.dropped(checked[: trained[-1]])
         samples = self._tokenize(answered, trained, stretches)
         how = [turn.how for turn in answered]
-        self._tell(set(how))
+        self._tell(set(how), dropped)
         return Encoded(samples, how, trained, answered, render.seconds, render.n_calls, dirty)
 
     def _in_form(
-        self, render: Renderer, endings: Endings, messages: list[Message], trained: set[int]
+        self, render: Renderer, endings: Endings, heard: Heard, messages: list[Message], trained: set[int]
     ) -> tuple[list[Message], dict[int, str]]:
         """The messages as the template takes them, and those that are accepted though they are dirty. Raises where one
         that is trained on is dirty."""
@@ -180,9 +188,12 @@ class Encoder:
                     asked = in_form[-1].text.strip()  # a text that ends in a marker opens nothing
                     if dirt.opened_by(prompt, end, half) and not (asked and prompt.rstrip().endswith(asked)):
                         message = dirt.with_reasoning_before(message, half[1])
-                if number in trained and (found := list(dirt.find(message, number, pairs, endings))):
+                one = heard.with_one_reasoning(message)
+                if number in trained and (found := list(dirt.find(message, one, number, pairs, endings))):
                     dirty[number] = next((error for error in found if error.reason not in self.accept), found[0])
-            in_form.append(template.in_form(message))
+                message = one if number in trained else message
+            with blaming(number):
+                in_form.append(template.in_form(message))
         dirt.refuse(dirty, self.accept)
         return in_form, {number: found.reason for number, found in dirty.items()}
 
@@ -195,12 +206,21 @@ class Encoder:
                 "with train: false",
                 number,
             )
-        return finder.find(render, before, message, number, render(before, True))
+        turn = finder.find(render, before, message, number, render(before, True))
+        refuse_half(turn.target, number)  # reasoning that the template never writes is rendered nowhere
+        return turn
 
-    def _tell(self, how: set[str]) -> None:
+    def _tell(self, how: set[str], dropped: list[str]) -> None:
         for kind in sorted(how & set(REMARKS) - self._told):
             self._told.add(kind)
             log.log(logging.WARNING if kind == "thinking off" else logging.INFO, REMARKS[kind])
+        for messages in dropped:
+            if messages not in self._told:
+                self._told.add(messages)
+                log.warning(
+                    f"the chat template leaves out {messages}: what they say is in no sample, as it would be in no "
+                    "prompt; say it in another role, or take another template"
+                )
 
     def _tokenize(self, answered: list[Turn], trained: list[int], stretches: list[Stretch]) -> list[Sample]:
         turn_of = {number: n for n, number in enumerate(trained)}
@@ -208,10 +228,8 @@ class Encoder:
         running.foresee(turn.prompt + turn.target for turn in answered)
         history = History(stretches, answered[-1].prompt, running, turn_of)
         for number, turn in zip(trained, answered, strict=True):
-            try:
+            with blaming(number):
                 before, target = running.sample(turn.prompt, turn.target)
-            except ConversationError as error:
-                raise type(error)(error.text, number) from error
             n_prompt = sum(len(piece.ids) for piece in before)
             n_reasoning = 0
             if turn.response:
@@ -262,7 +280,8 @@ def choose(messages: Sequence[Message], turns: Any) -> list[int]:
     trained = [number for number in assistants if is_trained(number, messages[number]) and number in wanted]
     if not trained:
         raise NothingToTrain(
-            "every assistant message is excluded from training (train: false, weight: 0, or turns); leave one in"
+            "every assistant message is excluded from training (train: false, loss: false, weight: 0, or turns); "
+            "leave one in"
         )
     return trained
 

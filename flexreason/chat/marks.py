@@ -11,7 +11,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from flexreason.chat.messages import Message, marked_arguments
+from flexreason.chat.arguments import marked_arguments
+from flexreason.chat.messages import Message
 from flexreason.chat.probes import MARK
 from flexreason.chat.texts import forms, places_of
 

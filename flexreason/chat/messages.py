@@ -6,10 +6,13 @@ very beginning of the content. What stands elsewhere in a text is text.
 
 import json
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
-from flexreason.chat.render import BadMessage, not_json
-from flexreason.talk.nearest import did_you_mean
+from flexreason.chat.arguments import in_form, parsed
+from flexreason.chat.render import BadMessage
+from flexreason.chat.writable import kind_without_json, why_unwritable
+from flexreason.talk.nearest import did_you_mean, misspelt
 
 REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
 
@@ -17,7 +20,13 @@ ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipytho
 
 OPEN, CLOSE = "<think>", "</think>"
 
-TRAINING_KEYS = ("train", "weight")
+TRAINING_KEYS = ("train", "loss", "weight")
+"""What a message says of its own training, here and in other tools' data."""
+
+OLDER_CALL = "function_call"
+
+AS_ARGUMENTS = ("arguments", "parameters", "params", "args", "kwargs", "input")
+"""What the arguments of a call are called, here and elsewhere."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +68,21 @@ class Message:
 
     def without_reasoning(self) -> "Message":
         """The message as a client sends it back that never saw the reasoning."""
-        return self.changed(content=self.response) if self.inline else self.without(*self.fields)
+        block = len(self.text) - len(self.response)
+        return self.without_beginning(block) if self.inline else self.without(*self.fields)
+
+    def without_beginning(self, n: int) -> "Message":
+        """The message without the first n characters of its text. What is left stands in the parts that it stood in."""
+        content = self.as_dict.get("content")
+        if not isinstance(content, list):
+            return self.changed(content=self.text[n:])
+        parts, start = [], 0
+        for part in content:
+            rest = part["text"][max(n - start, 0) :]
+            if rest or start >= n:
+                parts.append({**part, "text": rest})
+            start += len(part["text"]) + 1  # the line break between two parts of the text
+        return self.changed(content=parts or [{"type": "text", "text": ""}])
 
     def with_field(self, name: str) -> "Message":
         """The message with its reasoning, if it has any, in field `name`, and nowhere else."""
@@ -95,9 +118,7 @@ class Message:
             return self
         return self.with_functions(
             [
-                {**function, "arguments": _in_form(function["arguments"], form)}
-                if "arguments" in function
-                else function
+                {**function, "arguments": in_form(function["arguments"], form)} if "arguments" in function else function
                 for function in self.functions
             ]
         )
@@ -140,14 +161,6 @@ def _inline_block(text: str) -> tuple[str, str] | None:
     return (reasoning.strip("\n"), rest.lstrip("\n")) if closing else None
 
 
-def _in_form(arguments: Any, form: str) -> Any:
-    if form == "object" and isinstance(arguments, str):
-        return json.loads(arguments or "{}")
-    if form == "string" and isinstance(arguments, dict):
-        return json.dumps(arguments, ensure_ascii=False)
-    return arguments
-
-
 def check(messages: Any) -> list[Message]:
     """The messages without None fields, taken apart, or a BadMessage that names the first culprit."""
     if not isinstance(messages, list | tuple):
@@ -161,6 +174,9 @@ def _check_message(number: int, message: Any) -> dict[str, Any]:
     if not isinstance(message, dict):
         raise BadMessage(f"expected a dict with role and content, found {type(message).__name__}", number)
     message = {key: value for key, value in message.items() if value is not None}
+    for key, value in message.items():
+        if words := why_unwritable(value):
+            raise BadMessage(f"its {key} cannot be written: {words}", number)
     role = message.get("role")
     if role not in ROLES:
         hint = "; data with from/value is read by flexreason.data.files" if "from" in message else ""
@@ -169,7 +185,20 @@ def _check_message(number: int, message: Any) -> dict[str, Any]:
             keys = ", ".join(map(str, message)) or "none"
             raise BadMessage(f"it has no role; its keys are {keys}{hint or '; give it role and content'}", number)
         raise BadMessage(f"unknown role {role!r}; expected one of {', '.join(ROLES)}{hint}", number)
-    _check_content(number, message)
+    called = (key for key, value in message.items() if value and _is_another_calls_key(key))
+    if role == "assistant" and (other := next(called, None)):
+        raise BadMessage(
+            f"it has a call under {other}, which chat templates leave out; give it as tool_calls: "
+            "[{'type': 'function', 'function': {'name': ..., 'arguments': ...}}], and its result with the role tool",
+            number,
+        )
+    if isinstance(message.get("content"), list):
+        message["content"] = [_text_part(number, part) for part in message["content"]]
+    elif not isinstance(message.get("content", ""), str):
+        found = type(message["content"]).__name__
+        raise BadMessage(f"content: expected text or a list of text parts, found {found}", number)
+    if not message.get("tool_calls"):
+        message.pop("tool_calls", None)  # none are not some: there are templates that ask only whether it has the key
     fields = [name for name in REASONING_FIELDS if name in message]
     for name in fields:
         if not isinstance(message[name], str):
@@ -184,7 +213,7 @@ def _check_message(number: int, message: Any) -> dict[str, Any]:
     said = {name for name in fields if message[name].strip() in ("", block)}  # nothing, or what the block says too
     if len(said) < len(fields) or inline:  # the reasoning stands elsewhere, or in a block that is empty
         message = {key: value for key, value in message.items() if key not in said}
-    if message.get("tool_calls"):
+    if "tool_calls" in message:
         if role != "assistant":
             raise BadMessage(
                 f"a {role} message has tool_calls; only assistant messages can have them; leave them out",
@@ -198,16 +227,23 @@ def _check_message(number: int, message: Any) -> dict[str, Any]:
     return message
 
 
-def _check_content(number: int, message: dict[str, Any]) -> None:
-    content = message.get("content", "")
-    if isinstance(content, str):
-        return
-    if not isinstance(content, list):
-        raise BadMessage(f"content: expected text or a list of text parts, found {type(content).__name__}", number)
-    for part in content:
-        if not isinstance(part, dict) or part.get("type", "text") != "text" or not isinstance(part.get("text"), str):
-            kind = part.get("type") if isinstance(part, dict) else type(part).__name__
-            raise BadMessage(f"content: expected parts like {{'type': 'text', 'text': ...}}, found {kind!r}", number)
+@lru_cache(maxsize=256)
+def _is_another_calls_key(key: Any) -> bool:
+    """Whether a key is function_call, the older form of tool_calls, or one of the two but for a slip."""
+    return key != "tool_calls" and (key == OLDER_CALL or bool(misspelt(str(key), ("tool_calls", OLDER_CALL))))
+
+
+def _text_part(number: int, part: Any) -> dict[str, Any]:
+    """A part of a content, with its type: there are templates that look at nothing else."""
+    if not isinstance(part, dict):
+        kind = type(part).__name__
+    else:
+        said = {key: value for key, value in part.items() if value is not None}
+        said = said if "type" in said else {"type": "text", **said}
+        if said["type"] == "text" and isinstance(said.get("text"), str):
+            return said
+        kind = said["type"] if "text" in said or "type" in part else ", ".join(map(str, part))
+    raise BadMessage(f"content: expected parts like {{'type': 'text', 'text': ...}}, found {kind!r}", number)
 
 
 def _checked_calls(number: int, calls: Any) -> list[Any]:
@@ -220,17 +256,26 @@ def _checked_calls(number: int, calls: Any) -> list[Any]:
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
             raise BadMessage(f"tool_calls[{at}]: expected a function with a name, found {call!r:.200}", number)
         arguments = function.get("arguments")
+        if not arguments and (key := _elsewhere(call, function)):
+            words = f"arguments stand under {key!r}, where chat templates do not look"
+            raise BadMessage(f"tool_calls[{at}]: {words}; give them as arguments of its function", number)
         if isinstance(arguments, str):
             try:
-                arguments = json.loads(arguments or "{}")
+                arguments = parsed(arguments)
             except json.JSONDecodeError as error:
                 words = f"arguments are no JSON: {json_words(error)}; give them as an object"
                 raise BadMessage(f"tool_calls[{at}]: {words}", number) from error
+            except (ValueError, RecursionError) as error:
+                words = f"arguments cannot be read: {json_words(error)}; shorten it"
+                raise BadMessage(f"tool_calls[{at}]: {words}", number) from error
+            if words := why_unwritable(arguments):
+                raise BadMessage(f"tool_calls[{at}]: arguments cannot be written: {words}", number)
         if arguments is not None and not isinstance(arguments, dict):
             kind = type(arguments).__name__
             raise BadMessage(f"tool_calls[{at}]: expected arguments as an object or its JSON, found {kind}", number)
-        if what := not_json(function):
-            raise BadMessage(f"tool_calls[{at}]: {what}; give it as text or a number", number)
+        if kind := kind_without_json(function):
+            words = f"it has a value of the type {kind}, which JSON has not"
+            raise BadMessage(f"tool_calls[{at}]: {words}; give it as text or a number", number)
         if function.get("arguments") == "":
             function = {**function, "arguments": "{}"}
         about = call if "function" in call else {"type": "function"}
@@ -238,22 +283,36 @@ def _checked_calls(number: int, calls: Any) -> list[Any]:
     return checked
 
 
+def _elsewhere(call: dict[str, Any], function: dict[str, Any]) -> str | None:
+    """The key under which a call without arguments has them nevertheless."""
+    for said in (function, call):
+        for key, value in said.items():
+            if value and (key in AS_ARGUMENTS or misspelt(str(key), AS_ARGUMENTS[:1])):
+                return key
+    return None
+
+
 def json_words(error: Exception) -> str:
     """What is wrong with a JSON text, and where in it: by character, since its line is no line of the file."""
-    return f"{error.msg} at character {error.pos + 1}" if isinstance(error, json.JSONDecodeError) else str(error)
+    if isinstance(error, json.JSONDecodeError):
+        return f"{error.msg} at character {error.pos + 1}"
+    if isinstance(error, RecursionError):
+        return "it is nested too deeply"
+    return "a number has more digits than Python reads" if "digits" in str(error) else str(error)
 
 
 def is_trained(number: int, message: Message) -> bool:
-    """Whether the message itself says that it is trained on: `train: false` or `weight: 0` say no."""
-    key = next((key for key in TRAINING_KEYS if key in message.as_dict), None)
-    said = message.as_dict[key] if key else True
-    if said not in (0, 1):
-        raise BadMessage(f"{key}: expected true or false, found {said!r}", number)
-    return bool(said)
+    """Whether the message itself says that it is trained on: `train: false`, `loss: false` or `weight: 0` say no."""
+    said = {key: message.as_dict[key] for key in TRAINING_KEYS if key in message.as_dict}
+    for key, value in said.items():
+        if value not in (0, 1):
+            raise BadMessage(f"{key}: expected true or false, found {value!r}", number)
+    if len(set(map(bool, said.values()))) > 1:
+        words = " and ".join(f"{key}: {value!r}" for key, value in said.items())
+        raise BadMessage(f"{words} contradict each other; leave one of them out", number)
+    return all(said.values())
 
 
-def marked_arguments(arguments: Any, mark: str) -> Any:
-    """Arguments of the same form and keys whose every value is the mark."""
-    if isinstance(arguments, str):
-        return json.dumps(marked_arguments(json.loads(arguments or "{}"), mark))
-    return dict.fromkeys(arguments, mark) if isinstance(arguments, dict) else arguments
+def untrained(message: dict[str, Any]) -> dict[str, Any]:
+    """The message with `train: false`, whatever it has said of its training."""
+    return {**{key: value for key, value in message.items() if key not in TRAINING_KEYS}, "train": False}

@@ -8,7 +8,6 @@ or takes too much memory is stopped; text beyond a size is refused. What goes wr
 """
 
 import contextvars
-import inspect
 import re
 import time
 from collections.abc import Iterator, Mapping
@@ -19,6 +18,7 @@ from types import MappingProxyType
 from typing import Any
 
 from flexreason.chat.bounds import OutOfBounds, bounded, huge_product
+from flexreason.chat.writable import half_character, has_half_character
 from flexreason.talk.nearest import misspelt
 
 Messages = list[dict[str, Any]]
@@ -27,11 +27,22 @@ LONGEST = 64_000_000
 """Characters that one rendering may have."""
 
 OURS = {
-    "add_generation_prompt", "continue_final_message", "max_length", "messages", "padding",
+    "add_generation_prompt", "continue_final_message", "conversation", "max_length", "messages", "padding",
     "return_assistant_tokens_mask", "return_dict", "return_tensors", "sanitize_control_tokens", "tokenize",
-    "tokenizer_kwargs", "truncation",
+    "tokenizer_kwargs", "tools", "truncation",
 }  # fmt: skip
 """Arguments of apply_chat_template that would change what a sample is."""
+
+OF_ENCODE = ("tools", "history", "turns", "think", "accept")
+"""Options of encode that a misspelt one may mean. It would reach the template, which says nothing of it."""
+
+NOT_OPTIONS = {
+    "chat_template_kwargs": "give its options one by one",
+    "template_options": "give them one by one",
+    "skip_invalid": "give it to what goes over all conversations",
+    "turns": "give it to encode, or to EntryEncoder",
+}
+"""What is no template's option, and what to do instead."""
 
 OTHER = "; set tokenizer.chat_template to another one"
 """What can be done about a template."""
@@ -39,8 +50,11 @@ OTHER = "; set tokenizer.chat_template to another one"
 ALONE = "; say train: false in this message, or set tokenizer.chat_template to another one"
 """What can be done about a message that a template does not take apart."""
 
-ADDRESS = re.compile(r" at 0x[0-9a-f]+", re.IGNORECASE)
+ADDRESS = re.compile(r" at (0x[0-9a-f]+)", re.IGNORECASE)
 """How Python writes an object that has no text of its own: a function, or a filter's result that is no list yet."""
+
+PLACE = re.compile("0x[0-9a-f]+")
+"""Such a place, whatever stands before it."""
 
 MEND = "; change the message to what the template takes, or leave the conversation out"
 """What can be done where a template raises: by its own words, as it means to."""
@@ -105,6 +119,17 @@ class TokenBoundary(ConversationError):
     reason = "target cannot be tokenized behind its prompt"
 
 
+@contextmanager
+def blaming(number: int) -> Iterator[None]:
+    """Within it, errors that name no message name this one."""
+    try:
+        yield
+    except ConversationError as error:
+        if error.message is not None:
+            raise
+        raise type(error)(error.text, number) from error
+
+
 _NOW: contextvars.ContextVar[datetime | None] = contextvars.ContextVar("flexreason_now", default=None)
 
 
@@ -142,9 +167,12 @@ class Renderer:
         self.source = template_source(tokenizer, tools, options)
         self.n_calls, self.seconds = 0, 0.0
         _check_source(self.source)
-        for name in options:
-            if near := misspelt(name, _variables(self.source)):
+        variables = _variables(self.source)
+        for name in (name for name in options if name not in variables):
+            if near := misspelt(name, variables) or misspelt(name, OF_ENCODE, closeness=0.8):
                 raise ConversationError(f"the chat template has no option {name!r}; did you mean {near!r}?")
+            if hint := NOT_OPTIONS.get(name):
+                raise ConversationError(f"{name} is no option of the chat template; {hint}")
 
     def __call__(self, messages: Messages, prompt: bool, blame: int | None = None) -> str:
         """The text; errors blame message `blame`, or the first with which the rendering fails."""
@@ -176,6 +204,8 @@ class Renderer:
             raise TemplateRunsAway(
                 f"the chat template was stopped: it made {len(text)} characters, more than {LONGEST}{OTHER}"
             )
+        if half_character(text) is not None:
+            refuse_half(text, next((n for n, message in enumerate(messages) if has_half_character(message)), None))
         return text
 
     def _once_for_all(self, messages: Messages, prompt: bool) -> str:
@@ -190,8 +220,8 @@ class Renderer:
         """That a text has an object's place in memory which nobody has said; None if it has not."""
         if not any(sign in text for sign in (" at 0x", " AT 0X", " At 0X")):
             return None
-        said = str((messages, self.tools, self.options, self.source)).lower()
-        own = next((found for found in ADDRESS.finditer(text) if found.group().lower() not in said), None)
+        said = set(PLACE.findall(str((messages, self.tools, self.options, self.source)).lower()))
+        own = next((found for found in ADDRESS.finditer(text) if found.group(1).lower() not in said), None)
         if own is None:
             return None
         return f"it writes an object by its place in memory, {text[max(0, own.start() - 30) : own.end()]!r}"
@@ -310,28 +340,11 @@ def _throws_dice(drawn: str) -> TemplateThrowsDice:
     )
 
 
-def function_tools(tools: Any) -> list[Any] | None:
-    """Tools as apply_chat_template takes them: schemas or functions."""
-    if tools is None:
-        return None
-    if not isinstance(tools, list | tuple):
-        raise BadMessage(f"tools: expected a list of JSON schemas or functions, found {type(tools).__name__}")
-    for number, tool in enumerate(tools):
-        if not (isinstance(tool, dict) or inspect.isfunction(tool) or inspect.ismethod(tool)):
-            raise BadMessage(f"tools[{number}]: expected a JSON schema or a function, found {type(tool).__name__}")
-        if isinstance(tool, dict) and (what := not_json(tool)):
-            raise BadMessage(f"tools[{number}]: {what}; give it as text or a number")
-    return list(tools)
-
-
-def not_json(value: Any, name: str = "") -> str | None:
-    """The first value within one that JSON does not have, and where: templates would be given its type's name."""
-    if isinstance(value, dict):
-        parts = ((f"{name}.{key}" if name else str(key), item) for key, item in value.items())
-    elif isinstance(value, list | tuple):
-        parts = ((f"{name}[{at}]", item) for at, item in enumerate(value))
-    elif value is None or isinstance(value, str | int | float):
-        return None
-    else:
-        return f"{name}: expected a value that JSON has, found {type(value).__name__}"
-    return next((what for part, item in parts if (what := not_json(item, part))), None)
+def refuse_half(text: str, number: int | None) -> None:
+    """Raise where a text that is to be tokenized has half a character, which is message `number`'s."""
+    if (at := half_character(text)) is not None:
+        raise BadMessage(
+            f"a text was cut within a character, {text[max(0, at - 20) : at + 1]!r}: half of it is none, and no "
+            "tokenizer takes it; leave it out",
+            number,
+        )

@@ -215,7 +215,7 @@ class Template:
             message = message.with_arguments(self.argument_form)
         if message.fields and self.fields and not set(message.fields) & set(self.fields):
             message = message.with_field(self.fields[0])
-        elif message.inline and not self.splits_inline:
+        elif message.inline and not (self.splits_inline and isinstance(message.as_dict["content"], str)):
             message = message.with_field((self.fields or REASONING_FIELDS)[0])
         content = message.as_dict.get("content")
         if isinstance(content, list) and self.content_form == "string":

@@ -16,7 +16,7 @@ import json
 from dataclasses import dataclass, field
 from typing import Any
 
-from flexreason.chat.messages import json_words
+from flexreason.chat.messages import json_words, untrained
 from flexreason.chat.render import ConversationError
 from flexreason.talk.nearest import did_you_mean
 from flexreason.tree.sample import Sample
@@ -175,7 +175,7 @@ def _pairs(entry: Any) -> list[Any]:
     for name, messages in (("prompt", before), ("completion", after)):
         if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
             raise ValueError(f"{name}: expected text or a list of messages, found {str(messages)[:80]}")
-    earlier = [{**m, "train": False} if m.get("role") == "assistant" else m for m in before]  # part of the prompt
+    earlier = [untrained(m) if m.get("role") == "assistant" else m for m in before]  # part of the prompt
     return earlier + after
 
 

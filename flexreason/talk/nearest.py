@@ -64,13 +64,17 @@ def _plain(name: str) -> str:
     return re.sub(r"[-_\s]+", "_", name.strip("-_ ").lower())
 
 
-def misspelt(name: str, known: Collection[str]) -> str | None:
+def misspelt(name: str, known: Collection[str], closeness: float = 0.9) -> str | None:
     """The known name that this one is, but for a slip; None for a name of its own, however like another one it is.
+
+    In a short name one slip makes much of a difference, so that such ones need another `closeness`.
 
     >>> misspelt("enable_thinkng", ["enable_thinking"]), misspelt("thinking", ["enable_thinking"])
     ('enable_thinking', None)
+    >>> [misspelt(name, ["history", "turns", "think"], 0.8) for name in ("histroy", "turn", "thinking")]
+    ['history', 'turns', None]
     """
-    near = [] if name in known else difflib.get_close_matches(_plain(name), known, n=1, cutoff=0.9)
+    near = [] if name in known else difflib.get_close_matches(_plain(name), known, n=1, cutoff=closeness)
     return near[0] if near else None
 
 

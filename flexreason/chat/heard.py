@@ -1,0 +1,65 @@
+"""What of a message a template takes, where it might take nothing, or one of two: its role, and its reasoning fields.
+
+Inference would leave out the same, so the samples are right. That it does so is for people to know.
+"""
+
+from collections.abc import Iterable
+from functools import cache
+from typing import Any
+
+from flexreason.chat.messages import Message
+from flexreason.chat.probes import AGAIN, ANSWER, MARK, THOUGHT, USER, assistant, calling, tool, user
+from flexreason.chat.template import Template
+
+OF_CALLS = ("tool", "function", "ipython")
+"""Roles of results, which stand behind a call."""
+
+
+class Heard:
+    """What one template takes; each probe is made once."""
+
+    def __init__(self, template: Template) -> None:
+        self.template = template
+        self._drops, self._field = cache(self._probe_role), cache(self._probe_fields)
+
+    def dropped(self, messages: Iterable[Message]) -> list[str]:
+        """The messages of which the template writes nothing, because of their role: in words, each once."""
+        found: dict[str, None] = {}
+        for number, message in enumerate(messages):
+            begins = number == 0 and message.role not in OF_CALLS
+            if message.role not in ("user", "assistant") and message.text.strip() and self._drops(message.role, begins):
+                found[f"{message.role} messages" + ("" if begins else " behind the first message")] = None
+        return list(found)
+
+    def with_one_reasoning(self, message: Message) -> Message:
+        """The message with the one of its reasoning fields that the template writes; as it is where that writes more
+        than one, or where all say the same."""
+        if len({message.as_dict[name] for name in message.fields}) < 2:
+            return message
+        field = self._field(message.fields)
+        return message.without(*(name for name in message.fields if field and name != field))
+
+    def _probe_role(self, role: str, begins: bool) -> bool:
+        """Whether nothing comes out of a message of this role, at the beginning or later. Where the template raises,
+        nobody knows."""
+        said = {"role": role, "content": AGAIN}
+        before = [user(USER), self._call()] if role in OF_CALLS else [user(USER), assistant(ANSWER)]
+        messages = [said, user(USER)] if begins else [*before, {**tool(AGAIN), **said}, user(THOUGHT)]
+        if role in OF_CALLS:
+            messages.pop()
+        text = self.template.probe(self.template.take(messages), True)
+        return text is not None and USER in text and AGAIN not in text
+
+    def _probe_fields(self, names: tuple[str, ...]) -> str | None:
+        """Which of these fields comes out where a message has them all: before an answer, else before a call. Where
+        none does, the first of them."""
+        marks = {name: MARK.format(f"f{n}") for n, name in enumerate(names)}
+        for message in (assistant(ANSWER), self._call()):
+            asked, taken = self.template.take([user(USER), message])
+            text = self.template.probe([asked, {**taken, **marks}]) or ""
+            if shown := [name for name in names if marks[name] in text]:
+                return shown[0] if len(shown) == 1 else None
+        return names[0]
+
+    def _call(self) -> dict[str, Any]:
+        return calling("string" if self.template.argument_form == "string" else "object")
