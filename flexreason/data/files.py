@@ -17,6 +17,7 @@ from typing import Any
 
 from flexreason.chat.messages import json_words
 from flexreason.data.formats import FORMATS, BadInput, Conversation, as_conversation, as_sample, detect
+from flexreason.data.tables import row_as_entry, table_of
 from flexreason.talk.nearest import did_you_mean, near_file
 from flexreason.talk.sources import is_cached_set, is_path, unreachable
 from flexreason.tree.sample import Sample
@@ -136,9 +137,7 @@ def _entries(
     source: str | Path | Iterable[Any], split: str, on_broken: Callable[[BadInput], None] | None
 ) -> Iterator[tuple[str, Any]]:
     if not isinstance(source, str | Path):
-        table = hasattr(source, "features")
-        for number, entry in enumerate(source):
-            yield f"entry {number}", without_none(entry) if table else entry
+        yield from _rows(source, "entry")
         return
     path = Path(source)
     if path.is_file():
@@ -153,7 +152,7 @@ def _entries(
             f"{near_file(source) or '; give a file or a folder'}"
         )
     else:
-        yield from _entries_of(_loaded_set(source, str(source), split=split, streaming=True), str(source))
+        yield from _rows(_loaded_set(source, str(source), split=split, streaming=True), f"{source}, row")
 
 
 def _from_file(path: Path) -> Iterator[tuple[str, Any]]:
@@ -164,7 +163,7 @@ def _from_file(path: Path) -> Iterator[tuple[str, Any]]:
     if path.suffix.lower() == ".parquet":
         _check_parquet(path)
         data = _loaded_set(path, "parquet", data_files=str(path), split="train", streaming=True)
-        yield from _entries_of(data, str(path))
+        yield from _rows(data, f"{path}, row")
         return
     try:
         with path.open(encoding="utf-8-sig") as file:
@@ -232,7 +231,7 @@ def _from_folder(path: Path, split: str, on_broken: Callable[[BadInput], None] |
                     f"{path}: no split {split!r} in it; choose one of {', '.join(data)}{did_you_mean(split, data)}"
                 )
             data = data[split]
-        yield from _entries_of(data, str(path))
+        yield from _rows(data, f"{path}, row")
         return
     files = sorted(file for file in path.rglob("*") if file.suffix.lower() in FILES)
     if packed := sorted(file for file in path.rglob("*") if file.suffix.lower() in PACKED):
@@ -273,9 +272,15 @@ def _loaded_set(source: Any, name: str, **options: Any) -> Any:
         ) from error
 
 
-def _entries_of(data: Iterable[Any], name: str) -> Iterator[tuple[str, Any]]:
-    for number, entry in enumerate(data):
-        yield f"{name}, row {number}", without_none(entry)
+def _rows(data: Iterable[Any], name: str) -> Iterator[tuple[str, Any]]:
+    """The entries of a table, or of whatever else gives one after the other."""
+    data, features = table_of(data)
+    for number, row in enumerate(data):
+        where = f"{name} {number}"
+        try:
+            yield where, row_as_entry(row, features, where)
+        except BadInput as error:
+            yield where, error
 
 
 def place_of(where: str) -> tuple[str, str | None, int | None]:
@@ -286,10 +291,3 @@ def place_of(where: str) -> tuple[str, str | None, int | None]:
     """
     found = re.fullmatch(r"(?:(.*), )?(line|entry|row) (\d+)", where, re.DOTALL)
     return (found[1] or "", found[2], int(found[3])) if found else (where, None, None)
-
-
-def without_none(value: Any) -> Any:
-    """An entry of a table, without the keys that it lacks and that the table has filled with None."""
-    if isinstance(value, dict):
-        return {key: without_none(item) for key, item in value.items() if item is not None}
-    return [without_none(item) for item in value] if isinstance(value, list) else value

@@ -25,6 +25,9 @@ FORMATS = ("messages", "sharegpt", "pairs", "samples")
 
 MESSAGE_KEYS = ("messages", "conversation", "conversations")
 
+SYSTEM_KEYS = ("system", "system_prompt")
+"""What may hold a system prompt, beside messages of any format."""
+
 SPEAKERS = {
     "human": "user",
     "user": "user",

@@ -20,9 +20,9 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from flexreason.chat.render import ConversationError
 from flexreason.data.collator import is_document
-from flexreason.data.files import without_none
 from flexreason.data.formats import BadInput
 from flexreason.data.intake import EntryEncoder, Refusals, Refused
+from flexreason.data.tables import features_of, row_as_entry, table_of
 from flexreason.tree.layout import PER_TARGET, PER_TOKEN, Layout
 
 COLUMNS = {**PER_TOKEN, **PER_TARGET}
@@ -68,6 +68,7 @@ def encode_set(
         workers: Processes that encode a table.
     """
     take = partial(_take, encoder, longest, length)
+    data, features = table_of(data)
     if isinstance(data, list | tuple):
         taken = [item if _is_encoded(item) else take(item, number) for number, item in enumerate(data)]
         kept = [item for item in taken if not isinstance(item, ConversationError)]
@@ -75,7 +76,7 @@ def encode_set(
     if hasattr(data, "map") and hasattr(data, "column_names"):
         if COLUMNS.keys() <= set(data.column_names or ()):
             return data, Refusals()
-        columns = partial(_columns, take)
+        columns = partial(_columns, take, features)
         if hasattr(data, "__len__"):
             return _table(data, columns, skip_invalid, workers)
         return _stream(data, columns, skip_invalid), Refusals()
@@ -95,12 +96,12 @@ def _is_encoded(item: Any) -> bool:
 
 
 def _take(
-    encoder: EntryEncoder, longest: int | None, length: int | None, entry: Any, number: int
+    encoder: EntryEncoder, longest: int | None, length: int | None, entry: Any, number: int, features: Any = None
 ) -> Layout | ConversationError:
     """The layout of an entry, or the reason why it has none, which names it by its number."""
     where = f"entry {number}"
     try:
-        layout = encoder(entry, where)
+        layout = encoder.layout(row_as_entry(entry, features, where), where)
     except BadInput as error:  # which says where
         return error
     except ConversationError as error:
@@ -114,11 +115,11 @@ def _take(
     return layout
 
 
-def _columns(take: Any, entry: Any, number: int) -> dict[str, Any]:
+def _columns(take: Any, features: Any, entry: Any, number: int) -> dict[str, Any]:
     """The same as columns of a table."""
     if is_document(entry):
         return {**entry, REASON: "", WORDS: ""}
-    taken = take(without_none(dict(entry)), number)
+    taken = take(entry, number, features or features_of(entry))
     if isinstance(taken, ConversationError):
         return {**NOTHING, REASON: taken.reason, WORDS: str(taken)}
     return {**{name: tensor.numpy() for name, tensor in vars(taken).items()}, REASON: "", WORDS: ""}
