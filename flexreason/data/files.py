@@ -16,18 +16,15 @@ from pathlib import Path
 from typing import Any
 
 from flexreason.chat.messages import json_words
+from flexreason.data.folders import DEFAULT_SPLIT, PACKED, check_split, files_of
 from flexreason.data.formats import FORMATS, BadInput, Conversation, as_conversation, as_sample, detect
 from flexreason.data.tables import row_as_entry, table_of
-from flexreason.talk.nearest import did_you_mean, near_file
+from flexreason.talk.nearest import near_file
 from flexreason.talk.sources import is_cached_set, is_path, unreachable
 from flexreason.tree.sample import Sample
 
 DATA = "conversations: a .jsonl, .json or .parquet file, a folder, a data set's name"
 """What --data takes, in every command."""
-
-FILES = (".jsonl", ".json", ".parquet")
-
-PACKED = (".gz", ".zst", ".bz2", ".xz", ".zip")
 
 
 class EmptySource(BadInput):
@@ -35,14 +32,14 @@ class EmptySource(BadInput):
 
 
 def read_conversations(
-    source: str | Path | Iterable[Any], format: str | None = None, split: str = "train"
+    source: str | Path | Iterable[Any], format: str | None = None, split: str = DEFAULT_SPLIT
 ) -> Iterator[Conversation]:
     """The conversations of a source. Raises at the first entry that is none.
 
     Args:
         source: A file, a folder, a data set's name, or entries.
         format: One of `FORMATS`; that of the first entry if not given.
-        split: Of a data set.
+        split: Of a data set, or of a folder whose files name splits.
     """
     for conversation in read_all(source, format, split):
         if isinstance(conversation, BadInput):
@@ -53,7 +50,7 @@ def read_conversations(
 def read_all(
     source: str | Path | Iterable[Any],
     format: str | None = None,
-    split: str = "train",
+    split: str = DEFAULT_SPLIT,
     on_broken: Callable[[BadInput], None] | None = None,
 ) -> Iterator[Conversation | BadInput]:
     """The same, but an entry that is no conversation is given as an error, in its place. Raises where nothing can be
@@ -122,7 +119,7 @@ def count_entries(source: Any) -> int | None:
 
 
 def read_entries(
-    source: str | Path | Iterable[Any], split: str = "train", on_broken: Callable[[BadInput], None] | None = None
+    source: str | Path | Iterable[Any], split: str = DEFAULT_SPLIT, on_broken: Callable[[BadInput], None] | None = None
 ) -> Iterator[tuple[str, Any]]:
     """(where it stands, entry) for each entry, as they lie in the source; a line that is no JSON is a BadInput."""
     try:
@@ -156,7 +153,7 @@ def _entries(
 
 
 def _from_file(path: Path) -> Iterator[tuple[str, Any]]:
-    if not path.stat().st_size:
+    if path.exists() and not path.stat().st_size:
         return
     if path.suffix.lower() in PACKED:
         raise BadInput(f"{path}: compressed files are not read; unpack it")
@@ -223,24 +220,18 @@ def _json_document(path: Path) -> list[Any] | None:
 
 
 def _from_folder(path: Path, split: str, on_broken: Callable[[BadInput], None] | None) -> Iterator[tuple[str, Any]]:
-    if any((path / name).exists() for name in ("dataset_info.json", "state.json", "dataset_dict.json")):
-        data = _datasets(path).load_from_disk(str(path))
+    saved = [{"dataset_dict.json"}, {"dataset_info.json", "state.json"}]  # what datasets writes beside its files
+    if any(all((path / name).exists() for name in names) for names in saved):
+        try:
+            data = _datasets(path).load_from_disk(str(path))
+        except Exception as error:  # whatever datasets raises of a folder that is not whole
+            raise BadInput(f"{path}: cannot be read as a saved data set: {error}; give one that is whole") from error
         if hasattr(data, "keys"):
-            if split not in data:
-                raise BadInput(
-                    f"{path}: no split {split!r} in it; choose one of {', '.join(data)}{did_you_mean(split, data)}"
-                )
+            check_split(path, split, data)
             data = data[split]
         yield from _rows(data, f"{path}, row")
         return
-    files = sorted(file for file in path.rglob("*") if file.suffix.lower() in FILES)
-    if packed := sorted(file for file in path.rglob("*") if file.suffix.lower() in PACKED):
-        raise BadInput(f"{packed[0]}: compressed files are not read; unpack it, or move it out of {path}")
-    if not files:
-        raise BadInput(
-            f"{path}: no .jsonl, .json or .parquet file in it, and no data set saved by datasets; give another folder"
-        )
-    for file in files:
+    for file in files_of(path, split):
         n_read = 0
         try:
             for n_read, entry in enumerate(_from_file(file), start=1):  # noqa: B007 (told where there is none)
