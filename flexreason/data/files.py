@@ -17,8 +17,9 @@ from typing import Any
 
 from flexreason.chat.messages import json_words
 from flexreason.data.folders import DEFAULT_SPLIT, PACKED, check_split, files_of
-from flexreason.data.formats import FORMATS, BadInput, Conversation, as_conversation, as_sample, detect
-from flexreason.data.tables import row_as_entry, table_of
+from flexreason.data.formats import FORMATS, TURNS, BadInput, Conversation, as_conversation, as_sample, detect
+from flexreason.data.sharegpt import NO_JSON
+from flexreason.data.tables import check_one_set, row_as_entry, table_of
 from flexreason.talk.nearest import near_file
 from flexreason.talk.sources import is_cached_set, is_path, unreachable
 from flexreason.tree.sample import Sample
@@ -72,16 +73,19 @@ def _parsed(
     source: Any, format: str | None, split: str, on_broken: Callable[[BadInput], None] | None
 ) -> Iterator[tuple[Conversation | BadInput, Any]]:
     """Every entry as a conversation, and the conversation that a tokenized sample says it is of."""
+    first = format
     for where, entry in read_entries(source, split, on_broken):
         try:
             if isinstance(entry, BadInput):
                 raise entry
-            format = format or detect(entry, where)
-            if format == "samples":
+            first = first or detect(entry, where)
+            if first == "samples":
                 sample = as_sample(entry, where)
-                yield Conversation([], None, 0, where, format, samples=[sample]), entry.get("conversation")
+                yield Conversation([], None, 0, where, first, samples=[sample]), entry.get("conversation")
             else:
-                yield as_conversation(entry, format, 0, where), None
+                either = format is None and first in TURNS  # sets put together have rows of both
+                found = detect(entry, where) if either else first
+                yield as_conversation(entry, found if found in TURNS else first, 0, where), None
         except BadInput as error:
             yield error, None
 
@@ -134,6 +138,7 @@ def _entries(
     source: str | Path | Iterable[Any], split: str, on_broken: Callable[[BadInput], None] | None
 ) -> Iterator[tuple[str, Any]]:
     if not isinstance(source, str | Path):
+        check_one_set(source)
         yield from _rows(source, "entry")
         return
     path = Path(source)
@@ -174,7 +179,7 @@ def _from_file(path: Path) -> Iterator[tuple[str, Any]]:
                 where = f"{path}, line {number}"
                 try:
                     yield where, json.loads(line.strip())
-                except (json.JSONDecodeError, RecursionError) as error:
+                except NO_JSON as error:
                     yield (
                         where,
                         BadInput(f"{where}: no JSON: {json_words(error)}; mend the line, or use --skip-invalid"),
@@ -201,22 +206,28 @@ def _json_document(path: Path) -> list[Any] | None:
         return []
     try:
         whole = json.loads(text)
-    except RecursionError as error:
-        raise BadInput(f"{path}: no JSON: {error}; use one entry a line (.jsonl)") from error
-    except json.JSONDecodeError as error:
+    except NO_JSON as error:
         try:
-            json.loads(text.lstrip().splitlines()[0])
+            json.loads(text.lstrip().partition("\n")[0])  # other ends of lines may stand in a text
         except json.JSONDecodeError:
-            words = f"{error.msg} at character {error.colno}"
-            raise BadInput(
-                f"{path}, line {error.lineno}: no JSON: {words}; mend it there, or use one entry a line"
-            ) from error
+            at = f", line {error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
+            words = f"{error.msg} at character {error.colno}" if isinstance(error, json.JSONDecodeError) else error
+            raise BadInput(f"{path}{at}: no JSON: {words}; mend it there, or use one entry a line") from error
+        except NO_JSON:
+            pass  # it will be told where the lines are read
         return None
-    if isinstance(whole, dict):
+    if isinstance(whole, dict) and not _is_entry(whole):
         whole = next((whole[key] for key in ("data", "rows") if key in whole), whole)
     if isinstance(whole, list) and whole and isinstance(whole[0], dict) and ("role" in whole[0] or "from" in whole[0]):
         return [whole]  # one conversation, not many entries
     return whole if isinstance(whole, list) else [whole]
+
+
+def _is_entry(whole: dict[str, Any]) -> bool:
+    try:
+        return bool(detect(whole, ""))
+    except BadInput:
+        return False
 
 
 def _from_folder(path: Path, split: str, on_broken: Callable[[BadInput], None] | None) -> Iterator[tuple[str, Any]]:

@@ -22,7 +22,7 @@ from flexreason.chat.render import ConversationError
 from flexreason.data.collator import is_document
 from flexreason.data.formats import BadInput
 from flexreason.data.intake import EntryEncoder, Refusals, Refused
-from flexreason.data.tables import features_of, row_as_entry, table_of
+from flexreason.data.tables import check_one_set, features_of, row_as_entry, table_of
 from flexreason.tree.layout import PER_TARGET, PER_TOKEN, Layout
 
 COLUMNS = {**PER_TOKEN, **PER_TARGET}
@@ -67,10 +67,16 @@ def encode_set(
         skip_invalid: Go on without conversations that are refused, unless all are.
         workers: Processes that encode a table.
     """
+    check_one_set(data)
     take = partial(_take, encoder, longest, length)
     data, features = table_of(data)
     if isinstance(data, list | tuple):
-        taken = [item if _is_encoded(item) else take(item, number) for number, item in enumerate(data)]
+        are_encoded = any(_is_encoded(item) and not _is_empty(item) for item in data)
+        taken = [
+            # an empty list is a row without layouts among others, and else a conversation without messages
+            item if _is_encoded(item) and (are_encoded or not _is_empty(item)) else take(item, number)
+            for number, item in enumerate(data)
+        ]
         kept = [item for item in taken if not isinstance(item, ConversationError)]
         return kept, _told([item for item in taken if isinstance(item, ConversationError)], len(taken), skip_invalid)
     if hasattr(data, "map") and hasattr(data, "column_names"):
@@ -93,6 +99,10 @@ def _is_encoded(item: Any) -> bool:
     """Whether it is a layout, or the layouts of a row, or a row."""
     is_row = isinstance(item, Mapping) and {"document", "labels"} <= item.keys()
     return is_row or is_document(item) or (isinstance(item, list) and all(map(is_document, item)))
+
+
+def _is_empty(item: Any) -> bool:
+    return isinstance(item, list) and not item
 
 
 def _take(

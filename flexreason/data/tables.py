@@ -60,6 +60,13 @@ def table_of(data: Any) -> tuple[Any, Any]:
     return data.with_format(None) if hasattr(data, "with_format") else data, data.features
 
 
+def check_one_set(data: Any) -> None:
+    """Raise where several data sets are given by name, as a `DatasetDict` holds its splits."""
+    if isinstance(data, Mapping):
+        names = ", ".join(map(repr, data))
+        raise BadInput(f"data: expected a list or one data set, found a {type(data).__name__}; give one of {names}")
+
+
 def features_of(row: Any) -> Any:
     """The types of the columns of a row that `datasets.map` hands out; None of any other row."""
     return getattr(getattr(row, "formatter", None), "features", None)
