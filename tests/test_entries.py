@@ -283,3 +283,22 @@ def test_data_sets_by_name_are_refused(tokenizer):
         encode_set(
             datasets.DatasetDict({"train": datasets.Dataset.from_list([{"messages": CHAT}])}), EntryEncoder(tokenizer)
         )
+
+
+def test_an_empty_list_of_tools_says_that_there_are_none():
+    template = trl_tokenizer("llama3_1")  # which would write of tools where it is given a list
+    for tools in ([], "[]", "", None):
+        entry = {"messages": CHAT, "tools": tools}
+        prompt = fr.unmerge(EntryEncoder(template)(entry))[0].prompt_ids
+        assert template.decode(prompt) == template.apply_chat_template(
+            CHAT[:1], add_generation_prompt=True, tokenize=False
+        )
+
+
+def test_what_is_given_in_the_wrong_place_is_told(tokenizer, tmp_path):
+    with pytest.raises(ValueError, match="EntryEncoder: tools stand in the entries"):
+        EntryEncoder(tokenizer, tools=TOOLS)
+    path = tmp_path / "chats.jsonl"
+    path.write_text(json.dumps([{"messages": CHAT}]))
+    with pytest.raises(BadInput, match=r"line 1: .*found a list of them; give one a line, or name the file \.json"):
+        list(read_conversations(path))

@@ -120,6 +120,13 @@ def test_lines_have_several_endings_and_links_are_followed_once(tmp_path):
         read(data)
 
 
+def test_tables_that_are_not_read_are_not_left_out_in_silence(tmp_path):
+    write(tmp_path / "a.jsonl", "one")
+    (tmp_path / "b.arrow").write_bytes(b"")
+    with pytest.raises(BadInput, match=r"b\.arrow: files of this kind are not read; use \.parquet"):
+        read(tmp_path)
+
+
 def test_a_folder_with_a_description_of_its_data_is_read(tmp_path):
     """LLaMA-Factory's has one of the name that datasets uses too."""
     write(tmp_path / "chats.jsonl", "one")

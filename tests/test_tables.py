@@ -5,6 +5,7 @@ The oracle is `fr.encode` of the messages as they were written, before any table
 """
 
 import json
+from datetime import UTC, datetime
 
 import pytest
 import torch
@@ -224,7 +225,30 @@ def test_what_a_users_transform_makes_of_rows_is_taken_as_it_is(tokenizer):
     given = [{"messages": [user("one"), answer("two")]}]
     table = datasets.Dataset.from_list([{"text": "two"}])
     table = table.with_transform(lambda rows: {"messages": [[user("one"), answer(text)] for text in rows["text"]]})
-    assert ids(item.layout for item in Intake(table, EntryEncoder(tokenizer))) == encoded(given, tokenizer)
+    encoder = EntryEncoder(tokenizer)
+    assert ids(item.layout for item in Intake(table, encoder)) == encoded(given, tokenizer)
+    for data in (table, Subset(table, [0])):  # the collator encodes what comes
+        rows, _ = encode_set(data, encoder)
+        assert fr.Collator(encode=encoder)([rows[0]])["input_ids"][0, :5].tolist() == encoded(given, tokenizer)[0][:5]
+
+
+def test_values_that_json_has_not_are_refused(tokenizer):
+    """transformers would write a placeholder for them."""
+    when = datetime(2024, 1, 2, tzinfo=UTC)
+    history = [*chat({"when": when}), {"role": "tool", "content": "r"}, answer("done")]
+    tools = [{"type": "function", "function": {"name": "f", "since": when}}]
+    for entry in ({"messages": history}, {"messages": history[:1] + history[3:], "tools": tools}):
+        for data in ([entry], datasets.Dataset.from_list([entry])):
+            with pytest.raises(Refused, match="entry 0: a value of the type datetime, which JSON has not"):
+                as_set(data, tokenizer)
+
+
+def test_numbers_in_schemas_of_a_table_in_another_format_are_numbers(tokenizer):
+    tools = [{"type": "function", "function": {"name": "f", "parameters": {"maximum": 5, "multipleOf": 0.1}}}]
+    given = [{"messages": [user("one"), answer("two")], "tools": tools}]
+    table = datasets.Dataset.from_list(given)
+    for form in ("torch", "numpy"):
+        assert as_set(table.with_format(form), tokenizer) == encoded(given, tokenizer)
 
 
 def test_rows_of_pandas_are_read(tokenizer, tmp_path):

@@ -247,10 +247,12 @@ def choose(messages: Sequence[Message], turns: Any) -> list[int]:
         raise NothingToTrain("the conversation has no assistant message; leave it out")
     if turns is None:
         wanted = set(assistants)
-    elif turns == "last":
+    elif isinstance(turns, str) and turns == "last":
         wanted = {assistants[-1]}
     elif isinstance(turns, Iterable) and not isinstance(turns, str | bytes):
-        numbers = list(turns)
+        numbers = (
+            turns.tolist() if hasattr(turns, "tolist") else list(turns)
+        )  # of an array, and of a list of its numbers
         wrong = [n for n in numbers if not isinstance(n, int) or not -len(assistants) <= n < len(assistants)]
         if wrong:
             raise ConversationError(

@@ -22,6 +22,8 @@ FILES = (*LINES, ".json", ".parquet")
 
 PACKED = (".gz", ".zst", ".bz2", ".xz", ".zip")
 
+NOT_READ = (".arrow", ".feather")
+
 DESCRIPTIONS = ("dataset_info.json", "dataset_infos.json")
 """Files that tell of data sets, and are none."""
 
@@ -63,6 +65,8 @@ def files_of(folder: Path, split: str) -> list[Path]:
         raise BadInput(f"{folder}: cannot be read: {error}; expected a folder that you may read") from error
     if packed := [file for file in files if file.suffix.lower() in PACKED]:
         raise BadInput(f"{packed[0]}: compressed files are not read; unpack it, or move it out of {folder}")
+    if tables := [file for file in files if file.suffix.lower() in NOT_READ]:
+        raise BadInput(f"{tables[0]}: files of this kind are not read; use .parquet, or move it out of {folder}")
     files = [file for file in files if file.suffix.lower() in FILES and file.name not in DESCRIPTIONS]
     if not files:
         raise BadInput(

@@ -132,7 +132,8 @@ def as_conversation(entry: Any, format: str, number: int, where: str) -> Convers
             )
         if _is_deeper([messages, tools, options], DEEPEST):
             raise ValueError(f"nested more than {DEEPEST} levels deep; expected messages with a few; leave it out")
-        return Conversation(messages, tools, number, where, format, options)
+        # an empty list says that there are none, and a template that is given one may speak of tools all the same
+        return Conversation(messages, tools or None, number, where, format, options)
     except (ValueError, KeyError, TypeError) as error:
         words = f"{error.args[0]!r} is missing" if isinstance(error, KeyError) and error.args else str(error)
         raise BadInput(f"{where}: not of the kind {format}: {words}") from error
@@ -195,6 +196,8 @@ def _messages(entry: Any) -> list[Any]:
     if not isinstance(messages := messages or [], list):
         raise ValueError(f"messages: expected a list, found {type(messages).__name__}")
     first = messages[0] if messages else None
+    if isinstance(entry, list) and isinstance(first, dict) and any(key in first for key in MESSAGE_KEYS):
+        raise ValueError("expected one conversation, found a list of them; give one a line, or name the file .json")
     if isinstance(entry, dict) and isinstance(first, dict) and not {"role", "from"} & first.keys():
         raise ValueError(f"messages: expected objects with role and content, found keys {', '.join(first)}")
     return messages

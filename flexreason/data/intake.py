@@ -50,6 +50,8 @@ class EntryEncoder:
     """
 
     def __init__(self, tokenizer: Any, *, format: str | None = None, turns: Any = None, **options: Any) -> None:
+        if "tools" in options:
+            raise ConversationError("EntryEncoder: tools stand in the entries; give them there, beside the messages")
         self.tokenizer, self.format, self.turns, self.options = tokenizer, format, turns, options
         Encoder(tokenizer, **options)  # wrong options are told here, and not in a worker
         # what datasets keeps goes by this object's state, and another version may encode otherwise

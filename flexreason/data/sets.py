@@ -22,7 +22,7 @@ from flexreason.chat.render import ConversationError
 from flexreason.data.collator import is_document
 from flexreason.data.formats import BadInput
 from flexreason.data.intake import EntryEncoder, Refusals, Refused
-from flexreason.data.tables import check_one_set, features_of, row_as_entry, table_of
+from flexreason.data.tables import check_one_set, features_of, is_transformed, row_as_entry, table_of
 from flexreason.tree.layout import PER_TARGET, PER_TOKEN, Layout
 
 COLUMNS = {**PER_TOKEN, **PER_TARGET}
@@ -79,7 +79,7 @@ def encode_set(
         ]
         kept = [item for item in taken if not isinstance(item, ConversationError)]
         return kept, _told([item for item in taken if isinstance(item, ConversationError)], len(taken), skip_invalid)
-    if hasattr(data, "map") and hasattr(data, "column_names"):
+    if hasattr(data, "map") and hasattr(data, "column_names") and not is_transformed(data):
         if COLUMNS.keys() <= set(data.column_names or ()):
             return data, Refusals()
         columns = partial(_columns, take, features)

@@ -55,9 +55,15 @@ def table_of(data: Any) -> tuple[Any, Any]:
     if hasattr(data, "indices") and hasattr(data, "dataset"):
         whole, _ = table_of(data.dataset)
         return table_of(whole.select(map(int, data.indices))) if hasattr(whole, "select") else (data, None)
-    if not hasattr(data, "features") or (getattr(data, "format", None) or {}).get("type") == "custom":
+    if is_transformed(data) or not isinstance(getattr(data, "features", None), Mapping):
         return data, None
     return data.with_format(None) if hasattr(data, "with_format") else data, data.features
+
+
+def is_transformed(data: Any) -> bool:
+    """Whether the user's own function makes the rows that a table gives."""
+    form = getattr(data, "format", None)
+    return isinstance(form, Mapping) and form.get("type") == "custom"
 
 
 def check_one_set(data: Any) -> None:
@@ -84,7 +90,11 @@ def _plain(value: Any, where: str, exact: bool = True) -> Any:
         return _plain(value.tolist(), where)
     if isinstance(value, Mapping):
         return {key: _plain(item, where, key not in TRAINING_KEYS) for key, item in value.items()}
-    return [_plain(item, where) for item in value] if isinstance(value, list | tuple) else value
+    if isinstance(value, list | tuple):
+        return [_plain(item, where) for item in value]
+    if isinstance(value, str | int | float | None) or callable(value):  # a tool may be a function
+        return value
+    raise BadInput(f"{where}: a value of the type {type(value).__name__}, which JSON has not; keep it as text")
 
 
 def _without_lacking(value: Any, feature: Any, as_written: bool, where: str) -> Any:
