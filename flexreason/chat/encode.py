@@ -250,9 +250,7 @@ def choose(messages: Sequence[Message], turns: Any) -> list[int]:
     elif isinstance(turns, str) and turns == "last":
         wanted = {assistants[-1]}
     elif isinstance(turns, Iterable) and not isinstance(turns, str | bytes):
-        numbers = (
-            turns.tolist() if hasattr(turns, "tolist") else list(turns)
-        )  # of an array, and of a list of its numbers
+        numbers = [n.item() if hasattr(n, "item") else n for n in turns]  # of arrays too
         wrong = [n for n in numbers if not isinstance(n, int) or not -len(assistants) <= n < len(assistants)]
         if wrong:
             raise ConversationError(
