@@ -106,6 +106,7 @@ def test_null_in_json_text_was_written(tokenizer):
         {"messages": [user("one"), answer("two")], "tools": [{"type": "function", "function": {
             "name": "f", "parameters": {"properties": {"n": {"type": "string", "default": None}}}}}]},
         {"messages": [{**user("one"), "tool_calls": None}, {**chat({"a": None})[1], "name": "me"}]},
+        {"messages": [user("one"), {**chat({"a": None})[1], "content": None}]},
     ],
 )  # fmt: skip
 def test_an_entry_that_is_no_row_keeps_its_null(tokenizer, entry):
@@ -139,11 +140,11 @@ def test_a_plain_row_whose_null_cannot_be_told_is_refused(tokenizer):
             encode(table[0])
     with pytest.raises(BadInput, match=words):
         next(iter(DataLoader(table, collate_fn=fr.Collator(encode=encoder))))
-    marked = {
-        "messages": [{**message, "train": True} if n else message for n, message in enumerate(table[0]["messages"])]
-    }
-    with pytest.raises(BadInput, match=words):
-        encoder(marked)
+    first, second = table[0]["messages"]
+    system = {"role": "system", "content": "be brief"}
+    for changed in ([first, {**second, "train": True}], [system, first, second]):  # as people change rows
+        with pytest.raises(BadInput, match=words):
+            encoder({"messages": changed})
 
 
 def test_tools_and_options_of_a_plain_row_whose_null_cannot_be_told_are_refused(tokenizer):

@@ -122,8 +122,8 @@ def _without_put_in(entry: Any, where: str) -> Any:
     would mean something, and may have been put in."""
     columns = {key: entry[key] for key in MESSAGES if key in entry} if isinstance(entry, dict) else {"": entry}
     columns = {key: column for key, column in columns.items() if isinstance(column, list) and column}
-    if not all(map(_is_uniform, columns.values())):
-        return entry  # of no table
+    if not all(map(_may_be_a_tables, columns.values())):
+        return entry
     filled = _holds_none(columns)
     for column in columns.values():
         for arguments in _under("arguments", column):
@@ -144,6 +144,14 @@ def _cannot_be_told(where: str, place: str, name: str) -> BadInput:
         f"{where}: null in {place}, and a table puts null where a row lacks what others have, so that nobody can tell "
         f"whether it was written; hand in the datasets.Dataset itself, or keep {name} as JSON text"
     )
+
+
+def _may_be_a_tables(messages: list[Any]) -> bool:
+    """Whether messages may come from a table: all have the same keys; or those with a key for calls have, and some of
+    them no calls, for another message may have been put before those of a row."""
+    with_calls = [message for message in messages if isinstance(message, dict) and "tool_calls" in message]
+    without_any = any(message["tool_calls"] is None for message in with_calls)
+    return _is_uniform(with_calls if without_any else messages)
 
 
 def _is_uniform(values: Iterable[Any]) -> bool:
