@@ -7,6 +7,7 @@ import pytest
 
 from flexreason.data.files import read_conversations
 from flexreason.data.formats import BadInput
+from flexreason.train.record import content_hash
 from templating import answer, user
 
 
@@ -113,7 +114,14 @@ def test_lines_have_several_endings_and_links_are_followed_once(tmp_path):
         write(data / name, name)
     write(other / "d.jsonl", "d.jsonl")
     (data / "other").symlink_to(other)
+    (data / "same").symlink_to(other)
     (other / "back").symlink_to(data)
+    before = content_hash(str(data))
+    (data / ".hidden.jsonl").write_text("{}")
+    assert content_hash(str(data)) == before
+    write(other / "d.jsonl", "d.jsonl, changed")
+    assert content_hash(str(data)) != before  # else what was encoded of it would be taken again
+    write(other / "d.jsonl", "d.jsonl")
     assert sorted(read(data)) == ["a.jsonl", "b.ndjson", "c.jsonlines", "d.jsonl"]
     (data / "gone.jsonl").symlink_to(tmp_path / "nowhere")
     with pytest.raises(BadInput, match=r"gone\.jsonl"):

@@ -60,7 +60,7 @@ def _words(path: str) -> list[str]:
 def files_of(folder: Path, split: str) -> list[Path]:
     """The data files of a split, or all of a folder whose files name no splits, for the default one."""
     try:
-        files = sorted(_visible(folder, set()))
+        files = sorted(visible_files(folder))
     except OSError as error:
         raise BadInput(f"{folder}: cannot be read: {error}; expected a folder that you may read") from error
     if packed := [file for file in files if file.suffix.lower() in PACKED]:
@@ -101,9 +101,10 @@ def check_split(source: Path, split: str, splits: Iterable[Any], wanted: str | N
         )
 
 
-def _visible(folder: Path, seen: set[str]) -> Iterator[Path]:
-    """All files below, without hidden ones, such as what notebooks and datasets keep for themselves; links are
-    followed, each to a place once."""
+def visible_files(folder: Path, seen: set[str] | None = None) -> Iterator[Path]:
+    """All files below, without hidden ones, such as what notebooks and datasets keep for themselves. Links to folders
+    are followed, each to a folder that was not seen yet."""
+    seen = set() if seen is None else seen
     if (place := os.path.realpath(folder)) in seen:
         return
     seen.add(place)
@@ -111,6 +112,6 @@ def _visible(folder: Path, seen: set[str]) -> Iterator[Path]:
         if path.name.startswith((".", "__")):
             continue
         if path.is_dir():
-            yield from _visible(path, seen)
+            yield from visible_files(path, seen)
         elif path.is_file() or path.is_symlink():  # to nothing, which is told when it is read
             yield path
