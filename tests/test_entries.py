@@ -108,6 +108,8 @@ NULL_TURNS = [{**message, "from": None, "value": None} for message in CHAT]
         {"conversations": NULL_TURNS},
         {"messages": NULL_TURNS},
         {"messages": [], "prompt": "one", "completion": "two"},
+        {"conversation": 17, "conversations": TURNS},
+        {"conversation": "chat 17", "conversations": TURNS},
         {"messages": CHAT, "tools": ""},
         {"messages": CHAT, "tools": "null", "chat_template_kwargs": ""},
         {"messages": CHAT, "functions": "", "weight": None, "train": True},

@@ -88,8 +88,10 @@ def detect(entry: Any, where: str) -> str:
 
 
 def _filled(entry: dict[str, Any]) -> Any:
-    """What stands under the first key for messages that holds something: sets put together have several."""
-    return next((found for key in MESSAGE_KEYS if (found := _loaded(entry.get(key), key)) not in (None, [])), None)
+    """What stands under the first key for messages that holds a list of some, or else anything: sets put together have
+    several such keys, and some have a number or a name under one."""
+    found = [loaded for key in MESSAGE_KEYS if (loaded := _loaded(entry.get(key), key)) not in (None, [])]
+    return next((messages for messages in found if isinstance(messages, list)), found[0] if found else None)
 
 
 def _format_of(messages: Any) -> str:
