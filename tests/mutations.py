@@ -18,6 +18,7 @@ import torch
 
 import breaking
 from breaking import mutation
+from flexreason.data import tables
 from flexreason.proof import evidence
 from flexreason.train import filling
 from flexreason.tree.layout import Layout
@@ -638,6 +639,37 @@ def the_last_conversation_is_not_read(original, *args, **options):
 @mutation(LOST, "flexreason.data.Refusals.add", "test_intake.py::test_a_refusal_stops_it_when_all_is_known")
 def refusals_are_not_counted(original, self, reason, words):
     return None
+
+
+NULL = "a null that was written is trained, and one that a table put in is not"
+
+
+@mutation(NULL, "flexreason.data.tables._without_lacking", "test_tables.py::test_null_in_a_json_column_was_written")
+def null_of_json_columns_is_taken_out(original, value, feature, as_written, where):
+    return tables._without_none(value)
+
+
+@mutation(
+    NULL,
+    "flexreason.data.tables._without_put_in",
+    "test_tables.py::test_a_plain_row_whose_null_cannot_be_told_is_refused",
+)
+def a_plain_row_is_taken_as_it_is(original, entry, where):
+    return entry
+
+
+@mutation(LOST, "flexreason.data.folders.split_of", "test_folders.py::test_the_files_of_a_split_are_read")
+def no_file_is_of_a_split(original, path):
+    return None
+
+
+@mutation(
+    "a system prompt beside messages is the first of them",
+    "flexreason.data.formats._with_system",
+    "test_entries.py::test_a_system_prompt_beside_messages_is_the_first_message",
+)
+def a_system_prompt_is_lost(original, messages, about):
+    return messages
 
 
 @mutation(LOST, "flexreason.data.split", "test_splitting.py::test_every_sample_is_in_one_part_as_it_was")

@@ -5,7 +5,9 @@ import pickle
 import random
 import time
 
+import numpy as np
 import pytest
+import torch
 from tokenizers import AddedToken
 
 import flexreason as fr
@@ -102,7 +104,8 @@ def test_template_options_are_passed_on():
 
 def test_turns_can_be_chosen_and_messages_excluded():
     assert [words(s)[1][:14] for s in encode_samples(CHAT, QWEN, turns="last")] == ["<think>\nwalnut"]
-    assert len(encode_samples(CHAT, QWEN, turns=[0, -1])) == 2
+    for turns in ([0, -1], np.array([0, -1]), [np.int64(0), np.int32(-1)], torch.tensor([0, -1])):
+        assert len(encode_samples(CHAT, QWEN, turns=turns)) == 2
     some = [CHAT[0], {**CHAT[1], "train": False}, *CHAT[2:4], CHAT[4], {**CHAT[5], "weight": 0}]
     (only,) = encode_samples(some, QWEN)
     assert only.prompt_ids == encode_samples(CHAT, QWEN)[1].prompt_ids

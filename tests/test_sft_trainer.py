@@ -496,7 +496,9 @@ def test_the_page_on_long_conversations_makes_rows_of_one_length(conversations, 
     """Every target is in one of the rows, once an epoch."""
     triples = zip(*(conversations[at::3] for at in range(3)), strict=True)
     conversations = [{"messages": [message for one in some for message in one["messages"]]} for some in triples]
-    [block] = re.findall(r"```python\n(encode = .*?)```", (ROOT / "docs" / "howto" / "long.md").read_text(), re.S)
+    [block] = re.findall(
+        r"```python\n(from flexreason.data.*?)```", (ROOT / "docs" / "howto" / "long.md").read_text(), re.S
+    )
     assert block.count("8192") == 3
     given = {"fr": fr, "SFTConfig": lambda output_dir, **more: arguments(tmp_path, **{"max_steps": -1, **more})}
     given |= {"tokenizer": TOKENIZER, "data": conversations, "model": fr.patch(model_of())}

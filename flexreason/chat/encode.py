@@ -265,10 +265,10 @@ def choose(messages: Sequence[Message], turns: Any) -> list[int]:
         raise NothingToTrain("the conversation has no assistant message; leave it out")
     if turns is None:
         wanted = set(assistants)
-    elif turns == "last":
+    elif isinstance(turns, str) and turns == "last":
         wanted = {assistants[-1]}
     elif isinstance(turns, Iterable) and not isinstance(turns, str | bytes):
-        numbers = list(turns)
+        numbers = [n.item() if hasattr(n, "item") else n for n in turns]  # of arrays too
         wrong = [n for n in numbers if not isinstance(n, int) or not -len(assistants) <= n < len(assistants)]
         if wrong:
             raise ConversationError(

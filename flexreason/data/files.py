@@ -16,17 +16,16 @@ from pathlib import Path
 from typing import Any
 
 from flexreason.chat.messages import json_words
-from flexreason.data.formats import FORMATS, BadInput, Conversation, as_conversation, as_sample, detect
-from flexreason.talk.nearest import did_you_mean, near_file
+from flexreason.data.folders import DEFAULT_SPLIT, PACKED, check_split, files_of
+from flexreason.data.formats import FORMATS, TURNS, BadInput, Conversation, as_conversation, as_sample, detect
+from flexreason.data.sharegpt import NO_JSON
+from flexreason.data.tables import check_one_set, row_as_entry, table_of
+from flexreason.talk.nearest import near_file
 from flexreason.talk.sources import is_cached_set, is_path, unreachable
 from flexreason.tree.sample import Sample
 
 DATA = "conversations: a .jsonl, .json or .parquet file, a folder, a data set's name"
 """What --data takes, in every command."""
-
-FILES = (".jsonl", ".json", ".parquet")
-
-PACKED = (".gz", ".zst", ".bz2", ".xz", ".zip")
 
 
 class EmptySource(BadInput):
@@ -34,14 +33,14 @@ class EmptySource(BadInput):
 
 
 def read_conversations(
-    source: str | Path | Iterable[Any], format: str | None = None, split: str = "train"
+    source: str | Path | Iterable[Any], format: str | None = None, split: str = DEFAULT_SPLIT
 ) -> Iterator[Conversation]:
     """The conversations of a source. Raises at the first entry that is none.
 
     Args:
         source: A file, a folder, a data set's name, or entries.
         format: One of `FORMATS`; that of the first entry if not given.
-        split: Of a data set.
+        split: Of a data set, or of a folder whose files name splits.
     """
     for conversation in read_all(source, format, split):
         if isinstance(conversation, BadInput):
@@ -52,7 +51,7 @@ def read_conversations(
 def read_all(
     source: str | Path | Iterable[Any],
     format: str | None = None,
-    split: str = "train",
+    split: str = DEFAULT_SPLIT,
     on_broken: Callable[[BadInput], None] | None = None,
 ) -> Iterator[Conversation | BadInput]:
     """The same, but an entry that is no conversation is given as an error, in its place. Raises where nothing can be
@@ -74,16 +73,19 @@ def _parsed(
     source: Any, format: str | None, split: str, on_broken: Callable[[BadInput], None] | None
 ) -> Iterator[tuple[Conversation | BadInput, Any]]:
     """Every entry as a conversation, and the conversation that a tokenized sample says it is of."""
+    first = format
     for where, entry in read_entries(source, split, on_broken):
         try:
             if isinstance(entry, BadInput):
                 raise entry
-            format = format or detect(entry, where)
-            if format == "samples":
+            first = first or detect(entry, where)
+            if first == "samples":
                 sample = as_sample(entry, where)
-                yield Conversation([], None, 0, where, format, samples=[sample]), entry.get("conversation")
+                yield Conversation([], None, 0, where, first, samples=[sample]), entry.get("conversation")
             else:
-                yield as_conversation(entry, format, 0, where), None
+                either = format is None and first in TURNS  # sets put together have rows of both
+                found = detect(entry, where) if either else first
+                yield as_conversation(entry, found if found in TURNS else first, 0, where), None
         except BadInput as error:
             yield error, None
 
@@ -121,7 +123,7 @@ def count_entries(source: Any) -> int | None:
 
 
 def read_entries(
-    source: str | Path | Iterable[Any], split: str = "train", on_broken: Callable[[BadInput], None] | None = None
+    source: str | Path | Iterable[Any], split: str = DEFAULT_SPLIT, on_broken: Callable[[BadInput], None] | None = None
 ) -> Iterator[tuple[str, Any]]:
     """(where it stands, entry) for each entry, as they lie in the source; a line that is no JSON is a BadInput."""
     try:
@@ -136,9 +138,8 @@ def _entries(
     source: str | Path | Iterable[Any], split: str, on_broken: Callable[[BadInput], None] | None
 ) -> Iterator[tuple[str, Any]]:
     if not isinstance(source, str | Path):
-        table = hasattr(source, "features")
-        for number, entry in enumerate(source):
-            yield f"entry {number}", without_none(entry) if table else entry
+        check_one_set(source)
+        yield from _rows(source, "entry")
         return
     path = Path(source)
     if path.is_file():
@@ -153,18 +154,18 @@ def _entries(
             f"{near_file(source) or '; give a file or a folder'}"
         )
     else:
-        yield from _entries_of(_loaded_set(source, str(source), split=split, streaming=True), str(source))
+        yield from _rows(_loaded_set(source, str(source), split=split, streaming=True), f"{source}, row")
 
 
 def _from_file(path: Path) -> Iterator[tuple[str, Any]]:
-    if not path.stat().st_size:
+    if path.exists() and not path.stat().st_size:
         return
     if path.suffix.lower() in PACKED:
         raise BadInput(f"{path}: compressed files are not read; unpack it")
     if path.suffix.lower() == ".parquet":
         _check_parquet(path)
         data = _loaded_set(path, "parquet", data_files=str(path), split="train", streaming=True)
-        yield from _entries_of(data, str(path))
+        yield from _rows(data, f"{path}, row")
         return
     try:
         with path.open(encoding="utf-8-sig") as file:
@@ -178,7 +179,7 @@ def _from_file(path: Path) -> Iterator[tuple[str, Any]]:
                 where = f"{path}, line {number}"
                 try:
                     yield where, json.loads(line.strip())
-                except (json.JSONDecodeError, RecursionError) as error:
+                except NO_JSON as error:
                     yield (
                         where,
                         BadInput(f"{where}: no JSON: {json_words(error)}; mend the line, or use --skip-invalid"),
@@ -205,43 +206,43 @@ def _json_document(path: Path) -> list[Any] | None:
         return []
     try:
         whole = json.loads(text)
-    except RecursionError as error:
-        raise BadInput(f"{path}: no JSON: {error}; use one entry a line (.jsonl)") from error
-    except json.JSONDecodeError as error:
+    except NO_JSON as error:
         try:
-            json.loads(text.lstrip().splitlines()[0])
+            json.loads(text.lstrip().partition("\n")[0])  # other ends of lines may stand in a text
         except json.JSONDecodeError:
-            words = f"{error.msg} at character {error.colno}"
-            raise BadInput(
-                f"{path}, line {error.lineno}: no JSON: {words}; mend it there, or use one entry a line"
-            ) from error
+            at = f", line {error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
+            words = f"{error.msg} at character {error.colno}" if isinstance(error, json.JSONDecodeError) else error
+            raise BadInput(f"{path}{at}: no JSON: {words}; mend it there, or use one entry a line") from error
+        except NO_JSON:
+            pass  # it will be told where the lines are read
         return None
-    if isinstance(whole, dict):
+    if isinstance(whole, dict) and not _is_entry(whole):
         whole = next((whole[key] for key in ("data", "rows") if key in whole), whole)
     if isinstance(whole, list) and whole and isinstance(whole[0], dict) and ("role" in whole[0] or "from" in whole[0]):
         return [whole]  # one conversation, not many entries
     return whole if isinstance(whole, list) else [whole]
 
 
+def _is_entry(whole: dict[str, Any]) -> bool:
+    try:
+        return bool(detect(whole, ""))
+    except BadInput:
+        return False
+
+
 def _from_folder(path: Path, split: str, on_broken: Callable[[BadInput], None] | None) -> Iterator[tuple[str, Any]]:
-    if any((path / name).exists() for name in ("dataset_info.json", "state.json", "dataset_dict.json")):
-        data = _datasets(path).load_from_disk(str(path))
+    saved = [{"dataset_dict.json"}, {"dataset_info.json", "state.json"}]  # what datasets writes beside its files
+    if any(all((path / name).exists() for name in names) for names in saved):
+        try:
+            data = _datasets(path).load_from_disk(str(path))
+        except Exception as error:  # whatever datasets raises of a folder that is not whole
+            raise BadInput(f"{path}: cannot be read as a saved data set: {error}; give one that is whole") from error
         if hasattr(data, "keys"):
-            if split not in data:
-                raise BadInput(
-                    f"{path}: no split {split!r} in it; choose one of {', '.join(data)}{did_you_mean(split, data)}"
-                )
+            check_split(path, split, data)
             data = data[split]
-        yield from _entries_of(data, str(path))
+        yield from _rows(data, f"{path}, row")
         return
-    files = sorted(file for file in path.rglob("*") if file.suffix.lower() in FILES)
-    if packed := sorted(file for file in path.rglob("*") if file.suffix.lower() in PACKED):
-        raise BadInput(f"{packed[0]}: compressed files are not read; unpack it, or move it out of {path}")
-    if not files:
-        raise BadInput(
-            f"{path}: no .jsonl, .json or .parquet file in it, and no data set saved by datasets; give another folder"
-        )
-    for file in files:
+    for file in files_of(path, split):
         n_read = 0
         try:
             for n_read, entry in enumerate(_from_file(file), start=1):  # noqa: B007 (told where there is none)
@@ -273,9 +274,15 @@ def _loaded_set(source: Any, name: str, **options: Any) -> Any:
         ) from error
 
 
-def _entries_of(data: Iterable[Any], name: str) -> Iterator[tuple[str, Any]]:
-    for number, entry in enumerate(data):
-        yield f"{name}, row {number}", without_none(entry)
+def _rows(data: Iterable[Any], name: str) -> Iterator[tuple[str, Any]]:
+    """The entries of a table, or of whatever else gives one after the other."""
+    data, features = table_of(data)
+    for number, row in enumerate(data):
+        where = f"{name} {number}"
+        try:
+            yield where, row_as_entry(row, features, where)
+        except BadInput as error:
+            yield where, error
 
 
 def place_of(where: str) -> tuple[str, str | None, int | None]:
@@ -286,10 +293,3 @@ def place_of(where: str) -> tuple[str, str | None, int | None]:
     """
     found = re.fullmatch(r"(?:(.*), )?(line|entry|row) (\d+)", where, re.DOTALL)
     return (found[1] or "", found[2], int(found[3])) if found else (where, None, None)
-
-
-def without_none(value: Any) -> Any:
-    """An entry of a table, without the keys that it lacks and that the table has filled with None."""
-    if isinstance(value, dict):
-        return {key: without_none(item) for key, item in value.items() if item is not None}
-    return [without_none(item) for item in value] if isinstance(value, list) else value

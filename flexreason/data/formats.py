@@ -17,37 +17,38 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from flexreason.chat.messages import json_words, untrained
-from flexreason.chat.render import ConversationError
-from flexreason.talk.nearest import did_you_mean
+from flexreason.chat.render import ConversationError, NothingToTrain
+from flexreason.data.sharegpt import NO_JSON, as_message, is_turn
 from flexreason.tree.sample import Sample
 
-FORMATS = ("messages", "sharegpt", "pairs", "samples")
+TURNS = ("messages", "sharegpt")
+
+FORMATS = (*TURNS, "pairs", "samples")
 
 MESSAGE_KEYS = ("messages", "conversation", "conversations")
 
-SPEAKERS = {
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
-    "chatgpt": "assistant",
-    "bing": "assistant",
-    "model": "assistant",
-    "system": "system",
-    "developer": "developer",
-    "tool": "tool",
-    "observation": "tool",
-    "function_response": "tool",
-    "function_call": "call",
-    "tool_call": "call",
-}
-"""ShareGPT's names of who speaks, as roles; a call is an assistant message whose value is the call."""
+SYSTEM_KEYS = ("system", "system_prompt")
+"""What may hold a system prompt, beside messages of any format."""
+
+NOT_OF_TEMPLATE = {
+    "accept", "conversation", "format", "history", "messages", "think", "tokenizer", "tools", "turns",
+}  # fmt: skip
+"""Options that say what is trained, which an entry does not decide, and what stands beside `chat_template_kwargs`."""
+
+DEEPEST = 100
+"""Levels of objects and lists in an entry; Python itself gives up at some hundreds."""
 
 
 class BadInput(ConversationError):
     """A file or entry that is no conversation; the text names where."""
 
     reason = "bad input"
+
+
+class NotTrained(BadInput):
+    """An entry that says that it is not to be trained on."""
+
+    reason = NothingToTrain.reason
 
 
 @dataclass(frozen=True)
@@ -64,21 +65,38 @@ class Conversation:
 
 
 def detect(entry: Any, where: str) -> str:
-    """The format of an entry, by its keys."""
+    """The format of an entry, by its keys, and by what is filled of them."""
     if isinstance(entry, list):
-        return "sharegpt" if entry and isinstance(entry[0], dict) and "from" in entry[0] else "messages"
+        return _format_of(entry)
     _check_kind(entry, "messages", where)
     if "prompt_ids" in entry and "target_ids" in entry:
         return "samples"
-    for key in MESSAGE_KEYS:
-        if isinstance(messages := entry.get(key), list) and messages:
-            return "sharegpt" if isinstance(messages[0], dict) and "from" in messages[0] else "messages"
+    try:
+        messages = _filled(entry)
+    except ValueError as error:
+        raise BadInput(f"{where}: messages cannot be read; expected a list: {error}") from error
+    if messages is not None:
+        return _format_of(messages)
     if "prompt" in entry and "completion" in entry:
         return "pairs"
+    if any(key in entry for key in MESSAGE_KEYS):
+        return "messages"  # of which there are none
     raise BadInput(
         f"{where}: neither messages, nor conversations, nor prompt and completion, nor prompt_ids and target_ids among "
         f"its keys: {', '.join(map(str, entry)) or 'none'}; expected one of these four kinds"
     )
+
+
+def _filled(entry: dict[str, Any]) -> Any:
+    """What stands under the first key for messages that holds a list of some, or else anything: sets put together have
+    several such keys, and some have a number or a name under one."""
+    found = [loaded for key in MESSAGE_KEYS if (loaded := _loaded(entry.get(key), key)) not in (None, [])]
+    return next((messages for messages in found if isinstance(messages, list)), found[0] if found else None)
+
+
+def _format_of(messages: Any) -> str:
+    first = messages[0] if isinstance(messages, list) and messages else None
+    return "sharegpt" if isinstance(first, dict) and is_turn(first) else "messages"
 
 
 def _check_kind(entry: Any, format: str, where: str) -> None:
@@ -92,29 +110,78 @@ def _check_kind(entry: Any, format: str, where: str) -> None:
 def as_conversation(entry: Any, format: str, number: int, where: str) -> Conversation:
     """The conversation of an entry whose format is messages, sharegpt or pairs."""
     _check_kind(entry, format, where)
+    about = entry if isinstance(entry, dict) else {}
+    _check_trained(about, where)
     try:
         messages = {"messages": _messages, "sharegpt": _sharegpt, "pairs": _pairs}[format](entry)
-        if format == "messages" and messages and isinstance(messages[0], dict) and "from" in messages[0]:
+        if format == "messages" and _format_of(messages) == "sharegpt":
             raise ValueError("from and value, as ShareGPT has them, where role and content are expected")
-        about = entry if isinstance(entry, dict) else {}
+        messages = _with_system(messages, about)
         tools = _loaded(about.get("tools"), "tools")
         options = _loaded(about.get("chat_template_kwargs"), "chat_template_kwargs") or {}
         if tools is not None and not isinstance(tools, list):
             raise ValueError(f"tools: expected a list, found {type(tools).__name__}")
+        if not tools and _loaded(about.get("functions"), "functions"):
+            raise ValueError(
+                "functions, an older form of tools: expected tools; give [{'type': 'function', 'function': ...}, ...]"
+            )
         if not isinstance(options, dict):
             raise ValueError(f"chat_template_kwargs: expected an object, found {type(options).__name__}")
-        if "accept" in options:  # else data would wave its own dirt through
-            raise ValueError("chat_template_kwargs: accept is no option of the template; give it to the command")
-        if format == "sharegpt" and isinstance(about.get("system"), str) and about["system"]:
-            messages = [{"role": "system", "content": about["system"]}, *messages]
-        return Conversation(messages, tools, number, where, format, options)
+        if ours := options.keys() & NOT_OF_TEMPLATE:  # else data would wave its own dirt through
+            raise ValueError(
+                f"chat_template_kwargs: {min(ours)} is no option of the template; give it to the command, or beside "
+                "the messages"
+            )
+        if _is_deeper([messages, tools, options], DEEPEST):
+            raise ValueError(f"nested more than {DEEPEST} levels deep; expected messages with a few; leave it out")
+        # an empty list says that there are none, and a template that is given one may speak of tools all the same
+        return Conversation(messages, tools or None, number, where, format, options)
     except (ValueError, KeyError, TypeError) as error:
         words = f"{error.args[0]!r} is missing" if isinstance(error, KeyError) and error.args else str(error)
         raise BadInput(f"{where}: not of the kind {format}: {words}") from error
 
 
+def _check_trained(about: dict[str, Any], where: str) -> None:
+    """Raise where an entry says that it is not trained on, or only in part."""
+    for key in ("train", "weight"):  # a column named loss holds whatever was measured
+        said = about.get(key)
+        if said is not None and said not in (0, 1):
+            raise BadInput(f"{where}: {key} of an entry: expected true or false, found {said!r}; leave it out")
+        if said is not None and not said:
+            raise NotTrained(f"{where}: the entry is excluded from training ({key}: {said!r}); leave it out")
+
+
+def _with_system(messages: list[Any], about: dict[str, Any]) -> list[Any]:
+    """The messages with the system prompt that stands beside them, unless they begin with the same."""
+    for key in SYSTEM_KEYS:
+        if not (said := _system_text(content := about.get(key), key)):
+            continue
+        first = messages[0] if messages and isinstance(messages[0], dict) else {}
+        if first.get("role") not in ("system", "developer"):
+            messages = [{"role": "system", "content": content}, *messages]
+        elif _system_text(first.get("content"), "content") != said:
+            raise ValueError(f"{key}: another system prompt than that of the first message; leave one of them out")
+    return messages
+
+
+def _system_text(content: Any, key: str) -> str:
+    parts = content if isinstance(content, list) else [{"text": content or ""}]
+    texts: list[Any] = [part.get("text") if isinstance(part, dict) else None for part in parts]
+    if not all(isinstance(text, str) for text in texts):
+        raise ValueError(f"{key}: expected text or a list of text parts, found {str(content)[:80]}")
+    return "\n".join(texts).strip()
+
+
+def _is_deeper(value: Any, levels: int) -> bool:
+    items = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return levels < 0 or any(_is_deeper(item, levels - 1) for item in items)
+
+
 def as_sample(entry: Any, where: str) -> Sample:
     _check_kind(entry, "samples", where)
+    _check_trained(entry, where)
+    if any(weight != 1 for weight in entry.get("target_weights") or ()):
+        raise BadInput(f"{where}: target_weights: weights of targets are not read; expected ones, or leave them out")
     prompt, target = entry.get("prompt_ids"), entry.get("target_ids")
     for ids in (prompt, target):
         if not isinstance(ids, list | tuple) or not all(type(token) is int for token in ids):
@@ -125,46 +192,21 @@ def as_sample(entry: Any, where: str) -> Sample:
 
 
 def _messages(entry: Any) -> list[Any]:
-    messages = entry if isinstance(entry, list) else next((entry[k] for k in MESSAGE_KEYS if k in entry), None)
-    if messages is None:
+    messages = entry if isinstance(entry, list) else _filled(entry)
+    if messages is None and not any(key in entry for key in MESSAGE_KEYS):
         raise ValueError("messages is missing; expected a list of messages under it")
-    if not isinstance(messages := _loaded(messages, "messages"), list):
+    if not isinstance(messages := messages or [], list):
         raise ValueError(f"messages: expected a list, found {type(messages).__name__}")
     first = messages[0] if messages else None
+    if isinstance(entry, list) and isinstance(first, dict) and any(key in first for key in MESSAGE_KEYS):
+        raise ValueError("expected one conversation, found a list of them; give one a line, or name the file .json")
     if isinstance(entry, dict) and isinstance(first, dict) and not {"role", "from"} & first.keys():
         raise ValueError(f"messages: expected objects with role and content, found keys {', '.join(first)}")
     return messages
 
 
 def _sharegpt(entry: Any) -> list[Any]:
-    messages: list[Any] = []
-    for at, turn in enumerate(_messages(entry)):
-        if not isinstance(turn, dict):
-            raise ValueError(f"turn {at}: expected an object with from and value, found {type(turn).__name__}")
-        if missing := [key for key in ("from", "value") if key not in turn]:
-            raise ValueError(f"turn {at}: {missing[0]!r} is missing; expected from and value")
-        speaker = turn["from"]
-        if not isinstance(speaker, str) or speaker not in SPEAKERS:
-            hint = did_you_mean(speaker, SPEAKERS)
-            raise ValueError(f"turn {at}: unknown speaker {speaker!r}; expected one of {', '.join(SPEAKERS)}{hint}")
-        role = SPEAKERS[speaker]
-        extra = {key: value for key, value in turn.items() if key not in ("from", "value")}
-        if role == "call":
-            call = _call(turn["value"], at)
-            calls = [{"type": "function", "function": one} for one in (call if isinstance(call, list) else [call])]
-            messages.append({"role": "assistant", "content": "", "tool_calls": calls, **extra})
-        else:
-            messages.append({"role": role, "content": turn["value"], **extra})
-    return messages
-
-
-def _call(value: Any, at: int) -> Any:
-    if not isinstance(value, str):
-        raise ValueError(f"turn {at}: value: expected a call as JSON, found {type(value).__name__}")
-    try:
-        return json.loads(value)
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(f"turn {at}: value: the call is no JSON: {json_words(error)}; mend it") from error
+    return [as_message(turn, at) for at, turn in enumerate(_messages(entry))]
 
 
 def _pairs(entry: Any) -> list[Any]:
@@ -180,8 +222,11 @@ def _pairs(entry: Any) -> list[Any]:
 
 
 def _loaded(value: Any, name: str) -> Any:
-    """A value that may have been stored as its JSON."""
+    """A value that may have been stored as its JSON; empty text is none."""
+    if not isinstance(value, str):
+        return value
     try:
-        return json.loads(value) if isinstance(value, str) and value.strip()[:1] in ("[", "{") else value
-    except (json.JSONDecodeError, RecursionError) as error:
+        text = value.strip()
+        return json.loads(text) if text[:1] in ("[", "{") else None if text in ("", "null") else value
+    except NO_JSON as error:
         raise ValueError(f"{name}: no JSON: {json_words(error)}; give it as it is, or as its JSON") from error

@@ -23,8 +23,9 @@ import torch
 import flexreason
 from flexreason.chat.encode import Encoded, Encoder, encoder_of
 from flexreason.chat.render import ConversationError
-from flexreason.data.files import read_all, without_none
+from flexreason.data.files import read_all
 from flexreason.data.formats import BadInput, Conversation, as_conversation, as_sample, detect
+from flexreason.data.tables import features_of, row_as_entry
 from flexreason.talk.interrupt import deaf
 from flexreason.tree.layout import Layout
 from flexreason.tree.merge import lay_out
@@ -49,14 +50,18 @@ class EntryEncoder:
     """
 
     def __init__(self, tokenizer: Any, *, format: str | None = None, turns: Any = None, **options: Any) -> None:
+        if "tools" in options:
+            raise ConversationError("EntryEncoder: tools stand in the entries; give them there, beside the messages")
         self.tokenizer, self.format, self.turns, self.options = tokenizer, format, turns, options
         Encoder(tokenizer, **options)  # wrong options are told here, and not in a worker
         # what datasets keeps goes by this object's state, and another version may encode otherwise
         self.versions = [flexreason.__version__, version("transformers"), version("tokenizers")]
 
     def __call__(self, entry: Any, where: str = "entry") -> Layout:
-        if isinstance(entry, Mapping) and not isinstance(entry, dict):  # a row that datasets.map gives
-            entry = without_none(dict(entry))
+        return self.layout(row_as_entry(entry, features_of(entry), where), where)
+
+    def layout(self, entry: Any, where: str) -> Layout:
+        """The layout of an entry that is known to hold only what was written."""
         format = self.format or detect(entry, where)
         if format == "samples":
             return lay_out([as_sample(entry, where)])

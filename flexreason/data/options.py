@@ -10,7 +10,8 @@ from typing import Any, NoReturn, TypeVar
 from flexreason.chat import dirt
 from flexreason.chat.encode import HISTORIES
 from flexreason.chat.render import ConversationError
-from flexreason.data.files import DATA, FILES, read_all
+from flexreason.data.files import DATA, read_all
+from flexreason.data.folders import DEFAULT_SPLIT, FILES
 from flexreason.data.formats import FORMATS, BadInput, Conversation
 from flexreason.data.intake import OURS, EntryEncoder, Refusals, Refused
 from flexreason.load import load_tokenizer, option_of
@@ -23,7 +24,7 @@ READ = 2000
 ENCODED = 32
 """The most of them that are encoded."""
 
-SPLIT, HISTORY = "train", HISTORIES[0]
+SPLIT, HISTORY = DEFAULT_SPLIT, HISTORIES[0]
 
 OF_SOURCE = ("format", "split")
 
@@ -45,7 +46,7 @@ def add_source(parser: argparse._ActionsContainer) -> None:
     """Add the options that say where conversations are."""
     add_data(parser)
     parser.add_argument("--format", choices=FORMATS, help="of the conversations; that of the first if not given")
-    parser.add_argument("--split", help=f"of a data set; {SPLIT} if not given")
+    parser.add_argument("--split", help=f"of a data set or folder; {SPLIT} if not given")
 
 
 def add_encoding(parser: argparse._ActionsContainer) -> None:

@@ -20,9 +20,9 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from flexreason.chat.render import ConversationError
 from flexreason.data.collator import is_document
-from flexreason.data.files import without_none
 from flexreason.data.formats import BadInput
 from flexreason.data.intake import EntryEncoder, Refusals, Refused
+from flexreason.data.tables import check_one_set, features_of, is_transformed, row_as_entry, table_of
 from flexreason.tree.layout import PER_TARGET, PER_TOKEN, Layout
 
 COLUMNS = {**PER_TOKEN, **PER_TARGET}
@@ -67,15 +67,22 @@ def encode_set(
         skip_invalid: Go on without conversations that are refused, unless all are.
         workers: Processes that encode a table.
     """
+    check_one_set(data)
     take = partial(_take, encoder, longest, length)
+    data, features = table_of(data)
     if isinstance(data, list | tuple):
-        taken = [item if _is_encoded(item) else take(item, number) for number, item in enumerate(data)]
+        are_encoded = any(_is_encoded(item) and not _is_empty(item) for item in data)
+        taken = [
+            # an empty list is a row without layouts among others, and else a conversation without messages
+            item if _is_encoded(item) and (are_encoded or not _is_empty(item)) else take(item, number)
+            for number, item in enumerate(data)
+        ]
         kept = [item for item in taken if not isinstance(item, ConversationError)]
         return kept, _told([item for item in taken if isinstance(item, ConversationError)], len(taken), skip_invalid)
-    if hasattr(data, "map") and hasattr(data, "column_names"):
+    if hasattr(data, "map") and hasattr(data, "column_names") and not is_transformed(data):
         if COLUMNS.keys() <= set(data.column_names or ()):
             return data, Refusals()
-        columns = partial(_columns, take)
+        columns = partial(_columns, take, features)
         if hasattr(data, "__len__"):
             return _table(data, columns, skip_invalid, workers)
         return _stream(data, columns, skip_invalid), Refusals()
@@ -94,13 +101,17 @@ def _is_encoded(item: Any) -> bool:
     return is_row or is_document(item) or (isinstance(item, list) and all(map(is_document, item)))
 
 
+def _is_empty(item: Any) -> bool:
+    return isinstance(item, list) and not item
+
+
 def _take(
-    encoder: EntryEncoder, longest: int | None, length: int | None, entry: Any, number: int
+    encoder: EntryEncoder, longest: int | None, length: int | None, entry: Any, number: int, features: Any = None
 ) -> Layout | ConversationError:
     """The layout of an entry, or the reason why it has none, which names it by its number."""
     where = f"entry {number}"
     try:
-        layout = encoder(entry, where)
+        layout = encoder.layout(row_as_entry(entry, features, where), where)
     except BadInput as error:  # which says where
         return error
     except ConversationError as error:
@@ -114,11 +125,11 @@ def _take(
     return layout
 
 
-def _columns(take: Any, entry: Any, number: int) -> dict[str, Any]:
+def _columns(take: Any, features: Any, entry: Any, number: int) -> dict[str, Any]:
     """The same as columns of a table."""
     if is_document(entry):
         return {**entry, REASON: "", WORDS: ""}
-    taken = take(without_none(dict(entry)), number)
+    taken = take(entry, number, features or features_of(entry))
     if isinstance(taken, ConversationError):
         return {**NOTHING, REASON: taken.reason, WORDS: str(taken)}
     return {**{name: tensor.numpy() for name, tensor in vars(taken).items()}, REASON: "", WORDS: ""}

@@ -21,6 +21,7 @@ import transformers
 from torch import nn
 
 import flexreason
+from flexreason.data.folders import visible_files
 from flexreason.data.intake import EntryEncoder
 from flexreason.model.hooks import find_root
 from flexreason.talk.versions import version_of
@@ -82,9 +83,10 @@ def key_of(hashes: Mapping[str, str], encoder: EntryEncoder, how: Mapping[str, A
 
 
 def content_hash(source: str) -> str:
-    """The hash of a file, or of all files of a folder; a name on the Hub stands for itself."""
+    """The hash of a file, or of all files of a folder that may be read; a name on the Hub stands for itself."""
     path = Path(source)
-    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
+    inside = visible_files(path) if path.is_dir() else ()
+    files = [path] if path.is_file() else sorted(file for file in inside if file.is_file())
     if not files:
         return f"name {source}"
     content = hashlib.sha256()

@@ -123,7 +123,7 @@ class RowSFTTrainer(RowTraining, SFTTrainer):
     **Length and memory.** A row is as long as its conversations: for less memory take fewer of them a row and more
     `gradient_accumulation_steps`. For full rows of one length, into which long conversations are split:
 
-        layouts = [fr.EntryEncoder(tokenizer)(conversation) for conversation in data]
+        layouts = [item.layout for item in Intake(data, fr.EntryEncoder(tokenizer))]  # of flexreason.data.intake
         parts = [part for layout in layouts for part in fr.split(layout, 8192).parts]
         rows = fr.Rows(parts, 8192, epochs=2, multiple=4)  # multiple: gradient_accumulation_steps x processes
         # train_dataset=rows, data_collator=fr.Collator(8192), num_train_epochs=1: rows holds all epochs
