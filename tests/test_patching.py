@@ -256,7 +256,9 @@ def test_weights_that_the_loss_cannot_take_are_refused():
     [layout] = layouts("paper")
     half = fr.Layout(**{**vars(layout), "target_weight": layout.target_weight / 2})
     model = made("Qwen3")
-    model.loss_function = lambda logits, labels, vocab_size, **kwargs: logits.sum()
+    model.loss_function = lambda logits, labels, vocab_size, **kwargs: torch.nn.functional.cross_entropy(
+        logits[0], kwargs["shift_labels"][0]
+    )
     fr.patch(model)
     model(**fr.collate([layout]))
     with pytest.raises(ValueError, match="target weights other than 1, and the loss function was replaced"):

@@ -71,21 +71,22 @@ def refusal(root: PreTrainedModel, against: Reason) -> ValueError:
     return ValueError(f"patch: {model_class(root).__name__} is refused: {'; '.join(against)}")
 
 
-def refuse_own_loss(root: PreTrainedModel, what: str, unchunked: str) -> None:
-    """Raise if the model's logits cannot be made a chunk at a time: its forward computes its loss itself, or a test
-    of its class found why (`unchunked`) what comes out is not the samples'."""
-    name = model_class(root).__name__
-    if computes_own_loss(type(root).forward):
-        raise ValueError(f'{what}: {name} computes its loss in its own forward, from all logits; use loss="model"')
+OWN_LOSS = "computes its loss in its own forward, from all logits"
+
+
+def refuse_unchunked(root: PreTrainedModel, what: str, unchunked: str) -> None:
+    """Raise if the model's logits cannot be made a chunk at a time: a test of its class found why (`unchunked`) what
+    comes out is not the samples'."""
     if unchunked:
+        name = model_class(root).__name__
         raise ValueError(f'{what}: {name} takes no chunked loss: {unchunked}; use loss="model"')
 
 
 @cache
-def computes_own_loss(forward: Any) -> bool:
-    """Whether a model's forward, as its class has it, computes its loss itself, and asks no loss function."""
+def asks_loss_function(forward: Any) -> bool:
+    """Whether a model's forward, as its class has it, asks the model's loss function, as far as its source says."""
     with contextlib.suppress(OSError, TypeError):  # no source to read
-        return "loss_function" not in inspect.getsource(forward)
+        return "loss_function" in inspect.getsource(forward)
     return False
 
 
@@ -109,6 +110,12 @@ def reason_against_adapter(module: nn.Module) -> Reason | None:
                 f"its adapter is an activated LoRA ({name}.alora_invocation_tokens), which looks for its "
                 "invocation in storage and not on a token's path",
                 "train it as a LoRA without alora_invocation_tokens",
+            )
+        if (weight := getattr(adapter, "orth_reg_weight", 0)) > 0:
+            return (
+                f"its adapter ({name}) adds a regularisation to the loss of every row, which nothing divides: a step "
+                f"would depend on how its targets fall on rows (orth_reg_weight is {weight})",
+                "give it orth_reg_weight=0, or train a LoRA",
             )
         if getattr(adapter, "is_prompt_learning", False):
             return (

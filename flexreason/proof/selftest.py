@@ -21,8 +21,9 @@ from transformers import PreTrainedModel
 
 from flexreason.attention.registry import INSTEAD, TreeRow, find_decoder
 from flexreason.model import head
-from flexreason.model.hooks import apply_patch, unpatch
+from flexreason.model.hooks import apply_patch, find_patch, unpatch
 from flexreason.model.refuse import (
+    OWN_LOSS,
     ROPE_BY_LONGEST,
     SOFTCAP,
     reason_against,
@@ -181,8 +182,11 @@ def _hold(
 def _errors(model: PreTrainedModel, row: Row, samples: oracle.Reference, backend: str, notes: _Notes) -> Errors:
     try:
         with _noting(notes):
-            apply_patch(model, backend)
-            return compare(one_pass(model, row), samples)
+            patch = find_patch(apply_patch(model, backend))
+            errors = compare(one_pass(model, row), samples)
+        if patch is not None and patch.own_loss:
+            notes.unchunked = f"it {OWN_LOSS}"
+        return errors
     except Exception as error:
         raise _Wrong(said(error).removesuffix(INSTEAD)) from error  # whoever is told of it is told that too
     finally:

@@ -64,6 +64,7 @@ class RowTraining(Base):
         self.args.logging_nan_inf_filter = False
         self.args.remove_unused_columns = False
         self.args.average_tokens_across_devices = True  # the weight of a step is summed over ranks
+        self.model_accepts_loss_kwargs = True  # what divides a step goes to the model, whatever its class says
         self._sums = Sums(self.args.device)
         self._since = time.perf_counter()
         self._evaluated: Sums | None = None

@@ -1,0 +1,57 @@
+"""What a loss function of somebody's own does with a row's targets, found by asking it with a few numbers.
+
+Line t of a row's logits belongs to label t. A function that does not know `shift_labels`, as all were written before
+transformers had it, shifts labels by itself: it would hold each line against the label of the next one, and drop one.
+Its source does not say which it does, for it may call others; its gradients do.
+
+Shapes: T targets, V vocabulary.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from flexreason.tree.row import IGNORED
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+"""Logits [1, T, V] and labels [1, T] to a number."""
+
+REAL = torch.tensor([1, 0, 1, 1, 0, 0, 1, 1], dtype=torch.bool)
+"""Which of the numbers' lines have a target: shifted by one, or without the first or the last, they are others."""
+
+ROUNDING = 1e-4
+
+
+class Answer(NamedTuple):
+    against: str  # why it is no loss of a row's targets as they stand, or nothing
+    adds_up: bool = True  # whether the losses of two rows with one divisor are that of both rows in one
+
+
+@torch.compiler.disable
+def ask(loss: Loss, like: Tensor) -> Answer:
+    """What a loss function does; `like` are logits [1, T, V] as it is given them."""
+    n, vocabulary = len(REAL), like.shape[-1]
+    with torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        kind = torch.promote_types(like.dtype, torch.float32)
+        logits = torch.randn(1, n, vocabulary, dtype=kind).to(like.device).requires_grad_()
+        labels = torch.randint(vocabulary, (1, n)).where(REAL, IGNORED).to(like.device)
+        turned = torch.randperm(n).to(like.device)
+        value = loss(logits, labels)
+        if not (isinstance(value, Tensor) and value.numel() == 1 and value.requires_grad):
+            return Answer("gives no number with a gradient by the logits")
+        [slope] = torch.autograd.grad(value, logits, allow_unused=True)
+        moved = torch.zeros_like(REAL) if slope is None else (slope[0] != 0).any(-1).cpu()
+        if not torch.equal(moved, REAL):
+            against = "holds other lines of the logits against labels than those that belong together: it shifts labels"
+            return Answer(f"{against} by itself, or counts lines whose label is {IGNORED}")
+        if not _equal(loss(logits[:, turned], labels[:, turned]), value):
+            return Answer("depends on the order of a row's targets")
+        parts = [loss(logits[:, part], labels[:, part]) for part in (slice(n // 2), slice(n // 2, n))]
+        return Answer("", _equal(parts[0] + parts[1], value))
+
+
+def _equal(one: Tensor, other: Tensor) -> bool:
+    return bool((one - other).abs() <= ROUNDING * other.abs().clamp(min=1e-6))
