@@ -341,7 +341,9 @@ def test_a_class_with_a_loss_of_its_own_is_refused_by_name():
     model = build(shrink(transformers.WhisperConfig()), transformers.WhisperForCausalLM)
     with pytest.raises(ValueError, match=r'loss="chunked": WhisperForCausalLM takes no chunked loss: it computes'):
         fr.patch(model, loss="chunked")
-    with pytest.raises(ValueError, match="token_logprobs: WhisperForCausalLM computes its loss"):
+    with pytest.raises(
+        ValueError, match="token_logprobs: WhisperForCausalLM takes no chunked loss: it computes its loss"
+    ):
         fr.token_logprobs(fr.patch(model), fr.collate([conversation()]))
 
 

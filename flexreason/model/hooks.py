@@ -161,6 +161,7 @@ class Patch:
     warned: bool = False
     looked: int = -1  # how many modules had been put somewhere at the last look
     said: dict[str, Any] = field(default_factory=dict)  # what the model itself said of its loss before, if it did
+    awaited: bool = False  # whether a row is on its way through the model, and nobody has looked at its loss yet
     own_loss: bool = False  # whether the last row's loss did not come from our loss function
     row_loss: TreeLoss = field(init=False)
 
@@ -266,7 +267,7 @@ class Patch:
         if against := reason_against_adapter(module):
             raise refusal(self.root, against)
         kwargs = {REQUEST: Request(), **kwargs}
-        kwargs[REQUEST].root, self.row_loss.took = self.root, None
+        kwargs[REQUEST].root, self.row_loss.took, self.awaited = self.root, None, True
         _handed.set(kwargs)
         if not torch.compiler.is_compiling() and "target_document" in kwargs and replaced_by(self.root):
             document = kwargs["target_document"]  # what replaced the forward may keep the labels to itself
@@ -395,10 +396,10 @@ class Patch:
         """
         if "target_source" not in kwargs or kwargs[REQUEST].root is not self.root:
             return
-        request, took = kwargs[REQUEST], self.row_loss.took
-        request.root = self.row_loss.took = None  # what holds the model comes here too, and has nothing to add
-        if kwargs.get("labels") is not None:
+        took, self.row_loss.took = self.row_loss.took, None
+        if self.awaited and kwargs.get("labels") is not None:
             self.refuse_other_loss(kwargs, took)
+        self.awaited = False  # what holds the model comes here too, and has nothing to add
         if self.runs_head(kwargs) and isinstance(output, ModelOutput):
             if output.get("loss") is None:
                 raise ValueError(

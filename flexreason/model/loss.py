@@ -45,7 +45,7 @@ class Request:
     def __init__(self, *, loss: bool = True, temperature: float = 1.0) -> None:
         self.loss = loss
         self.temperature = temperature
-        self.root: Any = None  # the model that it is for, until that has answered
+        self.root: Any = None  # the model that it is for: others may share its layers
         self.states: Any = None  # what the decoder gave, where the loss makes the logits, until it has made them
         self.logprobs: Tensor | None = None  # [T], of every target; without a gradient where a loss was wanted
 

@@ -108,7 +108,8 @@ def check(what: Any, cls: type[PreTrainedModel] | None = None, backends: Sequenc
         name = cls.__name__
         if layers := reason_against_layers(cls, what.get_text_config()):
             return Result(name, "refused", layers)
-        small = shrink(what)
+        is_own = cls.__module__.partition(".")[0] != "transformers"
+        small = shrink(what, every_layer=is_own)
         if getattr(small, SOFTCAP, None):
             small._attn_implementation = "eager"  # by default it is sdpa below transformers 5.21, which has no softcap
         model = build(small, cls)
@@ -120,7 +121,6 @@ def check(what: Any, cls: type[PreTrainedModel] | None = None, backends: Sequenc
         return Result(name, "refused", against[0], special=notes.special)
     try:
         with true_float64():
-            is_own = cls.__module__.partition(".")[0] != "transformers"
             largest: dict[str, Any] = _hold(model, notes, backends, both=is_own)
     except _Wrong as wrong:
         return Result(name, "refused", _cause(model, notes, str(wrong)), special=notes.special)

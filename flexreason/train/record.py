@@ -147,7 +147,7 @@ def fingerprint(tensors: Iterable[Tensor]) -> str:
     """A short hash of the bits of some tensors: a second or so for each GB, on as many threads as there are cores."""
 
     def hashed(tensor: Tensor) -> str:
-        bits = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+        bits: Any = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
         return f"{tensor.dtype} {list(tensor.shape)} {hashlib.sha256(bits).hexdigest()}"
 
     with ThreadPoolExecutor(os.cpu_count()) as threads:  # hashlib lets others run meanwhile
