@@ -14,6 +14,7 @@ import hashlib
 import json
 import logging
 import re
+from collections.abc import Hashable
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -114,13 +115,9 @@ def evidence_of_class(
     entry = listed()["models"].get(cls.__name__) if source and not edited and not replaced else None
     if entry and (entry.get("structure"), entry.get("source")) == (structure, source) and _is_listed_torch():
         return Result(cls.__name__, **{key: entry[key] for key in Result.__dataclass_fields__ if key in entry})
-    backend = "dense" if backend == "dense" else "segments"
-    if edited or replaced:
-        source = ""  # the files do not say what runs
-    key = (identity(cls), structure, edited, identity(replaced), backend)
-    if key not in _results:
-        _results[key] = _tested(cls, config, structure, source, backend)
-    return _results[key]
+    changed = edited, identity(replaced)
+    source = "" if edited or replaced else source  # else the files do not say what runs
+    return _tested(cls, config, structure, source, changed, "dense" if backend == "dense" else "segments")
 
 
 def since_the_list(listed_version: str | None = None) -> str:
@@ -170,8 +167,16 @@ _results: dict[tuple, Result] = {}
 """What the self-test said in this process."""
 
 
-def _tested(cls: type[PreTrainedModel], config: PreTrainedConfig, structure: str, source: str, backend: str) -> Result:
-    """The self-test; once a machine where the files of transformers, `source`, say all of what is tested."""
+def _tested(
+    cls: type[PreTrainedModel],
+    config: PreTrainedConfig,
+    structure: str,
+    source: str,
+    changed: Hashable,
+    backend: str,
+) -> Result:
+    """The self-test, once a process; and once a machine where the files of transformers, `source`, say all of what was
+    tested. `changed` is what was changed in memory."""
 
     def test() -> Result:
         log.warning(
@@ -180,10 +185,11 @@ def _tested(cls: type[PreTrainedModel], config: PreTrainedConfig, structure: str
         )
         return selftest.check(config, cls, (backend,))
 
-    if not source:
-        return test()
-    about = {"name": cls.__name__, "source": source, "structure": structure, "backend": backend}
-    return kept.recall(about, test)
+    key = (identity(cls), structure, changed, backend)
+    if key not in _results:
+        about = {"name": cls.__name__, "source": source, "structure": structure, "backend": backend}
+        _results[key] = kept.recall(about, test) if source else test()
+    return _results[key]
 
 
 SAME = re.compile(
