@@ -367,3 +367,10 @@ def test_a_row_belongs_to_the_model_that_it_is_given_to():
         assert float(one(**row).loss.detach()) == pytest.approx(mine, rel=EXACT)
     fr.unpatch(one)
     assert not any(getattr(module, "_forward_hooks", None) for module in one.modules())
+
+
+@pytest.mark.skipif(not hasattr(peft, "ShadowConfig"), reason="this peft has no such adapter")
+def test_an_adapter_with_a_model_of_its_own_is_refused_by_name():
+    model = peft.get_peft_model(made(), peft.ShadowConfig(task_type="CAUSAL_LM"))
+    with pytest.raises(ValueError, match=r"its adapter \(ShadowConfig\) runs a second model over the batch"):
+        fr.patch(model)

@@ -117,6 +117,11 @@ def reason_against_adapter(module: nn.Module) -> Reason | None:
                 f"would depend on how its targets fall on rows (orth_reg_weight is {weight})",
                 "give it orth_reg_weight=0, or train a LoRA",
             )
+        if hasattr(adapter, "shadow_model"):
+            return (
+                f"its adapter ({name}) runs a second model over the batch, which takes no rows",
+                "train a LoRA",
+            )
         if getattr(adapter, "is_prompt_learning", False):
             return (
                 f"its adapter ({name}) puts virtual tokens before the batch, which are no tokens of the row",
