@@ -256,3 +256,32 @@ def test_code_is_the_same_by_its_text_and_what_it_works_with():
     loop.append(loop)
     assert identity(loop) == identity(loop)
     assert hash(identity(Edited)) == hash(identity(Edited))
+
+
+# ---- modules of torch
+
+
+@pytest.mark.parametrize(
+    "mixing",
+    [
+        lambda: nn.AvgPool2d((3, 1), 1, (1, 0)),
+        lambda: nn.Softmax(dim=1),
+        lambda: nn.InstanceNorm1d(32),
+        lambda: nn.Upsample(size=32),
+        lambda: nn.ZeroPad1d(0),
+    ],
+)
+def test_modules_of_torch_that_may_mix_tokens_are_parts(mixing):
+    model = tiny("Qwen3")
+    model.model.layers[0].mlp = nn.Sequential(model.model.layers[0].mlp, mixing())
+    with pytest.raises(ValueError, match=r"parts of it were replaced, .*torch\.nn\.modules\..*; run fr.verify"):
+        fr.patch(model)
+
+
+def test_modules_of_torch_that_see_one_token_are_none():
+    model, mlp = (
+        tiny("Qwen3"),
+        nn.Sequential(nn.Linear(32, 8), nn.GELU(), nn.RMSNorm(8), nn.Dropout(0.0), nn.Linear(8, 32)),
+    )
+    model.model.layers[0].mlp = nn.Sequential(model.model.layers[0].mlp, mlp, nn.Identity(), nn.Tanh())
+    assert_taken(model)

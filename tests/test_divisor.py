@@ -1,7 +1,9 @@
 """A row's loss is by its weights and by what divides its step, whatever a class says of itself or does; or the row is
 refused before anything is trained on it."""
 
+import copy
 import dataclasses
+import types
 
 import peft
 import pytest
@@ -374,3 +376,98 @@ def test_an_adapter_with_a_model_of_its_own_is_refused_by_name():
     model = peft.get_peft_model(made(), peft.ShadowConfig(task_type="CAUSAL_LM"))
     with pytest.raises(ValueError, match=r"its adapter \(ShadowConfig\) runs a second model over the batch"):
         fr.patch(model)
+
+
+# ---- a forward in the place of the model's own
+
+
+def fused(self, input_ids=None, labels=None, **kwargs):
+    """As fused losses did before there was shift_labels."""
+    n_items = kwargs.pop("num_items_in_batch", 1)
+    logits = self.lm_head(self.model(input_ids=input_ids, **kwargs).last_hidden_state[:, :-1])
+    loss = nn.functional.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), reduction="sum") / n_items
+    return CausalLMOutputWithPast(loss=loss, logits=logits)
+
+
+def mixing(self, input_ids=None, labels=None, **kwargs):
+    hidden = self.model(input_ids=input_ids, **kwargs).last_hidden_state
+    logits = self.lm_head(hidden + nn.functional.pad(hidden, (0, 0, 1, 0))[:, :-1])
+    return CausalLMOutputWithPast(loss=self.loss_function(logits, labels, 97, **kwargs), logits=logits)
+
+
+def aligned(self, input_ids=None, labels=None, shift_labels=None, **kwargs):
+    n_items = kwargs.pop("num_items_in_batch", None)
+    logits = self.lm_head(self.model(input_ids=input_ids, **kwargs).last_hidden_state)
+    total = nn.functional.cross_entropy(logits.flatten(0, 1), shift_labels.flatten(), reduction="sum")
+    n_targets = (shift_labels != -100).sum()
+    return CausalLMOutputWithPast(loss=total / (n_targets if n_items is None else n_items), logits=logits)
+
+
+def without_divisor(self, *args, num_items_in_batch=None, **kwargs):
+    return aligned(self, *args, **kwargs)
+
+
+@pytest.mark.parametrize("first", ["before", "behind"])
+@pytest.mark.parametrize("forward", [fused, mixing, aligned, without_divisor])
+def test_a_forward_in_place_of_the_models_own_is_asked(forward, first):
+    model = made()
+    if first == "behind":
+        apply_patch(model)
+    model.forward = types.MethodType(forward, model)
+    if first == "before":
+        apply_patch(model)
+    n_targets = len(LONG.target_ids)
+    with true_float64():
+        if forward in (fused, mixing):
+            for _ in range(2):
+                with pytest.raises(ValueError, match=r"the model's forward was replaced .* and this one holds other"):
+                    model(**row_of(LONG), num_items_in_batch=7)
+            return
+        for divisor in ({}, {"num_items_in_batch": n_targets}, {"num_items_in_batch": torch.tensor(7)}):
+            if forward is without_divisor and divisor.get("num_items_in_batch") == 7:
+                with pytest.raises(ValueError, match=f"which is 7, while the row has {n_targets} targets"):
+                    model(**row_of(LONG), **divisor)
+            else:
+                expected = by_formula(made(), LONG, *map(float, divisor.values()))
+                assert float(model(**row_of(LONG), **divisor).loss.detach()) == pytest.approx(expected, rel=EXACT)
+
+
+# ---- what is put into a patched model
+
+
+def test_a_config_that_is_set_stays():
+    model = apply_patch(made())
+    expected = model(**row_of(LONG)).loss
+    model.config = new = copy.deepcopy(model.config)
+    for _ in range(2):
+        torch.testing.assert_close(model(**row_of(LONG)).loss, expected)
+        assert model.config is new
+    fr.unpatch(model)
+    assert model.config is new
+
+
+def test_a_layer_that_was_made_before_takes_rows():
+    stock, model = made(), apply_patch(made())
+    extra = copy.deepcopy(stock.model.layers[0])
+    model(**row_of(LONG))
+    stock.model.layers[1], model.model.layers[1] = copy.deepcopy(extra), extra
+    with true_float64():
+        found = float(model(**row_of(LONG)).loss.detach())
+    assert found == pytest.approx(by_formula(stock, LONG), rel=EXACT)
+
+
+@pytest.mark.skipif(not hasattr(peft, "LilyConfig"), reason="this peft has no such adapter")
+def test_an_adapter_that_looks_at_all_tokens_is_refused_before_it_has_learnt_to():
+    config = peft.LilyConfig(target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    model = peft.get_peft_model(made(), config)
+    with pytest.raises(ValueError, match="lets each token see all others of the batch; train a LoRA"):
+        fr.patch(model)
+    for config in (
+        peft.LoraConfig(target_modules=["q_proj"], use_dora=True, lora_dropout=0.1),
+        peft.IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]),
+        peft.OFTConfig(oft_block_size=4, r=0, target_modules=["q_proj"]),
+    ):
+        model = peft.get_peft_model(made(), config)
+        modes = {name: part.training for name, part in model.named_modules()}
+        fr.patch(model)
+        assert {name: part.training for name, part in model.named_modules()} == modes

@@ -671,3 +671,19 @@ def test_attention_that_goes_past_us_raises():
         layer.self_attn.forward = own_attention
     with pytest.raises(ValueError, match="none of the attention in Qwen3Model came to flexreason"):
         model(**row)
+
+
+@pytest.mark.parametrize(("n", "taken"), [(39, True), (40, False)])
+def test_dynamic_rope_that_has_grown_gives_samples_of_just_the_original_length_other_angles(n, taken):
+    rope = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}
+    model = made("Llama", rope_parameters=rope, max_position_embeddings=40).double()
+    layout = fr.lay_out_turns(random_turns([(5, n - 7, 2)]))
+    with true_float64():
+        expected = oracle.n_samples(model, samples_of([layout]), gradients=False).loss_sum / len(layout.target_ids)
+        model(input_ids=torch.arange(60)[None])  # as generation does, or an ordinary batch
+        apply_patch(model)
+        if taken:
+            assert float(model(**fr.collate([layout])).loss.detach()) == pytest.approx(expected, rel=EXACT)
+        else:
+            with pytest.raises(ValueError, match="changes with the longest of a batch above 40"):
+                model(**fr.collate([layout]))

@@ -1,4 +1,4 @@
-"""What a loss function of somebody's own does with a row's targets, found by asking it with a few numbers.
+"""What a loss function or a forward of somebody's own does with a row's targets, found by asking it with a few numbers.
 
 Line t of a row's logits belongs to label t. A function that does not know `shift_labels`, as all were written before
 transformers had it, shifts labels by itself: it would hold each line against the label of the next one, and drop one.
@@ -30,13 +30,13 @@ class Answer(NamedTuple):
 
 
 @torch.compiler.disable
-def ask(loss: Loss, like: Tensor) -> Answer:
-    """What a loss function does; `like` are logits [1, T, V] as it is given them."""
-    n, vocabulary = len(REAL), like.shape[-1]
+def ask(loss: Loss, like: Tensor, vocabulary: int) -> Answer:
+    """What a loss function does; `like` are logits [1, T, V], or hidden states, as it is given them."""
+    n = len(REAL)
     with torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         kind = torch.promote_types(like.dtype, torch.float32)
-        logits = torch.randn(1, n, vocabulary, dtype=kind).to(like.device).requires_grad_()
+        logits = torch.randn(1, n, like.shape[-1], dtype=kind).to(like.device).requires_grad_()
         labels = torch.randint(vocabulary, (1, n)).where(REAL, IGNORED).to(like.device)
         turned = torch.randperm(n).to(like.device)
         value = loss(logits, labels)
@@ -51,6 +51,21 @@ def ask(loss: Loss, like: Tensor) -> Answer:
             return Answer("depends on the order of a row's targets")
         parts = [loss(logits[:, part], labels[:, part]) for part in (slice(n // 2), slice(n // 2, n))]
         return Answer("", _equal(parts[0] + parts[1], value))
+
+
+def refuse_answer(answer: Answer, what: str, labels: Tensor, n_items: Tensor | float | None) -> None:
+    """Raise if what was asked takes a row's targets otherwise than they stand, or divides their loss by something else
+    than it is told."""
+    if answer.against:
+        raise ValueError(
+            f"row: {what}, and this one {answer.against}; write one that takes shift_labels in place of labels where "
+            "they are given, or use the model's own"
+        )
+    if n_items is not None and not answer.adds_up and float(n_items) != (n_targets := int((labels != IGNORED).sum())):
+        raise ValueError(
+            f"row: {what}, and this one does not divide by num_items_in_batch, which is {n_items}, while the row has "
+            f"{n_targets} targets; write one that does, or give it one row a step"
+        )
 
 
 def _equal(one: Tensor, other: Tensor) -> bool:

@@ -41,7 +41,7 @@ class Head:
     def __call__(self, hidden: Tensor) -> Tensor:
         answer = with_states(self.decoder_output, hidden[None])
         ids = torch.zeros(1, len(hidden), dtype=torch.int64, device=hidden.device)
-        with _answering(find_decoder(self.root), answer):
+        with answering(find_decoder(self.root), answer):
             return beneath_autocast(self.root)(input_ids=ids, use_cache=False, return_dict=True).logits[0]
 
     def parameters(self, hidden: Tensor) -> list[nn.Parameter]:
@@ -83,7 +83,7 @@ HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backwa
 
 
 @contextmanager
-def _answering(decoder: nn.Module, answer: Any) -> Iterator[None]:
+def answering(decoder: nn.Module, answer: Any) -> Iterator[None]:
     """A decoder that returns `answer`, whatever it is given; its hooks have seen these states already."""
     hooks = {name: getattr(decoder, name) for name in HOOKS}
     for name in HOOKS:

@@ -51,8 +51,9 @@ from flexreason.attention.registry import (
     find_decoder,
     renamed,
 )
+from flexreason.model.asking import Answer, ask, refuse_answer
 from flexreason.model.find import ATTRIBUTE, caller_of, find_root
-from flexreason.model.head import with_states
+from flexreason.model.head import answering, with_states
 from flexreason.model.listening import listen, listened
 from flexreason.model.loss import LOSSES, REQUEST, Request, TreeLoss
 from flexreason.model.refuse import (
@@ -161,6 +162,9 @@ class Patch:
     warned: bool = False
     looked: int = -1  # how many modules had been put somewhere at the last look
     said: dict[str, Any] = field(default_factory=dict)  # what the model itself said of its loss before, if it did
+    answers: dict[tuple[Any, bool], Answer] = field(
+        default_factory=dict
+    )  # of forwards that were put in its own's place
     awaited: bool = False  # whether a row is on its way through the model, and nobody has looked at its loss yet
     own_loss: bool = False  # whether the last row's loss did not come from our loss function
     row_loss: TreeLoss = field(init=False)
@@ -360,7 +364,38 @@ class Patch:
                 )
             kwargs[REQUEST].states = output
             return with_states(output, output[0][:, :0])  # so that the model's own forward makes no logits
+        if not torch.compiler.is_compiling() and (by := replaced_by(self.root)):
+            self.refuse_forward(decoder, output, by)
         return output
+
+    def refuse_forward(self, decoder: nn.Module, output: Any, by: str) -> None:
+        """Raise if what stands in place of the model's forward takes a row's targets otherwise than they stand. It is
+        asked once, around a decoder that answers with a few numbers."""
+        given = _handed.get()
+        if given is None or given.get("labels") is None or "input_ids" not in given:
+            return
+
+        def loss(states: Tensor, labels: Tensor) -> Tensor:
+            n = labels.shape[1]
+            small = {
+                key: value[:, :n] for key, value in given.items() if key in ROW_KEYS | {"position_ids", "input_ids"}
+            }
+            small |= {"labels": labels, "shift_labels": labels, "attention_mask": None}
+            with answering(decoder, with_states(output, states.to(output[0].dtype))):
+                answer = self.root.forward(**{**given, **small, "use_cache": False})
+            return answer["loss"] if isinstance(answer, ModelOutput) else answer[0]
+
+        n_items, forward = given.get("num_items_in_batch"), self.root.forward
+        key = getattr(forward, "__func__", forward), n_items is None
+        if key not in self.answers:
+            took = self.row_loss.took
+            try:
+                self.answers[key] = ask(loss, output[0], self.root.config.get_text_config().vocab_size)
+            except Exception:  # a forward may ask for more than there is here: it goes on as it is
+                self.answers[key] = Answer("")
+            self.row_loss.took = took
+        what = f"the model's forward was replaced (by {by})"
+        refuse_answer(self.answers[key], what, given["labels"], n_items)
 
     def refuse_passed_by(self, decoder: nn.Module, tree: TreeRow) -> None:
         """Raise if layers computed something else than the tree that they were handed."""

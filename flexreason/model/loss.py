@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 
-from flexreason.model.asking import Answer, ask
+from flexreason.model.asking import Answer, ask, refuse_answer
 from flexreason.model.head import Head, logprobs, weighted_nll
 from flexreason.tree.row import IGNORED, ROW_KEYS
 
@@ -129,19 +129,10 @@ class TreeLoss:
 
         n_items = kwargs.get("num_items_in_batch")
         if (n_items is None) not in self.answers:
-            self.answers[n_items is None] = ask(loss, logits)
-        against, adds_up = self.answers[n_items is None]
-        if against:
-            raise ValueError(
-                f"row: the loss function was replaced (by {self.previous}), and this one {against}; write one that "
-                "takes shift_labels in place of labels where they are given, or use the model's own loss"
-            )
-        if n_items is not None and not adds_up and float(n_items) != (n_targets := int((labels != IGNORED).sum())):
-            raise ValueError(
-                f"row: the loss function was replaced (by {self.previous}), and this one does not divide by "
-                f"num_items_in_batch, which is {n_items}, while the row has {n_targets} targets; write one that does, "
-                "or give it one row a step"
-            )
+            self.answers[n_items is None] = ask(loss, logits, logits.shape[-1])
+        refuse_answer(
+            self.answers[n_items is None], f"the loss function was replaced (by {self.previous})", labels, n_items
+        )
 
 
 def _labels(labels: Tensor | None, shifted: Tensor | None, weight: Tensor) -> Tensor:

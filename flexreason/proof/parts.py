@@ -23,6 +23,14 @@ COMMON = (  # packages whose modules stand in for linear layers, wrap others, or
 MIXING = (nn.modules.conv._ConvNd, nn.RNNBase, nn.MultiheadAttention, nn.TransformerEncoderLayer)
 """Modules of torch that carry something from token to token."""
 
+TOKENWISE = (
+    *(nn.Linear, nn.Embedding, nn.LayerNorm, nn.RMSNorm, nn.Identity, nn.modules.dropout._DropoutNd),
+    *(nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict),
+)
+"""Modules of torch of which one token never sees another; so are its activations, but for these:"""
+
+OVER_A_DIMENSION = (nn.MultiheadAttention, nn.Softmax, nn.Softmax2d, nn.LogSoftmax, nn.Softmin)
+
 STATES = {*vars(nn.Module()), "training", "gradient_checkpointing", "forward"}
 """What modules hold beside what their class gave them."""
 
@@ -47,13 +55,22 @@ def parts_of(root: nn.Module) -> set[Part]:
         if module is not root and "forward" in vars(module) and (by := _replaced_by(module)):
             parts.add(Part(f"forward of {type(module).__name__}, by {by}", identity(vars(module)["forward"])))
     for kind, module in kinds.items():
-        if module is not root and (isinstance(module, MIXING) or not is_of(kind.__module__, COMMON)):
+        if module is not root and (_may_mix(module) or not is_of(kind.__module__, COMMON)):
             part = Part(f"{kind.__module__}.{kind.__qualname__}")
             parts.add(part._replace(what=identity(kind)) if part.is_foreign else part)
             forward: Any = kind.forward  # type: ignore[attr-defined]
             if by := _written_elsewhere(kind, forward):
                 parts.add(Part(f"forward of {kind.__name__}, by {by}", identity(forward)))
     return parts | set(_values(root, [kind for kind in kinds if _package(kind) not in ("transformers", *COMMON)]))
+
+
+def _may_mix(module: nn.Module) -> bool:
+    """Whether a module of torch, or one that derives from it, may carry something from token to token."""
+    home = type(module).__module__
+    if not is_of(home, ["torch.nn.modules"]):
+        return isinstance(module, MIXING)
+    is_activation = home == "torch.nn.modules.activation" and not isinstance(module, OVER_A_DIMENSION)
+    return not (is_activation or isinstance(module, TOKENWISE))
 
 
 def _values(root: nn.Module, own: list[type]) -> Iterator[Part]:
