@@ -17,6 +17,7 @@ from flexreason.model.hooks import apply_patch, find_patch
 from flexreason.proof import oracle
 from flexreason.proof.evidence import Evidence
 from flexreason.proof.float64 import relative_l2, saved_bytes, true_float64
+from flexreason.proof.tiny import build, default_config, shrink
 from models import checkpoint, tiny
 from strategies import random_tree, random_turns
 from watch import Largest
@@ -687,3 +688,12 @@ def test_dynamic_rope_that_has_grown_gives_samples_of_just_the_original_length_o
         else:
             with pytest.raises(ValueError, match="changes with the longest of a batch above 40"):
                 model(**fr.collate([layout]))
+
+
+@pytest.mark.parametrize("length", [8, 128, 136, 384])
+def test_what_attention_gives_can_be_viewed_whatever_the_rows_length(length):
+    """Afmoe views it as one line a token, as it views what stock attention gives."""
+    model = apply_patch(build(shrink(default_config(transformers.AfmoeForCausalLM)), transformers.AfmoeForCausalLM))
+    layout = fr.lay_out([fr.Sample([1, 2], [3])])
+    expected = model(**fr.collate([layout], block_size=8)).loss
+    torch.testing.assert_close(model(**fr.collate([layout], length, block_size=8)).loss, expected)
