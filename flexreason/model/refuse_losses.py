@@ -62,7 +62,7 @@ def refuse_another_divisor(root: PreTrainedModel, given: Mapping[str, Any], weig
     else:
         return
     raise ValueError(
-        f"row: the forward of {type(root).__name__} gave self.loss_function {found}; hand it on {expected}, with all "
+        f"row: the forward of {type(root).__name__} gave self.loss_function {found}; pass it on {expected}, with all "
         "other keywords"
     )
 

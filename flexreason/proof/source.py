@@ -46,12 +46,12 @@ USUAL = {
 
 
 def hash_of(path: Path) -> str:
-    """The hash of a file; an `OSError` where it is no longer as it was at first, since nobody knows then which of its
-    texts this process runs."""
+    """The hash of a file; nothing where it is no longer as it was at first, since nobody knows then which of its texts
+    this process runs."""
     stat = path.stat()
     when, first = _first_seen(path)
     if when != (stat.st_mtime_ns, stat.st_size) and first != hashlib.sha256(path.read_bytes()).hexdigest():
-        raise OSError(f"{path} has changed")
+        return ""
     return first
 
 
@@ -62,11 +62,14 @@ def _first_seen(path: Path) -> tuple[tuple[int, int], str]:
 
 
 def hash_of_all(files: dict[str, Path]) -> str:
-    """Of names and contents; nothing where a file cannot be read."""
+    """Of names and contents; nothing where a file cannot be read, or has changed."""
     try:
-        lines = [f"{name} {hash_of(path)}\n" for name, path in sorted(files.items())]
+        hashes = {name: hash_of(path) for name, path in sorted(files.items())}
     except OSError:
         return ""
+    if not all(hashes.values()):
+        return ""
+    lines = [f"{name} {found}\n" for name, found in hashes.items()]
     return hashlib.sha256("".join(lines).encode()).hexdigest()[:16]
 
 
