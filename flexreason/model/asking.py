@@ -7,13 +7,15 @@ Its source does not say which it does, for it may call others; its gradients do.
 Shapes: T targets, V vocabulary.
 """
 
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from transformers.utils import ModelOutput
 
-from flexreason.tree.row import IGNORED
+from flexreason.model.head import answering, with_states
+from flexreason.tree.row import IGNORED, ROW_KEYS
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 """Logits [1, T, V] and labels [1, T] to a number."""
@@ -51,6 +53,21 @@ def ask(loss: Loss, like: Tensor, vocabulary: int) -> Answer:
             return Answer("depends on the order of a row's targets")
         parts = [loss(logits[:, part], labels[:, part]) for part in (slice(n // 2), slice(n // 2, n))]
         return Answer("", _equal(parts[0] + parts[1], value))
+
+
+def loss_of_forward(root: Any, decoder: nn.Module, output: Any, given: Mapping[str, Any]) -> Loss:
+    """What stands in place of a model's forward as a function of hidden states and labels: it is called as it was with
+    a row, `given`, around a decoder that answers as it did, with other states."""
+
+    def loss(states: Tensor, labels: Tensor) -> Tensor:
+        of_tokens = ROW_KEYS | {"position_ids", "input_ids"}
+        small = {key: value[:, : labels.shape[1]] for key, value in given.items() if key in of_tokens}
+        small |= {"labels": labels, "shift_labels": labels, "attention_mask": None, "use_cache": False}
+        with answering(decoder, with_states(output, states.to(output[0].dtype))):
+            answer = root.forward(**{**given, **small})
+        return answer["loss"] if isinstance(answer, ModelOutput) else answer[0]
+
+    return loss
 
 
 def refuse_answer(answer: Answer, what: str, labels: Tensor, n_items: Tensor | float | None) -> None:

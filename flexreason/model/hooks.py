@@ -51,9 +51,9 @@ from flexreason.attention.registry import (
     find_decoder,
     renamed,
 )
-from flexreason.model.asking import Answer, ask, refuse_answer
+from flexreason.model.asking import Answer, ask, loss_of_forward, refuse_answer
 from flexreason.model.find import ATTRIBUTE, caller_of, find_root
-from flexreason.model.head import answering, with_states
+from flexreason.model.head import with_states
 from flexreason.model.listening import listen, listened
 from flexreason.model.loss import LOSSES, REQUEST, Request, TreeLoss
 from flexreason.model.refuse import (
@@ -226,6 +226,9 @@ class Patch:
             module.register_forward_hook(self.answered, with_kwargs=True),
         ]
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "answers": {}}  # what is asked is asked again
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         """A copy of a patched model is patched too, and so is one that another process wrote."""
         self.__dict__.update(state)
@@ -375,21 +378,12 @@ class Patch:
         if given is None or given.get("labels") is None or "input_ids" not in given:
             return
 
-        def loss(states: Tensor, labels: Tensor) -> Tensor:
-            n = labels.shape[1]
-            small = {
-                key: value[:, :n] for key, value in given.items() if key in ROW_KEYS | {"position_ids", "input_ids"}
-            }
-            small |= {"labels": labels, "shift_labels": labels, "attention_mask": None}
-            with answering(decoder, with_states(output, states.to(output[0].dtype))):
-                answer = self.root.forward(**{**given, **small, "use_cache": False})
-            return answer["loss"] if isinstance(answer, ModelOutput) else answer[0]
-
         n_items, forward = given.get("num_items_in_batch"), self.root.forward
         key = getattr(forward, "__func__", forward), n_items is None
         if key not in self.answers:
             took = self.row_loss.took
             try:
+                loss = loss_of_forward(self.root, decoder, output, given)
                 self.answers[key] = ask(loss, output[0], self.root.config.get_text_config().vocab_size)
             except Exception:  # a forward may ask for more than there is here: it goes on as it is
                 self.answers[key] = Answer("")
