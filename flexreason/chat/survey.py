@@ -99,17 +99,23 @@ class _Survey:
         turn = self._seen()
         if what := lost_call(self.message.functions, self._calls_of(turn)):
             raise NotRendered(f"the chat template does not render the {what} of this message{ALONE}", self.number)
-        text = self.stop.text if self.stop else ""
-        body = turn.target.removesuffix(text)
-        if text != self.template.eos:  # some formats end a turn between reasoning and response
-            body = body.replace(self.template.markers.close, "", 1)
-        if text and body.count(text) > sum(said.count(text) for said in self.message.all_texts):
-            raise StopsWithin(
-                f"{text!r} stops generation, and the chat template writes it within this message too: what stands "
-                f"behind it would never be generated{ALONE}",
-                self.number,
-            )
+        self._check_stops(turn)
         return turn
+
+    def _check_stops(self, turn: Turn) -> None:
+        """Raise where the template writes what stops generation, be it behind messages of another kind, within this one
+        too. A stop that is only guessed may be what ends reasoning."""
+        own = self.stop
+        body = turn.target.removesuffix(own.text) if own else turn.target
+        if own and own.guessed:
+            body = body.replace(self.template.markers.close, "", 1)
+        for stop in self.endings.stops(True):
+            if body.count(stop) > sum(said.count(stop) for said in self.message.all_texts):
+                raise StopsWithin(
+                    f"{stop!r} stops generation, and the chat template writes it within this message too: what stands "
+                    f"behind it would never be generated{ALONE}",
+                    self.number,
+                )
 
     def _calls_of(self, turn: Turn) -> str:
         """The part of a target in which its calls stand. Reasoning, and content before the calls, are left out, since
