@@ -104,6 +104,10 @@ def test_the_users_message_ends_otherwise_while_it_is_last():
         ("### Assistant:\n", "### Model:\n"),
         ("### Assistant:\n", "I am an Assistant.\n### Model:\n"),
         ("<h>assistant name=bob\n", "<h>assistant\n"),
+        ("<h>assistant final json</h>", "<h>assistant analysis json</h>"),
+        ("<h> assistant : final </h>", "<h> assistant : analysis </h>"),
+        ("<h>\nassistant\n</h>", "<h>\nthinker\n</h>"),
+        ("<h>assistant</h>\n", "<h></h>\n"),
     ],
 )
 def test_another_role_in_the_prompt_is_refused(header, asked, suffix):
