@@ -108,6 +108,7 @@ def test_the_users_message_ends_otherwise_while_it_is_last():
         ("<h> assistant : final </h>", "<h> assistant : analysis </h>"),
         ("<h>\nassistant\n</h>", "<h>\nthinker\n</h>"),
         ("<h>assistant</h>\n", "<h></h>\n"),
+        ("<h>\nassistant\n<think>", "<h>\nthinker\n<think>"),
     ],
 )
 def test_another_role_in_the_prompt_is_refused(header, asked, suffix):

@@ -301,6 +301,48 @@ def test_a_hint_at_the_last_user_message():
     assert prompts(hint, THREE)[1].startswith("<u>one</u>")
 
 
+PARTS = "{% for p in m.content %}{{ p.text }}{% endfor %}"
+TAKES_PARTS = "{% if m.role == 'ROLE' and m.content is not string %}" + PARTS + "{% else %}{{ m.content }}{% endif %}"
+
+
+@pytest.mark.parametrize("role", ["user", "assistant", "tool", "system", "nobody"])
+@pytest.mark.parametrize(
+    "stored", ["{{ m.content }}", "{{ m.content | tojson }}", "{{ m.content | map('string') | join }}"]
+)
+def test_parts_are_joined_where_the_template_does_not_take_them_from_this_role(role, stored):
+    """Others stay as they are: what the template makes of them is no affair of ours."""
+    text_else = "{% elif m.content is string %}{{ m.content }}{% else %}" + stored + "{% endif %}"
+    takes = TAKES_PARTS.replace("ROLE", role).replace("{% else %}{{ m.content }}{% endif %}", text_else)
+    calls = "{% for c in m.tool_calls or [] %}[{{ c.function.name }}{{ c.function.arguments }}]{% endfor %}"
+    template = HEAD.replace("{{ m.content }}", takes) + f"<a>{takes}{calls}</a>" + TAIL
+    words = [{"role": "system", "content": "willow"}, *LOOP, user("saddle"), answer("zephyr")]
+    words = [{key: value for key, value in message.items() if key != "reasoning_content"} for message in words]
+    cut, joined = [], []
+    for m in words:
+        parts = [{"type": "text", "text": text} for text in (m["content"][:2], m["content"][2:])]
+        cut.append({**m, "content": parts} if m["content"] else m)
+        joined.append(
+            cut[-1] if m["role"] == role else {**m, "content": m["content"] and "\n".join(p["text"] for p in parts)}
+        )
+    found = Encoder(own(template)).encoded(cut)
+    for number, turn in zip(found.messages, found.texts, strict=True):
+        render = own(template).apply_chat_template
+        assert turn.prompt == render(joined[:number], add_generation_prompt=True, tokenize=False)
+        assert turn.prompt + turn.target == render(joined[: number + 1], tokenize=False)
+
+
+@pytest.mark.parametrize("behind", ["", "\n", " ", ", "])
+def test_parts_that_come_out_otherwise_than_texts_do_are_left_to_the_template(behind):
+    parts = "{% if m.content is string %}{{ m.content }}{% else %}" + PARTS.replace("}}", "}}" + behind) + "{% endif %}"
+    template = HEAD.replace("{{ m.content }}", parts) + "<a>" + parts + "</a>" + TAIL
+    messages = [{**m, "content": [{"type": "text", "text": text} for text in (m["content"], "x")]} for m in THREE]
+    messages = [{"role": m["role"], "content": m["content"]} for m in messages]
+    ids = own(template).apply_chat_template(messages[:3], add_generation_prompt=True, return_dict=False)
+    encoder = Encoder(own(template))
+    assert list(encoder.encoded(messages).samples[1].prompt_ids) == ids
+    assert encoder.encoded(messages).texts[1].target == f"four{behind}x{behind}</a>"
+
+
 @pytest.mark.parametrize("given", [dict, str])
 @pytest.mark.parametrize("wanted", ["object", "string"])
 def test_tool_arguments_in_the_form_that_the_template_takes(given, wanted):

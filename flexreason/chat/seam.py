@@ -124,7 +124,8 @@ def _from_header(known: str, lead: str, opening: str, added: re.Pattern[str]) ->
     before = _before(known, start, added), _before(lead, at, added)
     in_header = pattern is added and all(begun for _, begun in before)
     names = [text.strip() if in_header else re.split(r"\s", text)[-1] for text, _ in before]
-    if names[0] != names[1] and (in_header or all(names)):  # <head>model</head> and <head>assistant</head>
+    at_once = bool(opening) and known.startswith(opening, start) and not names[0]  # the block, without any header
+    if names[0] != names[1] and (all(names) or (in_header and not at_once)):  # <head>model</head>, <head>robot</head>
         return None
     asked, header = known[start:], lead[at:]
     if header.startswith(asked):

@@ -7,7 +7,7 @@ from functools import cached_property
 from typing import Any
 
 from flexreason.chat.messages import REASONING_FIELDS, Message, take_apart
-from flexreason.chat.probes import AGAIN, ANSWER, SYSTEM, THOUGHT, USER, assistant, calling, user
+from flexreason.chat.probes import AGAIN, ANSWER, STORED, SYSTEM, THOUGHT, USER, assistant, calling, part, tool, user
 from flexreason.chat.render import Messages, Renderer
 from flexreason.chat.seam import find_seam
 from flexreason.chat.texts import common_prefix
@@ -66,6 +66,7 @@ class Template:
     def __init__(self, render: Renderer, think: tuple[str, str] | None = None) -> None:
         tokenizer = render.tokenizer
         self.render, self.think = render, think
+        self._content_forms: dict[str, str] = {}
         self.eos, self.bos = tokenizer.eos_token, tokenizer.bos_token
         added = tokenizer.added_tokens_decoder.values()
         self.special = _any_of([*(str(t.content) for t in added if t.special), *tokenizer.all_special_tokens])
@@ -81,15 +82,32 @@ class Template:
 
     # --- which form of a message the template takes
 
-    @cached_property
-    def content_form(self) -> str:
-        """ "any", "string" or "parts": which contents come out as their text."""
-        plain = self.probe([user(USER)], True)
-        listed = self.probe([{"role": "user", "content": [{"type": "text", "text": USER}]}], True)
-        takes_text, takes_parts = plain is not None and USER in plain, listed is not None and USER in listed
-        if takes_text:
-            return "any" if listed == plain else "string"
-        return "parts" if takes_parts else "string"
+    def content_form(self, role: str) -> str:
+        """ "any", "string" or "parts": which contents of this role come out as their texts. Where nothing does, that of
+        a user."""
+        if role not in self._content_forms:
+            text, parts = self._comes_out(role, ANSWER), self._comes_out(role, [part(ANSWER), part(AGAIN)])
+            form = "any" if text and parts else "parts" if parts else "string"
+            nothing = role != "user" and not (text or parts)
+            self._content_forms[role] = self.content_form("user") if nothing else form
+        return self._content_forms[role]
+
+    def _comes_out(self, role: str, content: str | list[dict[str, Any]]) -> bool:
+        """Whether all texts of a content come out, and nothing of how it is stored, wherever such a message stands."""
+        question, call = user(USER), calling("string" if self.argument_form == "string" else "object", value=THOUGHT)
+        around: dict[str, list[tuple[Messages, Messages]]] = {
+            "user": [([], [])],
+            "assistant": [([question], []), ([question], [question])],
+            "system": [([], [question])],
+            "developer": [([], [question])],
+        }
+        marks = [content] if isinstance(content, str) else [each["text"] for each in content]
+        message = {**tool(""), "role": role, "content": content}
+        for before, behind in around.get(role, [([question, call], [])]):
+            text = self.probe([*self.take(before), message, *self.take(behind)], True) or ""
+            if STORED in text or any(mark not in text for mark in marks):
+                return False
+        return True
 
     @cached_property
     def argument_form(self) -> str:
@@ -209,9 +227,9 @@ class Template:
     def in_form(self, message: Message) -> Message:
         """The message in the forms that the template takes, changed only where it would come out wrong."""
         content = message.as_dict.get("content")
-        if isinstance(content, list) and self.content_form == "string":
+        if isinstance(content, list) and self.content_form(message.role) == "string":
             message = message.changed(content=message.text)
-        elif isinstance(content, str) and self.content_form == "parts":
+        elif isinstance(content, str) and self.content_form(message.role) == "parts":
             message = message.changed(content=[{"type": "text", "text": content}])
         if message.functions and self.argument_form in ("object", "string"):
             message = message.with_arguments(self.argument_form)
