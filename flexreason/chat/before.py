@@ -9,10 +9,9 @@ from functools import cached_property
 from typing import Any
 
 from flexreason.chat.marks import Marked, joined
-from flexreason.chat.messages import take_apart
 from flexreason.chat.probes import user
 from flexreason.chat.render import ALONE, Messages, NotAligned, Renderer
-from flexreason.chat.seam import Seam, find_seam, first_part, says_something
+from flexreason.chat.seam import Seam, find_seam, says_something
 from flexreason.chat.template import Template
 
 
@@ -51,17 +50,15 @@ class Before:
     def asked(self, known: str, lead: str) -> str:
         """What of a prompt's end is there only because generation is asked for: all of it where that is unknown, and
         no example of an answer that stands before the header."""
-        closed = self.closed if self.closed and known.startswith(self.closed) else ""
-        asked = known[len(closed) :] or known
-        closing, header = self.template.markers.closing, first_part(lead.removeprefix(closed), self.template.added)
-        if header is None or (closing and asked.rstrip().endswith(closing)):  # which may end as a header does
-            return asked
-        return asked[max(asked.rfind(header.group()), 0) :]
+        return self.template.asked(known, lead, self.closed)
 
     def behind_text(self, prompt: str) -> str:
-        """A prompt, but none of the last text that it ends with, which may end as the template's own does."""
-        text = take_apart(self.messages[-1]).text.removesuffix(self.mark).strip()
-        return self.tails()[0] if text and prompt.rstrip().endswith(text) else prompt
+        """What a prompt ends with because generation is asked for, and none of the texts before that, which may end as
+        the template's own does."""
+        asks = self.template.asks
+        if says_something(asks, self.template.added) and prompt.endswith(asks):
+            return asks
+        return self.asked(self.tails()[0], "")
 
     def seam(self, known: str, lead: str, marked: Marked, guess: bool, said: str) -> Seam:
         """How much of the lead the prompt holds; its own block of reasoning, open or closed, stands behind that.
