@@ -390,11 +390,22 @@ def test_a_generation_prompt_that_nobody_asked_for():
     ]
 
 
-def test_a_prefill_that_the_rendering_lacks():
-    prefill = NEVER.replace("<a>{% endif %}", "<a>Sure: {% endif %}")
+@pytest.mark.parametrize(
+    "begun", ["Sure: ", "Thought: ", "\u3010\u601d\u8003\u3011\n", "*thinking*\n", "<thought>\n", "{think}"]
+)
+def test_what_the_prompt_begins_behind_the_header_is_refused_whatever_it_looks_like(begun):
+    """It may begin each answer, or open a block of reasoning; who knows that it does can say so."""
+    begins = NEVER.replace("<a>{% endif %}", f"<a>{begun}{{% endif %}}")
     plain = [user("one"), answer("two")]
-    assert targets(prefill, plain) == ["two</a>"]
-    assert difference(prefill, plain) == ">"  # the shortcut
+    for messages in (plain, THREE[:2]):
+        with pytest.raises(
+            NotAligned, match=r"message 1: .* if it opens a block, say so with think=\(before, behind\)"
+        ):
+            targets(begins, messages)
+    think = (begun, ";")
+    assert targets(begins, plain, think=think) == [";two</a>"]
+    assert targets(begins, THREE[:2], think=think) == ["why;two</a>"]
+    assert difference(begins, plain) != "two</a>"  # the shortcut
 
 
 def test_alternation_demanded():
