@@ -240,7 +240,7 @@ def nested(levels):
 
 BAD_LINES = {
     "a number of 5000 digits": ('{"n": ' + "1" * 5000 + "}", "no JSON: a number has more digits"),
-    "the same in JSON text": (json.dumps({"messages": CHAT, "tools": f"[{'1' * 5000}]"}), "tools: no JSON: a number has more"),
+    "the same in JSON text": (json.dumps({"messages": CHAT, "tools": f"[{'1' * 5000}]"}), "tools: no JSON: a number"),
     "200,000 levels": ('{"messages": ' + nested(200_000) + "}", "no JSON: it is nested too deeply"),
     "300 levels": (json.dumps({"messages": CHAT})[:-1] + f', "tools": {nested(300)}' + "}", "nested more than 100"),
     "800 levels in JSON text": (json.dumps({"messages": nested(800)}), "nested more than 100"),

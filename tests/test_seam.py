@@ -104,6 +104,11 @@ def test_the_users_message_ends_otherwise_while_it_is_last():
         ("### Assistant:\n", "### Model:\n"),
         ("### Assistant:\n", "I am an Assistant.\n### Model:\n"),
         ("<h>assistant name=bob\n", "<h>assistant\n"),
+        ("<h>assistant final json</h>", "<h>assistant analysis json</h>"),
+        ("<h> assistant : final </h>", "<h> assistant : analysis </h>"),
+        ("<h>\nassistant\n</h>", "<h>\nthinker\n</h>"),
+        ("<h>assistant</h>\n", "<h></h>\n"),
+        ("<h>\nassistant\n<think>", "<h>\nthinker\n<think>"),
     ],
 )
 def test_another_role_in_the_prompt_is_refused(header, asked, suffix):
@@ -554,6 +559,31 @@ TURN_EACH = CALLS.replace("<call>", "<a><call>").replace("</call>", "</call></a>
 def test_what_would_stand_behind_the_stop_token_is_refused(answered, messages):
     with pytest.raises(StopsWithin, match=r"message 1: '</a>' stops generation"):
         targets(template(answered=answered), messages, TOOLS)
+
+
+TWO_MESSAGES = "{% if m.tool_calls %}{% if m.content %}{{ m.content }}</a><a>{% endif %}WHAT<end>{% else %}"
+
+
+@pytest.mark.parametrize("eos", ["</a>", "<end>", "<|endoftext|>"])
+@pytest.mark.parametrize("named", ["<call>{{ m.tool_calls[0].function }}", CALLS])
+def test_the_stop_token_of_an_answer_stops_a_call_too(eos, named):
+    """Content beside a call is a message of its own, and a call ends with another token."""
+    said = "<a>" + TWO_MESSAGES.replace("WHAT", named) + "{{ m.content }}</a>{% endif %}"
+    for chat in (LOOP, calling(("f", {"k": "1"}))):
+        assert all(target.endswith("<end>") for target in targets(template(answered=said), chat, TOOLS, eos=eos)[:1])
+    with pytest.raises(StopsWithin, match=r"message 1: '</a>' stops generation"):
+        targets(template(answered=said), calling(("f", {"k": "1"}), text="let me see"), TOOLS, eos=eos)
+
+
+@pytest.mark.parametrize("eos", ["</a>", "<|endoftext|>"])
+def test_reasoning_in_a_message_of_its_own_is_refused_whatever_eos_is(eos):
+    """As what ends it ends a user's message too, it stops generation."""
+    said = "{% if m.reasoning_content %}<a>thought\n{{ m.reasoning_content }}</a>{% endif %}<a>{{ m.content }}</a>"
+    with pytest.raises(StopsWithin, match=r"message 1: '</a>' stops generation"):
+        targets(template("<u>{{ m.content }}</a>", said), CHAT, eos=eos)
+    goes_on = said.replace("</a>{% endif %}", "<h>{% endif %}")  # <h> ends reasoning alone
+    whole = ["thought\nwhy<h><a>two</a>", "thought\nhow<h><a>four</a>"]
+    assert targets(template("<u>{{ m.content }}</a>", goes_on), CHAT, eos=eos) == whole
 
 
 # --- examples and reminders in the prompt, and where they end

@@ -301,6 +301,48 @@ def test_a_hint_at_the_last_user_message():
     assert prompts(hint, THREE)[1].startswith("<u>one</u>")
 
 
+PARTS = "{% for p in m.content %}{{ p.text }}{% endfor %}"
+TAKES_PARTS = "{% if m.role == 'ROLE' and m.content is not string %}" + PARTS + "{% else %}{{ m.content }}{% endif %}"
+
+
+@pytest.mark.parametrize("role", ["user", "assistant", "tool", "system", "nobody"])
+@pytest.mark.parametrize(
+    "stored", ["{{ m.content }}", "{{ m.content | tojson }}", "{{ m.content | map('string') | join }}"]
+)
+def test_parts_are_joined_where_the_template_does_not_take_them_from_this_role(role, stored):
+    """Others stay as they are: what the template makes of them is no affair of ours."""
+    text_else = "{% elif m.content is string %}{{ m.content }}{% else %}" + stored + "{% endif %}"
+    takes = TAKES_PARTS.replace("ROLE", role).replace("{% else %}{{ m.content }}{% endif %}", text_else)
+    calls = "{% for c in m.tool_calls or [] %}[{{ c.function.name }}{{ c.function.arguments }}]{% endfor %}"
+    template = HEAD.replace("{{ m.content }}", takes) + f"<a>{takes}{calls}</a>" + TAIL
+    words = [{"role": "system", "content": "willow"}, *LOOP, user("saddle"), answer("zephyr")]
+    words = [{key: value for key, value in message.items() if key != "reasoning_content"} for message in words]
+    cut, joined = [], []
+    for m in words:
+        parts = [{"type": "text", "text": text} for text in (m["content"][:2], m["content"][2:])]
+        cut.append({**m, "content": parts} if m["content"] else m)
+        joined.append(
+            cut[-1] if m["role"] == role else {**m, "content": m["content"] and "\n".join(p["text"] for p in parts)}
+        )
+    found = Encoder(own(template)).encoded(cut)
+    for number, turn in zip(found.messages, found.texts, strict=True):
+        render = own(template).apply_chat_template
+        assert turn.prompt == render(joined[:number], add_generation_prompt=True, tokenize=False)
+        assert turn.prompt + turn.target == render(joined[: number + 1], tokenize=False)
+
+
+@pytest.mark.parametrize("behind", ["", "\n", " ", ", "])
+def test_parts_that_come_out_otherwise_than_texts_do_are_left_to_the_template(behind):
+    parts = "{% if m.content is string %}{{ m.content }}{% else %}" + PARTS.replace("}}", "}}" + behind) + "{% endif %}"
+    template = HEAD.replace("{{ m.content }}", parts) + "<a>" + parts + "</a>" + TAIL
+    messages = [{**m, "content": [{"type": "text", "text": text} for text in (m["content"], "x")]} for m in THREE]
+    messages = [{"role": m["role"], "content": m["content"]} for m in messages]
+    ids = own(template).apply_chat_template(messages[:3], add_generation_prompt=True, return_dict=False)
+    encoder = Encoder(own(template))
+    assert list(encoder.encoded(messages).samples[1].prompt_ids) == ids
+    assert encoder.encoded(messages).texts[1].target == f"four{behind}x{behind}</a>"
+
+
 @pytest.mark.parametrize("given", [dict, str])
 @pytest.mark.parametrize("wanted", ["object", "string"])
 def test_tool_arguments_in_the_form_that_the_template_takes(given, wanted):
@@ -348,11 +390,22 @@ def test_a_generation_prompt_that_nobody_asked_for():
     ]
 
 
-def test_a_prefill_that_the_rendering_lacks():
-    prefill = NEVER.replace("<a>{% endif %}", "<a>Sure: {% endif %}")
+@pytest.mark.parametrize(
+    "begun", ["Sure: ", "Thought: ", "\u3010\u601d\u8003\u3011\n", "*thinking*\n", "<thought>\n", "{think}"]
+)
+def test_what_the_prompt_begins_behind_the_header_is_refused_whatever_it_looks_like(begun):
+    """It may begin each answer, or open a block of reasoning; who knows that it does can say so."""
+    begins = NEVER.replace("<a>{% endif %}", f"<a>{begun}{{% endif %}}")
     plain = [user("one"), answer("two")]
-    assert targets(prefill, plain) == ["two</a>"]
-    assert difference(prefill, plain) == ">"  # the shortcut
+    for messages in (plain, THREE[:2]):
+        with pytest.raises(
+            NotAligned, match=r"message 1: .* if it opens a block, say so with think=\(before, behind\)"
+        ):
+            targets(begins, messages)
+    think = (begun, ";")
+    assert targets(begins, plain, think=think) == [";two</a>"]
+    assert targets(begins, THREE[:2], think=think) == ["why;two</a>"]
+    assert difference(begins, plain) != "two</a>"  # the shortcut
 
 
 def test_alternation_demanded():

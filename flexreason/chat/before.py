@@ -9,10 +9,9 @@ from functools import cached_property
 from typing import Any
 
 from flexreason.chat.marks import Marked, joined
-from flexreason.chat.messages import take_apart
 from flexreason.chat.probes import user
 from flexreason.chat.render import ALONE, Messages, NotAligned, Renderer
-from flexreason.chat.seam import Seam, find_seam, first_part, says_something
+from flexreason.chat.seam import Seam, find_seam, says_something
 from flexreason.chat.template import Template
 
 
@@ -51,26 +50,22 @@ class Before:
     def asked(self, known: str, lead: str) -> str:
         """What of a prompt's end is there only because generation is asked for: all of it where that is unknown, and
         no example of an answer that stands before the header."""
-        closed = self.closed if self.closed and known.startswith(self.closed) else ""
-        asked = known[len(closed) :] or known
-        closing, header = self.template.markers.closing, first_part(lead.removeprefix(closed), self.template.added)
-        if header is None or (closing and asked.rstrip().endswith(closing)):  # which may end as a header does
-            return asked
-        return asked[max(asked.rfind(header.group()), 0) :]
+        return self.template.asked(known, lead, self.closed)
 
     def behind_text(self, prompt: str) -> str:
-        """A prompt, but none of the last text that it ends with, which may end as the template's own does."""
-        text = take_apart(self.messages[-1]).text.removesuffix(self.mark).strip()
-        return self.tails()[0] if text and prompt.rstrip().endswith(text) else prompt
+        """What a prompt ends with because generation is asked for, and none of the texts before that, which may end as
+        the template's own does."""
+        asks = self.template.asks
+        if says_something(asks, self.template.added) and prompt.endswith(asks):
+            return asks
+        return self.asked(self.tails()[0], "")
 
-    def seam(self, known: str, lead: str, marked: Marked, guess: bool, said: str) -> Seam:
+    def seam(self, known: str, lead: str, marked: Marked) -> Seam:
         """How much of the lead the prompt holds; its own block of reasoning, open or closed, stands behind that.
 
         Args:
             known: What follows the last text in the prompt.
             lead: What follows it in the rendering of the marked message, up to the first mark.
-            guess: Whether what the prompt has more may be something other than an attribute in its header.
-            said: The message's content.
         """
         opening, added, closed = self.template.markers.opening, self.template.added, self.closed
         seam = find_seam(known, lead, closed, opening, added)
@@ -79,9 +74,15 @@ class Before:
             seam = find_seam(known[: blocks[0]], lead[: blocks[1]], closed, opening, added)
             seam = seam and Seam(seam.end, seam.more + known[blocks[0] :])
         if seam is None or not self._is_attribute(seam, lead, closed):
-            seam = self._without_header(known, lead, closed, marked) or (
-                seam if guess and seam and not self._is_begun(seam, lead, said) else None
-            )
+            begun = seam.more.strip() if seam and seam.end == len(lead) else ""
+            seam = self._without_header(known, lead, closed, marked)
+            if seam is None and begun:
+                raise NotAligned(
+                    f"the chat template's prompt goes on with {begun[:60]!r} behind the header, and this message does "
+                    "not: it may begin an answer or a block of reasoning; if it opens a block, say so with "
+                    f"think=(before, behind); else,{ALONE[1:]}",
+                    self.number,
+                )
         if seam is None:
             raise self.no_seam(known, lead)
         return seam
@@ -102,15 +103,6 @@ class Before:
         header = lead[len(closed) if closed and lead.startswith(closed) else 0 : seam.end]
         one_line = not self.template.added.search(attribute) and "\n" not in attribute.strip()
         return not attribute.strip() or (bool(begins) and one_line and says_something(header, self.template.added))
-
-    def _is_begun(self, seam: Seam, lead: str, said: str) -> bool:
-        """Whether what the prompt has behind the whole header begins the content, or a block of an unknown kind, or
-        may be a reminder, where no token ends the header."""
-        begun = seam.more.strip() if seam.end == len(lead) else ""
-        header = lead.removeprefix(self.closed or "")
-        return bool(begun) and (
-            begun[-1] in ">]▷" or said.lstrip().startswith(begun) or not self.template.added.search(header)
-        )
 
     def _without_header(self, known: str, lead: str, closed: str | None, marked: Marked) -> Seam | None:
         """The seam where the prompt ends with a header and this message has none, since its turn has already begun.

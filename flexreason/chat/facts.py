@@ -64,6 +64,8 @@ WORDS = {
 }
 """What is said of a template whose behaviour has one of a few values."""
 
+CONTENTS = {"any": "text or parts", "string": "text only", "parts": "parts only"}
+
 MARKERS_FROM = {
     "template": "the template knows these markers",
     "vocabulary": "the vocabulary has these markers",
@@ -169,7 +171,11 @@ def _ends(template: Template) -> list[Fact]:
 
 
 def _forms(template: Template, encoder: Encoder) -> list[Fact]:
-    facts = [_fact("content", template.content_form), _fact("arguments", template.argument_form)]
+    forms = {role: template.content_form(role) for role in ("user", "system", "assistant", "tool")}
+    facts = [_fact("content", forms["user"]), _fact("arguments", template.argument_form)]
+    if others := {role: form for role, form in forms.items() if form != forms["user"]}:
+        takes = "; ".join(f"{role}: {CONTENTS[form]}" for role, form in others.items())
+        facts.append(Fact("content_of", others, f"From others than users it takes other contents: {takes}."))
     described = Renderer(encoder.tokenizer, [PROBE_TOOL], encoder.options)
     try:
         text = described.plain(template.take([user(USER), assistant(ANSWER), user(AGAIN)]), True)

@@ -10,6 +10,9 @@ MARK = "zQ7xV{}Kmark"
 
 USER, ANSWER, THOUGHT, AGAIN, SYSTEM = (MARK.format(letter) for letter in ("u", "b", "a", "w", "y"))
 
+STORED = MARK.format("k")
+"""A key of parts that no template asks for: it comes out only where a part is written as it is stored."""
+
 PROBE_TOOL = {
     "type": "function",
     "function": {
@@ -22,6 +25,10 @@ PROBE_TOOL = {
 
 def user(text: str) -> dict[str, Any]:
     return {"role": "user", "content": text}
+
+
+def part(text: str) -> dict[str, Any]:
+    return {"type": "text", "text": text, STORED: ""}
 
 
 def assistant(text: str, **more: Any) -> dict[str, Any]:

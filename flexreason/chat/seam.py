@@ -121,8 +121,11 @@ def _from_header(known: str, lead: str, opening: str, added: re.Pattern[str]) ->
     start, at = shared[-1].start(), lead.rfind(shared[-1].group())
     if not _between_tokens(lead, at, added):
         return None
-    names = _name_before(known, start, added), _name_before(lead, at, added)
-    if all(names) and names[0] != names[1]:  # <head>model</head> and <head>assistant</head>
+    before = _before(known, start, added), _before(lead, at, added)
+    in_header = pattern is added and all(begun for _, begun in before)
+    names = [text.strip() if in_header else re.split(r"\s", text)[-1] for text, _ in before]
+    at_once = bool(opening) and known.startswith(opening, start) and not names[0]  # the block, without any header
+    if names[0] != names[1] and (all(names) or (in_header and not at_once)):  # <head>model</head>, <head>robot</head>
         return None
     asked, header = known[start:], lead[at:]
     if header.startswith(asked):
@@ -139,10 +142,10 @@ def first_part(text: str, added: re.Pattern[str]) -> re.Match[str] | None:
     return min(matches, key=lambda match: match.start()) if matches else None
 
 
-def _name_before(text: str, at: int, added: re.Pattern[str]) -> str:
-    """What stands directly before a place, back to the last added token or white space."""
+def _before(text: str, at: int, added: re.Pattern[str]) -> tuple[str, bool]:
+    """What stands before a place, back to the last added token; and whether there is such a token."""
     begins = max((token.end() for token in added.finditer(text, 0, at)), default=0)
-    return re.split(r"\s", text[begins:at])[-1]
+    return text[begins:at], begins > 0
 
 
 def says_something(text: str, added: re.Pattern[str]) -> bool:

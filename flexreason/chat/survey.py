@@ -26,7 +26,6 @@ from flexreason.chat.calls import lost_call
 from flexreason.chat.ending import Endings, Stop
 from flexreason.chat.marks import Marked, joined, mark, new_base, stands_for, texts_between_marks
 from flexreason.chat.messages import REASONING_FIELDS, Message
-from flexreason.chat.probes import ANSWER, USER, assistant, user
 from flexreason.chat.render import (
     ALONE,
     ConversationError,
@@ -38,6 +37,7 @@ from flexreason.chat.render import (
     StopsWithin,
 )
 from flexreason.chat.seam import find_seam
+from flexreason.chat.splice import splice
 from flexreason.chat.template import Template
 from flexreason.chat.texts import common_suffix, places_of
 from flexreason.chat.turns import Pattern, Turn
@@ -99,17 +99,23 @@ class _Survey:
         turn = self._seen()
         if what := lost_call(self.message.functions, self._calls_of(turn)):
             raise NotRendered(f"the chat template does not render the {what} of this message{ALONE}", self.number)
-        text = self.stop.text if self.stop else ""
-        body = turn.target.removesuffix(text)
-        if text != self.template.eos:  # some formats end a turn between reasoning and response
-            body = body.replace(self.template.markers.close, "", 1)
-        if text and body.count(text) > sum(said.count(text) for said in self.message.all_texts):
-            raise StopsWithin(
-                f"{text!r} stops generation, and the chat template writes it within this message too: what stands "
-                f"behind it would never be generated{ALONE}",
-                self.number,
-            )
+        self._check_stops(turn)
         return turn
+
+    def _check_stops(self, turn: Turn) -> None:
+        """Raise where the template writes what stops generation, be it behind messages of another kind, within this one
+        too. A stop that is only guessed may be what ends reasoning."""
+        own = self.stop
+        body = turn.target.removesuffix(own.text) if own else turn.target
+        if own and own.guessed:
+            body = body.replace(self.template.markers.close, "", 1)
+        for stop in self.endings.stops(True):
+            if body.count(stop) > sum(said.count(stop) for said in self.message.all_texts):
+                raise StopsWithin(
+                    f"{stop!r} stops generation, and the chat template writes it within this message too: what stands "
+                    f"behind it would never be generated{ALONE}",
+                    self.number,
+                )
 
     def _calls_of(self, turn: Turn) -> str:
         """The part of a target in which its calls stand. Reasoning, and content before the calls, are left out, since
@@ -190,10 +196,7 @@ class _Survey:
         body, kept, stop = self._cut(shown, whole, marked)
         if not known:
             if self.reasoning and "r" in missing:
-                lead = shown[:first]
-                if self._header_is_open(lead):
-                    raise self.before.no_seam(ahead, lead)
-                return self._splice(self.before.behind_text(ahead), body, lead)
+                return self._splice(self.before.behind_text(ahead), shown[:first], body)
             if not missing and not (set(marked.marks) - set(marked.wanted)):
                 self._learn(marked, places, shown, whole, kept, stop)
             return Turn(self.prompt, body, self._response(marked, places, shown, body), "rendered")
@@ -205,7 +208,7 @@ class _Survey:
             return turn
         if off and self.reasoning and inside:
             return self._thinking_off(known)
-        seam = self.before.seam(known, lead, marked, guess=not self.reasoning, said=self.response)
+        seam = self.before.seam(known, lead, marked)
         rest = body[seam.end :]
         if inside and markers.opening in seam.more:  # both open the block, behind a header that ends otherwise
             begun, own = seam.more[seam.more.find(markers.opening) :], lead.find(markers.opening, seam.end)
@@ -221,11 +224,12 @@ class _Survey:
         if inside or off or not (self.reasoning or opened):
             return Turn(self.prompt, rest, 0, "thinking off" if off and self.reasoning else "rendered")
         between = lead[seam.end :]
-        if opened and markers.closing in between:  # an empty block of the template's, which the prompt has begun
-            skip = between.find(markers.opening) + len(markers.opening) if markers.around(between) else 0
-            between, rest = between[skip:], rest[skip:]
-            return self._splice(known, rest, between) if self.reasoning else Turn(self.prompt, rest, 0, "rendered")
-        return self._splice(known, rest, "")
+        if opened and not self.reasoning and markers.closing in between:  # an empty block, which the prompt has begun
+            own = between.find(markers.opening)
+            begun = asked[asked.rfind(markers.opening) :] if own >= 0 else ""
+            rest = rest[own + len(begun) if between.startswith(begun, own) else own + len(markers.opening) :]
+            return Turn(self.prompt, rest if own >= 0 else body[seam.end :], 0, "rendered")
+        return self._splice(asked, between, rest)
 
     def _cut(self, shown: str, whole: str, marked: Marked) -> tuple[str, int, Stop]:
         """What the message must generate of `whole`: up to its stop token."""
@@ -243,43 +247,34 @@ class _Survey:
         body = whole[: len(whole) - len(tail) + kept]
         return body + stop.text if stop.appended else body, kept, stop
 
-    def _header_is_open(self, lead: str) -> bool:
-        """Whether the model must write a header, or words of one, before its reasoning: behind which of these the
-        reasoning stands is unknown. A token by itself begins the response."""
-        opening = self.template.markers.opening
-        lead = lead.partition(opening)[0] if opening else lead
-        if self.message.functions:  # what begins an answer too
-            plain = self.template.probe(self.template.take([user(USER), assistant(ANSWER)])) or ""
-            begins = plain.rpartition(USER)[2].partition(ANSWER)[0].removeprefix(self.template.prompt_end)
-            lead = self.template.shared(lead, begins)
-        asks = self.prompt != self.render.attempt(self.messages, False) or self.template.appends_always
-        words = self.template.added.sub(" ", lead)
-        return bool(lead.strip()) and (bool(words.strip()) or not asks)
+    def _header(self, lead: str) -> str:
+        """What of a lead may belong to a header that the model must write: not what begins an answer behind reasoning,
+        nor a block of reasoning, and of a call only what begins an answer too."""
+        markers = self.template.markers
+        if self.message.functions:
+            lead = self.template.shared(lead, self.template.begins)
+        header = lead.partition(markers.opening)[0] if markers.opening else lead
+        return header.removesuffix(markers.begins)
 
-    def _splice(self, ahead: str, body: str, lead: str) -> Turn:
-        """Reasoning put in by hand, since the template does not render it."""
-        markers, reasoning = self.template.markers, self.reasoning
+    def _splice(self, asked: str, lead: str, body: str) -> Turn:
+        """Reasoning put in by hand, behind all of the header. A token by itself begins the response."""
+        markers, header = self.template.markers, self._header(lead)
+        if markers.closed_by(asked):
+            return Turn(self.prompt, body, 0, "thinking off")
+        if header.strip():
+            asks = self.prompt != self.render.attempt(self.messages, False) or self.template.appends_always
+            if self.template.added.sub(" ", header).strip() or not asks:
+                raise self.before.no_seam(asked, lead)
         if self.message.functions and len(self.template.added.findall(markers.close)) > 1:
             raise NotAligned(
                 "the chat template does not render the reasoning of this message, and what it writes behind that of "
                 f"an answer, {markers.close!r}, begins an answer too: what stands before a call is unknown{ALONE}",
                 self.number,
             )
-        end = ahead.rstrip()
-        if end.endswith(markers.closing):
-            return Turn(self.prompt, body, 0, "thinking off")
-        opened = end.endswith(markers.opening)
-        if markers.closing in lead and markers.closing:  # the template writes an empty block: fill it
-            at = lead.find(markers.closing)
-            if not opened and markers.opening not in lead[:at]:
-                raise self.before.no_seam(ahead, lead)
-            head = lead[:at].rstrip() if opened else lead[: lead.find(markers.opening)] + markers.open
-            text = f"{head}{reasoning}{markers.close.rstrip()}"
-            rest = body[at + len(markers.closing) :]
-            return Turn(self.prompt, text + rest, len(text), "spliced")
-        opening = markers.rest_of_open(ahead) if opened else markers.open
-        text = f"{opening}{reasoning}{markers.close}"
-        return Turn(self.prompt, text + body, len(text), "spliced")
+        blank = header[: len(header) - len(header.lstrip())]
+        blank = blank if "\n" in blank else ""  # a space is the next word's own, for most tokenizers
+        text, response = splice(markers, asked, lead, blank, body, self.reasoning, self.number)
+        return Turn(self.prompt, text, response, "spliced")
 
     def _close_block(self, known: str) -> Turn | None:
         """A turn without reasoning behind a prompt that opens a block: rendered with reasoning, and that removed."""

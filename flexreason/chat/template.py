@@ -7,9 +7,9 @@ from functools import cached_property
 from typing import Any
 
 from flexreason.chat.messages import REASONING_FIELDS, Message, take_apart
-from flexreason.chat.probes import AGAIN, ANSWER, SYSTEM, THOUGHT, USER, assistant, calling, user
+from flexreason.chat.probes import AGAIN, ANSWER, STORED, SYSTEM, THOUGHT, USER, assistant, calling, part, tool, user
 from flexreason.chat.render import Messages, Renderer
-from flexreason.chat.seam import find_seam
+from flexreason.chat.seam import find_seam, first_part
 from flexreason.chat.texts import common_prefix
 
 KNOWN_MARKERS = (
@@ -29,6 +29,7 @@ class Markers:
     open: str
     close: str
     origin: str  # "template", "vocabulary", "option" or "text"
+    begins: str = ""  # what an answer begins with behind them, and without them too
 
     @property
     def opening(self) -> str:
@@ -40,7 +41,8 @@ class Markers:
 
     def opened_by(self, text: str) -> bool:
         """Whether a prompt that ends with `text` leaves a reasoning block open."""
-        return bool(self.opening) and text.rfind(self.opening) > text.rfind(self.closing)
+        closed = text.rfind(self.closing) if self.closing else -1
+        return bool(self.opening) and text.rfind(self.opening) > closed
 
     def around(self, text: str) -> bool:
         """Whether a text holds a reasoning block, empty or not."""
@@ -66,6 +68,7 @@ class Template:
     def __init__(self, render: Renderer, think: tuple[str, str] | None = None) -> None:
         tokenizer = render.tokenizer
         self.render, self.think = render, think
+        self._content_forms: dict[str, str] = {}
         self.eos, self.bos = tokenizer.eos_token, tokenizer.bos_token
         added = tokenizer.added_tokens_decoder.values()
         self.special = _any_of([*(str(t.content) for t in added if t.special), *tokenizer.all_special_tokens])
@@ -81,15 +84,32 @@ class Template:
 
     # --- which form of a message the template takes
 
-    @cached_property
-    def content_form(self) -> str:
-        """ "any", "string" or "parts": which contents come out as their text."""
-        plain = self.probe([user(USER)], True)
-        listed = self.probe([{"role": "user", "content": [{"type": "text", "text": USER}]}], True)
-        takes_text, takes_parts = plain is not None and USER in plain, listed is not None and USER in listed
-        if takes_text:
-            return "any" if listed == plain else "string"
-        return "parts" if takes_parts else "string"
+    def content_form(self, role: str) -> str:
+        """ "any", "string" or "parts": which contents of this role come out as their texts. Where nothing does, that of
+        a user."""
+        if role not in self._content_forms:
+            text, parts = self._comes_out(role, ANSWER), self._comes_out(role, [part(ANSWER), part(AGAIN)])
+            form = "any" if text and parts else "parts" if parts else "string"
+            nothing = role != "user" and not (text or parts)
+            self._content_forms[role] = self.content_form("user") if nothing else form
+        return self._content_forms[role]
+
+    def _comes_out(self, role: str, content: str | list[dict[str, Any]]) -> bool:
+        """Whether all texts of a content come out, and nothing of how it is stored, wherever such a message stands."""
+        question, call = user(USER), calling("string" if self.argument_form == "string" else "object", value=THOUGHT)
+        around: dict[str, list[tuple[Messages, Messages]]] = {
+            "user": [([], [])],
+            "assistant": [([question], []), ([question], [question])],
+            "system": [([], [question])],
+            "developer": [([], [question])],
+        }
+        marks = [content] if isinstance(content, str) else [each["text"] for each in content]
+        message = {**tool(""), "role": role, "content": content}
+        for before, behind in around.get(role, [([question, call], [])]):
+            text = self.probe([*self.take(before), message, *self.take(behind)], True) or ""
+            if STORED in text or any(mark not in text for mark in marks):
+                return False
+        return True
 
     @cached_property
     def argument_form(self) -> str:
@@ -158,6 +178,41 @@ class Template:
         return text.rpartition(USER)[2]
 
     @cached_property
+    def closed(self) -> str:
+        """What follows the last user's text where no generation prompt is asked for."""
+        return (self.probe(self.take([user(USER)])) or "").rpartition(USER)[2]
+
+    @cached_property
+    def asks(self) -> str:
+        """What a prompt ends with because generation is asked for, from its header on."""
+        plain = self._before_answer(assistant(ANSWER))
+        return self.asked(self.prompt_end, plain, "" if self.appends_always else self.closed)
+
+    def asked(self, known: str, lead: str, closed: str | None) -> str:
+        """What of a prompt's end is there only because generation is asked for: all of it where that is unknown, and
+        no example of an answer that stands before the header.
+
+        Args:
+            known: What follows the last text in the prompt.
+            lead: What follows it in a rendering, up to the message's own text.
+            closed: What follows it where no generation prompt is asked for.
+        """
+        closed = closed if closed and known.startswith(closed) else ""
+        asked = known[len(closed) :] or known
+        closing, header = self.markers.closing, first_part(lead.removeprefix(closed), self.added)
+        if header is None or (closing and asked.rstrip().endswith(closing)):  # which may end as a header does
+            return asked
+        return asked[max(asked.rfind(header.group()), 0) :]
+
+    @cached_property
+    def begins(self) -> str:
+        """What an answer begins with behind the header that the prompt has; nothing where that is unknown."""
+        plain, opening = self._before_answer(assistant(ANSWER)), self.markers.opening
+        known = self.closed + self.asks.partition(opening)[0] if opening in self.asks and opening else self.prompt_end
+        seam = find_seam(known, plain, self.closed, opening, self.added)
+        return plain[seam.end :] if seam and not seam.more.strip() else ""
+
+    @cached_property
     def markers(self) -> Markers:
         """What surrounds reasoning: shown by the template, else of the names that people use."""
         if self.think is not None:
@@ -176,15 +231,30 @@ class Template:
         if not self.fields or not (around := self._around_reasoning(self.fields[0])):
             return None
         head, close = around
-        closed = (self.probe(self.take([user(USER)])) or "").rpartition(USER)[2]
         plain = self._before_answer(assistant(ANSWER))
         header = plain if plain and head.startswith(plain) else head
-        seam = find_seam(self.prompt_end, header, closed, "", self.added)
+        seam = find_seam(self.prompt_end, header, self.closed, "", self.added)
         opening = head[seam.end :] if seam else ""
         if not opening.strip():  # the prompt opens the block itself
             word = re.search(r"(<[^<>\s]+>|\[[^\[\]\s]+\])\s*$", head)
             opening = head[len(header) :] or (word.group(0) if word else opening)
-        return Markers(opening, close, "template")
+        close, begins = self._without_beginning(close, plain, head.removesuffix(opening), opening.strip())
+        return Markers(opening, close, "template", begins)
+
+    def _without_beginning(self, close: str, plain: str, header: str, opening: str) -> tuple[str, str]:
+        """What closes a block of reasoning, without what every answer begins with, and that.
+
+        Args:
+            close: What stands between reasoning and answer.
+            plain: What stands before an answer without reasoning, and `header`, before the opening marker.
+        """
+        begins = plain.removeprefix(header) if plain.startswith(header) else ""
+        if opening and opening in begins:  # an empty block of it, and what closes that
+            closing = next((closing for known, closing in KNOWN_MARKERS if known in opening), "")
+            begins = begins.partition(closing)[2].lstrip() if closing else ""
+        rest = close.removesuffix(begins)
+        own = begins.strip() and rest != close and rest.strip() and not header.endswith(rest.strip())
+        return (rest, begins) if own else (close, "")
 
     @cached_property
     def appends_always(self) -> bool:
@@ -193,8 +263,12 @@ class Template:
         return asked is not None and asked == unasked
 
     def shared(self, one: str, other: str) -> str:
-        """What two texts begin with both, no token of them cut."""
-        return self.whole(self.whole(common_prefix(one, other), one), other)
+        """What two texts begin with both, no token of them cut, and no tag or word that goes on otherwise."""
+        both = self.whole(self.whole(common_prefix(one, other), one), other)
+        if both in (one, other):
+            return both
+        token = max((token.end() for token in self.added.finditer(both)), default=0)
+        return both[: max(token, len(re.sub(r"\S+$", "", both)))]
 
     def whole(self, prefix: str, text: str) -> str:
         """A prefix of a text, cut so that no added token of the text is cut."""
@@ -218,9 +292,9 @@ class Template:
         elif message.inline and not (self.splits_inline and isinstance(message.as_dict["content"], str)):
             message = message.with_field((self.fields or REASONING_FIELDS)[0])
         content = message.as_dict.get("content")
-        if isinstance(content, list) and self.content_form == "string":
+        if isinstance(content, list) and self.content_form(message.role) == "string":
             return message.changed(content=message.text)
-        if isinstance(content, str) and self.content_form == "parts":
+        if isinstance(content, str) and self.content_form(message.role) == "parts":
             return message.changed(content=[{"type": "text", "text": content}])
         return message
 

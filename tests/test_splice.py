@@ -1,0 +1,139 @@
+"""Reasoning that the template does not render: where it goes, and where nobody knows."""
+
+import pytest
+
+from flexreason.chat.encode import Encoder
+from flexreason.chat.render import NotAligned
+from templating import TOOLS, answer, byte_level, call, user, with_template
+
+WITH, WITHOUT = [user("harbour"), answer("granite", "quartz")], [user("harbour"), answer("granite")]
+TAGS = ("<|im_start|>", "<|im_end|>", "<|START_RESPONSE|>", "<|channel|>", "<|message|>")
+
+
+def chatml(asked="<|im_start|>assistant\n", said="{{ m.content }}", suffix="", header="<|im_start|>assistant\n"):
+    return (
+        "{% for m in messages %}{% if m.role == 'assistant' %}" + header + said + "{% else %}<|im_start|>{{ m.role }}\n"
+        "{{ m.content }}{% if loop.last %}" + suffix + "{% endif %}{% endif %}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}" + asked + "{% endif %}"
+    )
+
+
+def target(source, messages, tools=None, plain=("<think>", "</think>"), **options):
+    """The last turn's target, behind the prompt of apply_chat_template."""
+    tokenizer = with_template(byte_level(), source, special=TAGS, plain=plain, eos="<|im_end|>")
+    turn = Encoder(tokenizer, **options).encoded(messages, tools).texts[-1]
+    rendered = tokenizer.apply_chat_template(messages[:-1], tools=tools, add_generation_prompt=True, tokenize=False)
+    assert turn.prompt == rendered
+    return turn.target.removesuffix("<|im_end|>")
+
+
+suffixes = pytest.mark.parametrize("suffix", ["", " /think"])
+
+
+@suffixes
+@pytest.mark.parametrize(
+    ("asked", "header"),
+    [
+        ("<|im_start|>assistant", "<|im_start|>assistant\n"),
+        ("<|im_start|>assistant<think>\n", "<|im_start|>assistant\n"),
+        ("### Response:", "### Response:\n"),
+        ("<|im_start|>assistant", "<|im_start|>assistant\n\n<|START_RESPONSE|>"),
+    ],
+)
+def test_a_headers_line_break_that_the_prompt_lacks_is_not_put_behind_reasoning(asked, header, suffix):
+    source = chatml(asked, suffix=suffix, header=header)
+    messages = [WITH, WITHOUT] if "think" in asked else [WITH]
+    for chat in messages:
+        with pytest.raises(NotAligned, match=r"message 1: .*whether the reasoning stands before that or behind it"):
+            target(source, chat)
+    if "think" not in asked:
+        assert target(source, WITHOUT).endswith("granite")
+
+
+@suffixes
+@pytest.mark.parametrize("space", [("\n", ""), ("", "\n")])
+def test_who_says_where_the_line_break_stands_is_believed(space, suffix):
+    source, think = chatml("<|im_start|>assistant", suffix=suffix), (space[0] + "<t>", "</t>" + space[1])
+    assert target(source, WITH, think=think) == f"{space[0]}<t>quartz</t>{space[1]}granite"
+    with pytest.raises(NotAligned, match=r"say so with think=\(before, behind\)"):
+        target(source, WITH, think=("<t>", "</t>"))
+
+
+@suffixes
+@pytest.mark.parametrize("begun", ["Okay, ", "<budget>512</budget>\n"])
+def test_a_block_that_the_prompt_has_begun_is_not_opened_again(begun, suffix):
+    thought = "{% if m.reasoning_content %}<think>\n{{ m.reasoning_content }}\n</think>\n\n{% endif %}{{ m.content }}"
+    asked = "<|im_start|>assistant\n<think>\n" + begun
+    for said in ("{{ m.content }}", thought):
+        for chat in (WITH, WITHOUT):
+            with pytest.raises(NotAligned, match="message 1"):
+                target(chatml(asked, said, suffix), chat)
+    found = target(chatml(asked, suffix=suffix), WITH, think=("<think>\n" + begun, "\n</think>\n\n"))
+    assert found == "quartz\n</think>\n\ngranite"
+
+
+@suffixes
+@pytest.mark.parametrize("behind", ["\n<answer>\n", "\n\nAnswer: ", "\n\n<|START_RESPONSE|>"])
+def test_thinking_is_off_whatever_the_prompt_has_behind_the_closed_block(behind, suffix):
+    closed = "<think>\n\n</think>" + behind
+    source = chatml("<|im_start|>assistant\n" + closed, closed + "{{ m.content }}", suffix)
+    assert [target(source, chat) for chat in (WITH, WITHOUT)] == ["granite", "granite"]
+
+
+THOUGHT = "{% if m.reasoning_content %}<think>\n{{ m.reasoning_content }}\n</think>\n\n{% endif %}"
+CLOSED = "<|im_start|>assistant\n<think>\n\n</think>\n\n"
+
+
+@suffixes
+@pytest.mark.parametrize("begins", ["<answer>\n", "Answer: ", "<|START_RESPONSE|>", "**Answer**\n\n"])
+def test_what_every_answer_begins_with_closes_no_block(begins, suffix):
+    said = THOUGHT + begins + "{{ m.content }}"
+    off = chatml(CLOSED, said, suffix)
+    assert [target(off, chat) for chat in (WITH, WITHOUT)] == [f"{begins}granite"] * 2
+    on = chatml(said=said, suffix=suffix)
+    thought = f"<think>\nquartz\n</think>\n\n{begins}granite"
+    assert [target(on, chat) for chat in (WITH, WITHOUT)] == [thought, f"{begins}granite"]
+    opens = chatml(CLOSED.partition("\n\n</think>")[0] + "\n", said, suffix)
+    assert target(opens, WITH) == thought.removeprefix("<think>\n")
+    assert target(opens, WITHOUT) == f"\n</think>\n\n{begins}granite"
+
+
+@suffixes
+@pytest.mark.parametrize("asked", ["", "<think>\n"])
+def test_what_every_answer_begins_with_is_written_once_before_calls(asked, suffix):
+    """The template shows reasoning with answers, and not with calls."""
+    said = THOUGHT.replace(" %}<think>", " and not m.tool_calls %}<think>")
+    said += "{% if m.content %}<answer>\n{{ m.content }}\n</answer>{% endif %}"
+    said += "{% for c in m.tool_calls or [] %}<call>{{ c.function | tojson }}</call>{% endfor %}"
+    source = chatml("<|im_start|>assistant\n" + asked, said, suffix)
+    called = '<call>{"name": "search", "arguments": {"key": "pebble"}}</call>'
+    thought = "<think>\nquartz\n</think>\n\n".removeprefix(asked)
+    alone, beside = call(1, "pebble", "quartz"), {**call(1, "pebble", "quartz"), "content": "meadow"}
+    assert target(source, [user("harbour"), alone], TOOLS) == thought + called
+    assert target(source, [user("harbour"), beside], TOOLS) == f"{thought}<answer>\nmeadow\n</answer>{called}"
+
+
+@suffixes
+@pytest.mark.parametrize("asked", ["", "<think>\n"])
+def test_an_empty_block_before_each_answer_is_filled(asked, suffix):
+    source = chatml("<|im_start|>assistant\n" + asked, "<think>\n\n</think>\n\n{{ m.content }}", suffix)
+    assert target(source, WITH) == "<think>\nquartz\n</think>\n\ngranite".removeprefix(asked)
+    assert target(source, WITHOUT) == "<think>\n\n</think>\n\ngranite".removeprefix(asked)
+
+
+@suffixes
+def test_reasoning_is_not_put_before_words_of_the_header(suffix):
+    header = "<|im_start|>assistant<|channel|>final<|message|>"
+    source = chatml("<|im_start|>assistant", suffix=suffix, header=header)
+    with pytest.raises(NotAligned, match="neither goes on from the other"):
+        target(source, WITH)
+    assert target(source, WITHOUT) == "<|channel|>final<|message|>granite"
+
+
+@suffixes
+def test_markers_that_are_none_close_nothing(suffix):
+    """Reasoning and answer are parted by a blank line only."""
+    said = "{% if m.reasoning_content and not m.tool_calls %}{{ m.reasoning_content }}\n\n{% endif %}{{ m.content }}"
+    said += "{% for c in m.tool_calls or [] %}<call>{{ c.function | tojson }}</call>{% endfor %}"
+    found = target(chatml(said=said, suffix=suffix), [user("harbour"), call(1, "pebble", "quartz")], TOOLS)
+    assert found == 'quartz\n\n<call>{"name": "search", "arguments": {"key": "pebble"}}</call>'
