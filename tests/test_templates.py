@@ -17,7 +17,6 @@ from templating import (
     byte_level,
     call,
     in_both_fields,
-    in_parts,
     reference,
     result,
     samples_of,
