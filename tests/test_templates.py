@@ -8,6 +8,7 @@ import pytest
 
 from flexreason.chat.encode import Encoder
 from flexreason.chat.render import ConversationError, NotAligned, NotRendered, TemplateRaised, frozen_clock
+from flexreason.tree.sample import Role
 from templating import (
     SHAPES,
     TOOLS,
@@ -157,6 +158,39 @@ def test_inline_reasoning_is_in_the_target_only_where_the_template_would_show_it
     assert targets(NEVER, inline) == ["<think>\nwhy\n</think>\n\ntwo</a>", "four</a>"]
     assert "why" not in prompts(NEVER, inline)[1]
     assert "why" in own(NEVER).apply_chat_template(inline[:3], tokenize=False)  # the shortcut
+
+
+def inline(message):
+    """The message with its reasoning in its content."""
+    block = f"<think>\n{message.get('reasoning_content')}\n</think>\n\n" if "reasoning_content" in message else ""
+    return {key: value for key, value in message.items() if key != "reasoning_content"} | {
+        "content": block + message["content"]
+    }
+
+
+@pytest.mark.parametrize("which", ["reasoning chat", "mixed"])
+def test_prompts_behind_inline_reasoning_are_the_templates_where_it_takes_that_out_itself(which):
+    """To the letter: with the line breaks that it leaves."""
+    left, messages = set(), [inline(message) for message in SHAPES[which]]
+    for name in TRL_TEMPLATES:
+        tokenizer = trl_tokenizer(name)
+        if encoder(name).template().content_form("assistant") == "parts":
+            continue
+        for turn, number in enumerate(n for n, message in enumerate(messages) if message["role"] == "assistant"):
+            rendered = tokenizer.apply_chat_template(messages[:number], add_generation_prompt=True, tokenize=False)
+            if not any(m.get("reasoning_content", "no reasoning") in rendered for m in SHAPES[which][:number]):
+                found = encoder(name).encoded(messages[: number + 1], turns=[turn])
+                assert found.texts[0].prompt == rendered, (name, number)
+                left |= {name} if "\n\ngranite" in rendered else set()
+    assert {"deepseek_r1_distill", "deepseekv3", "nemotron_3_nano", "nemotron_3_ultra"} <= left
+
+
+def test_roles_of_answers_behind_inline_reasoning_that_the_template_takes_out():
+    messages = [inline(message) for message in SHAPES["reasoning chat"]]
+    tokenizer, found = trl_tokenizer("deepseek_r1_distill"), encoder("deepseek_r1_distill").encoded(messages)
+    sample = found.samples[-1]
+    seen = [i for i, role in zip(sample.prompt_ids, sample.prompt_roles, strict=True) if role == Role.CONTEXT]
+    assert tokenizer.decode(seen).split() == ["granite", "meadow"]
 
 
 @pytest.mark.parametrize("name", ["reasoning_content", "reasoning", "thinking"])

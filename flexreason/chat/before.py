@@ -60,12 +60,13 @@ class Before:
             return asks
         return self.asked(self.tails()[0], "")
 
-    def seam(self, known: str, lead: str, marked: Marked) -> Seam:
+    def seam(self, known: str, lead: str, marked: Marked, plain: bool) -> Seam:
         """How much of the lead the prompt holds; its own block of reasoning, open or closed, stands behind that.
 
         Args:
             known: What follows the last text in the prompt.
             lead: What follows it in the rendering of the marked message, up to the first mark.
+            plain: Whether the message has no reasoning.
         """
         opening, added, closed = self.template.markers.opening, self.template.added, self.closed
         seam = find_seam(known, lead, closed, opening, added)
@@ -75,7 +76,9 @@ class Before:
             seam = seam and Seam(seam.end, seam.more + known[blocks[0] :])
         if seam is None or not self._is_attribute(seam, lead, closed):
             begun = seam.more.strip() if seam and seam.end == len(lead) else ""
-            seam = self._without_header(known, lead, closed, marked)
+            seam = self._without_header(known, lead, closed, marked) or (
+                seam if plain and begun and not says_something(begun, added) else None  # a sign opens no block
+            )
             if seam is None and begun:
                 raise NotAligned(
                     f"the chat template's prompt goes on with {begun[:60]!r} behind the header, and this message does "

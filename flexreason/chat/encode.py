@@ -160,7 +160,10 @@ class Encoder:
             render = Renderer(self.tokenizer, function_tools(tools), self.options)
             _, finder, heard = self._template(render)
             own, dirty = self._in_form(render, finder.endings, heard, checked, set(trained))
-            past = [message.without_reasoning() for message in own] if self.history == "content" else own
+            if self.history == "content":
+                past = [message.without_reasoning() for message in own]
+            else:
+                past = [finder.template.in_history(*both) for both in zip(checked, own, strict=True)]
             before = [message.as_dict for message in past]
             answered = [self._turn(render, finder, before[:number], own[number], number) for number in trained]
             stretches = find_stretches(render, past[: trained[-1]], answered[-1].prompt)

@@ -40,10 +40,19 @@ def find_stretches(render: Renderer, messages: list[Message], prompt: str) -> li
                 if text:
                     marks[role] = f"{base}{number}{role.name}"
                     texts[marks[role]], said[marks[role]] = text, (number, role)
-        marked.append(message.with_texts(marks.get(Role.REASONING), marks.get(Role.CONTEXT)).as_dict)
+        marked.append(_with_marks(message, marks.get(Role.REASONING), marks.get(Role.CONTEXT)).as_dict)
     if not texts or (rendering := render.attempt(marked, True)) is None:
         return []
     return [Stretch(start, end, *said[mark]) for start, end, mark in places_of(rendering, texts, prompt)[0]]
+
+
+def _with_marks(message: Message, reasoning: str | None, response: str | None) -> Message:
+    """The message with marks for its texts, each where it stood."""
+    if not (message.inline and isinstance(message.as_dict["content"], str)):
+        return message.with_texts(reasoning, response)
+    block = message.text[: len(message.text) - len(message.response)]
+    block = block.replace(message.reasoning, reasoning) if reasoning else block
+    return message.changed(content=block + (response or ""))
 
 
 class History:

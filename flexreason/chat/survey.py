@@ -208,7 +208,7 @@ class _Survey:
             return turn
         if off and self.reasoning and inside:
             return self._thinking_off(known)
-        seam = self.before.seam(known, lead, marked)
+        seam = self.before.seam(known, lead, marked, plain=not self.reasoning)
         rest = body[seam.end :]
         if inside and markers.opening in seam.more:  # both open the block, behind a header that ends otherwise
             begun, own = seam.more[seam.more.find(markers.opening) :], lead.find(markers.opening, seam.end)

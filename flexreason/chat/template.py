@@ -69,6 +69,7 @@ class Template:
         tokenizer = render.tokenizer
         self.render, self.think = render, think
         self._content_forms: dict[str, str] = {}
+        self._takes_out: dict[bool, bool] = {}
         self.eos, self.bos = tokenizer.eos_token, tokenizer.bos_token
         added = tokenizer.added_tokens_decoder.values()
         self.special = _any_of([*(str(t.content) for t in added if t.special), *tokenizer.all_special_tokens])
@@ -283,14 +284,44 @@ class Template:
         """Messages of a probe in the forms that the template takes."""
         return [self.in_form(take_apart(message)).as_dict for message in messages]
 
+    def in_history(self, given: Message, message: Message) -> Message:
+        """A message, in the form that the template takes, as the prompts of later turns have it: with inline reasoning
+        as it was given, where the template takes that out of history itself and leaves its line breaks."""
+        if not given.inline or message.inline or not isinstance(given.as_dict["content"], str):
+            return message
+        takes_out = self._takes_inline_out(bool(given.functions))
+        return self._in_forms(message.without_reasoning().changed(content=given.text)) if takes_out else message
+
+    def _takes_inline_out(self, calls: bool) -> bool:
+        """Whether inline reasoning of an answer, or of one with calls, is left out in history as a field's is, but for
+        white space."""
+        if calls not in self._takes_out:
+            form = "string" if self.argument_form == "string" else "object"
+            answered = calling(form, value=AGAIN, content=ANSWER) if calls else assistant(ANSWER)
+            inline = {**answered, "content": f"<think>\n{THOUGHT}\n</think>\n\n{ANSWER}"}
+            field = {**answered, (self.fields or REASONING_FIELDS)[0]: THOUGHT}
+            more = [tool(""), assistant("x"), user(USER)] if calls else [user(USER), assistant("x"), user(USER)]
+            found = []
+            for behind in (more[:1], more):
+                texts = [self._in_forms(take_apart(message)).as_dict for message in (inline, field)]
+                shown = [self.probe([*self.take([user(USER)]), text, *self.take(behind)], True) or "" for text in texts]
+                alike = len({re.sub(r"\s", "", text) for text in shown}) == 1
+                found.append(alike and ANSWER in shown[0] and THOUGHT not in shown[0])
+            self._takes_out[calls] = all(found)
+        return self._takes_out[calls]
+
     def in_form(self, message: Message) -> Message:
         """The message in the forms that the template takes, changed only where it would come out wrong."""
+        if message.inline and not (self.splits_inline and isinstance(message.as_dict["content"], str)):
+            message = message.with_field((self.fields or REASONING_FIELDS)[0])
+        return self._in_forms(message)
+
+    def _in_forms(self, message: Message) -> Message:
+        """The same, but inline reasoning stays inline."""
         if message.functions and self.argument_form in ("object", "string"):
             message = message.with_arguments(self.argument_form)
         if message.fields and self.fields and not set(message.fields) & set(self.fields):
             message = message.with_field(self.fields[0])
-        elif message.inline and not (self.splits_inline and isinstance(message.as_dict["content"], str)):
-            message = message.with_field((self.fields or REASONING_FIELDS)[0])
         content = message.as_dict.get("content")
         if isinstance(content, list) and self.content_form(message.role) == "string":
             return message.changed(content=message.text)
