@@ -25,7 +25,7 @@ def with_call(function, **more):
 
 @pytest.mark.parametrize("name", TRL_TEMPLATES)
 def test_an_empty_block_before_the_content_is_no_reasoning(name):
-    """Where the template takes inline blocks apart by itself, it may leave other line breaks."""
+    """In history it is left out too, or stands there as the template itself shows it."""
     tokenizer = trl_tokenizer(name)
     if Encoder(tokenizer).template().splits_inline:
         pytest.skip("the template takes inline blocks apart")
@@ -33,7 +33,13 @@ def test_an_empty_block_before_the_content_is_no_reasoning(name):
         [user("harbour"), answer(before + "granite"), user("lantern"), answer(before + "meadow")]
         for before in ("", EMPTY_BLOCK)
     )
-    assert encode_samples(stored, tokenizer) == encode_samples(plain, tokenizer)
+    of_stored, of_plain = encode_samples(stored, tokenizer), encode_samples(plain, tokenizer)
+    assert [sample.target_ids for sample in of_stored] == [sample.target_ids for sample in of_plain]
+    assert of_stored[0] == of_plain[0]
+    if of_stored[1].prompt_ids != of_plain[1].prompt_ids:
+        shown = tokenizer.apply_chat_template(stored[:3], add_generation_prompt=True, return_dict=False)
+        assert of_stored[1].prompt_ids == shown
+        assert "think>\n\n</think" not in tokenizer.decode(shown)
 
 
 @pytest.mark.parametrize("field", ["", "\n"])
