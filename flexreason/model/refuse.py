@@ -123,11 +123,10 @@ def _reason_against_layer(module: nn.Module) -> Reason | None:
     finally:
         for part, mode in modes.items():
             part.training = mode
-    return (
-        (f"its adapter ({type(module).__name__}) lets each token see all others of the batch", "train a LoRA")
-        if mixes
-        else None
-    )
+    if not mixes:
+        return None
+    name = f"{type(module).__module__}.{type(module).__name__}"
+    return f"its adapter ({name}) lets each token see all others of the batch", "train a LoRA"
 
 
 def reason_against_adapter(module: nn.Module) -> Reason | None:
