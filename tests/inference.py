@@ -43,6 +43,7 @@ class Choices:
     eos: str  # "end", or a token that the template never writes
     special: bool  # whether the end is flagged special
     call: tuple[str, str]  # around a tool call
+    begins: str  # what each content begins with, behind reasoning
     named: bool  # the template has the name that transformers takes where tools are given
 
     @property
@@ -82,6 +83,8 @@ class Choices:
                 return "the header's last line break stands behind an attribute, and not in the prompt"
             if self.opens or self.reasoning == "never":
                 return "the header's last line break, or a block of reasoning that no rendering shows: which is first"
+        if self.begins and self.reasoning == "never":
+            return "what an answer begins with, or words of its header: reasoning may stand before or behind them"
         if self.kind == "two tokens" and self.attribute:
             return "what stands behind a whole header is an attribute, or the beginning of an answer"
         return ""
@@ -111,6 +114,7 @@ def draw(random: Random) -> Choices:
         special=random.random() < 0.8,
         call=random.choice([("<tool_call>\n", "\n</tool_call>"), ("<|call|>", "<|call_end|>"), ("Action: ", "")]),
         named=random.random() < 0.2,
+        begins=some("<answer>\n", "Answer: ", "**Answer**\n\n", often=0.2),
     )
 
 
@@ -135,7 +139,9 @@ def jinja(c: Choices) -> str:
         + shown
         + " %}"
         + thought
-        + "{% endif %}{{ m.content }}{% for call in m.tool_calls or [] %}"
+        + "{% endif %}{% if m.content %}"
+        + quoted(c.begins)
+        + "{{ m.content }}{% endif %}{% for call in m.tool_calls or [] %}"
         + quoted(c.call[0])
         + "{{ {'name': call.function.name, 'arguments': call.function.arguments} | tojson }}"
         + quoted(c.call[1])
@@ -213,4 +219,5 @@ class Inference:
         """Content and calls."""
         functions = [call["function"] for call in message.get("tool_calls", [])]
         calls = [{"name": function["name"], "arguments": function["arguments"]} for function in functions]
-        return message["content"] + "".join(self.c.call[0] + json.dumps(call) + self.c.call[1] for call in calls)
+        content = message["content"] and self.c.begins + message["content"]
+        return content + "".join(self.c.call[0] + json.dumps(call) + self.c.call[1] for call in calls)

@@ -68,7 +68,7 @@ def test_targets_of_very_many_templates_are_what_a_model_must_write():
 def test_the_templates_made_are_of_every_kind():
     """Each choice is made both ways, and most templates differ between prompt and answer."""
     made = [draw(Random(number)) for number in range(150)]
-    for name in ("suffix", "tools", "reminder", "attribute", "no_break", "opens", "special"):
+    for name in ("suffix", "tools", "reminder", "attribute", "no_break", "opens", "special", "begins"):
         assert 10 < sum(bool(getattr(choices, name)) for choices in made) < 140, name
     for name in ("kind", "reasoning", "eos", "prompt_role", "block"):
         assert len({getattr(choices, name) for choices in made}) > 1, name
