@@ -219,6 +219,32 @@ def test_reasoning_that_a_field_and_a_block_both_say_is_said_once(name, history)
     )
 
 
+def test_reasoning_alone_is_an_empty_answer_where_thinking_is_off():
+    """Nothing of it is trained but the stop token."""
+    chat = [user("harbour"), answer("", "quartz")]
+    assert encode_samples(chat, QWEN)
+    with pytest.raises(ConversationError, match=r"message 1: .*accept empty-message"):
+        encode_samples(chat, QWEN, enable_thinking=False)
+    assert encode_samples([*chat[:1], answer("granite", "quartz")], QWEN, enable_thinking=False)
+
+
+@pytest.mark.parametrize("text", ["a<er>b", "a<et>b"])
+def test_one_token_of_a_stop_that_is_a_run_of_tokens_may_stop_it_too(text):
+    template = "{% for m in messages %}{{ '<a>' if m.role == 'assistant' else '<u>' }}{{ m.content }}"
+    template += "{{ '<er><et>' if m.role == 'assistant' }}{% endfor %}{{ '<a>' if add_generation_prompt }}"
+    tokenizer = with_template(byte_level(), template, special=["<a>", "<u>", "<er>", "<et>"])
+    assert encode_samples([user("harbour"), answer("ab")], tokenizer)
+    with pytest.raises(ConversationError, match=r"message 1: .*accept stop-in-text"):
+        encode_samples([user("harbour"), answer(text)], tokenizer)
+
+
+def test_what_stops_a_call_stops_an_answer_too():
+    glm = trl_tokenizer("glm4moe")
+    assert encode_samples([user("harbour"), answer("granite")], glm)
+    with pytest.raises(ConversationError, match=r"message 1: .*<\|observation\|>.*accept stop-in-text"):
+        encode_samples([user("harbour"), answer("granite <|observation|> so")], glm)
+
+
 def test_reasoning_that_is_not_trained_since_thinking_is_off_may_hold_anything():
     for template, more in (("qwen3", {"enable_thinking": False}), ("qwen3_5_nothink", {})):
         tokenizer = trl_tokenizer(template)

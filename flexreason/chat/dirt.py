@@ -198,10 +198,10 @@ def find(
         yield _error(DoubledReasoning, words, number)
     elif two and not off:
         yield _error(DoubledReasoning, f"it has reasoning in {two[0]}, and other reasoning in {two[1]}", number)
-    if not (message.functions or (message.reasoning + message.response).strip()):
+    if not (message.functions or message.response.strip() or (message.reasoning.strip() and not off)):
         yield _error(EmptyMessage, "it has no reasoning, no content and no calls", number)
     texts = [message.response, *map(str, message.functions), *([] if off else [message.reasoning])]
-    for stop in endings.stops(bool(message.functions)):
+    for stop in endings.tokens:
         if any(stop in text for text in texts):
             words = f"it has {stop!r} in its text, which stops generation: nothing behind it would be generated"
             yield _error(StopInText, words, number)

@@ -52,6 +52,13 @@ class Endings:
         found = [self.stop, self.call_stop if calls else None]
         return list(dict.fromkeys([*(stop.text for stop in found if stop), *([self.eos] if self.eos else [])]))
 
+    @cached_property
+    def tokens(self) -> list[str]:
+        """Every token that may stop generation, behind an answer or a tool call."""
+        call = self.call_stop if self.template.argument_form != "none" else None
+        texts = [*self.stops(False), *([call.text] if call and not call.guessed else [])]
+        return list(dict.fromkeys(token for text in texts for token in self.template.added.findall(text) or [text]))
+
     def of(self, tail: str, calls: bool) -> tuple[int, Stop] | None:
         """How many characters of what a message ends with belong to it, and how it stops."""
         known = [stop for stop in ((self.call_stop if calls else None), self.stop) if stop]
