@@ -3,7 +3,7 @@
 import pytest
 
 from flexreason.chat.encode import Encoder
-from flexreason.chat.render import NotAligned
+from flexreason.chat.render import NotAligned, NotRendered
 from templating import TOOLS, answer, byte_level, call, user, with_template
 
 WITH, WITHOUT = [user("harbour"), answer("granite", "quartz")], [user("harbour"), answer("granite")]
@@ -137,3 +137,59 @@ def test_markers_that_are_none_close_nothing(suffix):
     said += "{% for c in m.tool_calls or [] %}<call>{{ c.function | tojson }}</call>{% endfor %}"
     found = target(chatml(said=said, suffix=suffix), [user("harbour"), call(1, "pebble", "quartz")], TOOLS)
     assert found == 'quartz\n\n<call>{"name": "search", "arguments": {"key": "pebble"}}</call>'
+
+
+# --- what a mark shows, and what it does not
+
+
+ASKS = "<|im_start|>assistant\n"
+
+CALLED = call(1, "v")
+CALLED["tool_calls"][0]["function"]["arguments"] = {"n": 3, "key": "v"}
+CALLING = [user("harbour"), CALLED]
+
+
+def test_a_mark_in_an_empty_content_that_makes_another_header_shows_no_seam():
+    shown = "{% for c in m.tool_calls or [] %}{% if c.function.name == 'search' %}<call>{{ c.function.name }} "
+    shown += (
+        "n={{ '%d' | format(c.function.arguments.n) }} k={{ c.function.arguments.key }}</call>{% endif %}{% endfor %}"
+    )
+    header = "{% if m.tool_calls and not m.content %}to=tool\n{% else %}final\n{% endif %}"
+    with pytest.raises(NotAligned, match="neither goes on from the other"):
+        target(chatml(ASKS + "final\n", header + "{{ m.content }}" + shown), CALLING, TOOLS)
+    same = chatml(ASKS + "final\n", "final\n{{ m.content }}" + shown)
+    assert target(same, CALLING, TOOLS) == "<call>search n=3 k=v</call>"
+
+
+def test_a_number_that_a_template_reads_is_an_argument_that_comes_out():
+    shown = (
+        "{{ m.content }}{% for c in m.tool_calls or [] %}<call>{{ c.function.name }}(n={{ c.function.arguments.n | int"
+    )
+    shown += " }}, k={{ c.function.arguments.key }})</call>{% endfor %}"
+    assert target(chatml(said=shown), CALLING, TOOLS) == "<call>search(n=3, k=v)</call>"
+    with pytest.raises(NotRendered, match="tool call's argument n=3"):
+        target(chatml(said=shown.replace("n={{ c.function.arguments.n | int }}", "")), CALLING, TOOLS)
+
+
+@pytest.mark.parametrize("suffix", ["", " /no_think"])
+@pytest.mark.parametrize("again", ["", "<|start|>assistant\n"])
+def test_a_prompt_that_is_in_the_channel_of_answers_has_opened_no_reasoning(suffix, again):
+    template = "{% for m in messages %}{% if m.role == 'assistant' %}<|start|>assistant\n{% if m.reasoning_content %}"
+    template += "<|channel|>analysis<|message|>{{ m.reasoning_content }}<|end|>" + again + "{% endif %}<|channel|>final"
+    template += (
+        "<|message|>{{ m.content }}{{ '<|return|>' if loop.last else '<|end|>' }}{% else %}<|start|>{{ m.role }}\n"
+    )
+    template += "<|message|>{{ m.content }}{% if loop.last %}" + suffix + "{% endif %}<|end|>{% endif %}{% endfor %}"
+    template += "{% if add_generation_prompt %}<|start|>assistant\n<|channel|>final<|message|>{% endif %}"
+    special = ["<|start|>", "<|channel|>", "<|message|>", "<|end|>", "<|return|>"]
+    tokenizer = with_template(byte_level(), template, special=special, eos="<|return|>")
+    [turn] = Encoder(tokenizer).encoded(WITHOUT).texts
+    assert turn.target == "granite<|return|>"
+
+
+@pytest.mark.parametrize("reasoning", ["think", "quartz", "</think", "im_end"])
+def test_the_response_begins_behind_the_reasoning_whatever_that_says(reasoning):
+    shown = "{% if m.reasoning_content %}<think>\n{{ m.reasoning_content }}\n</think>\n\n{% endif %}{{ m.content }}"
+    tokenizer = with_template(byte_level(), chatml(said=shown), special=TAGS, eos="<|im_end|>")
+    [turn] = Encoder(tokenizer).encoded([user("harbour"), answer("granite", reasoning)]).texts
+    assert turn.target[turn.response :] == "granite<|im_end|>"
