@@ -3,7 +3,7 @@
 import pytest
 
 from flexreason.chat.encode import Encoder
-from flexreason.chat.render import NotAligned, NotRendered
+from flexreason.chat.render import NotAligned
 from templating import TOOLS, answer, byte_level, call, user, with_template
 
 WITH, WITHOUT = [user("harbour"), answer("granite", "quartz")], [user("harbour"), answer("granite")]
@@ -159,16 +159,6 @@ def test_a_mark_in_an_empty_content_that_makes_another_header_shows_no_seam():
         target(chatml(ASKS + "final\n", header + "{{ m.content }}" + shown), CALLING, TOOLS)
     same = chatml(ASKS + "final\n", "final\n{{ m.content }}" + shown)
     assert target(same, CALLING, TOOLS) == "<call>search n=3 k=v</call>"
-
-
-def test_a_number_that_a_template_reads_is_an_argument_that_comes_out():
-    shown = (
-        "{{ m.content }}{% for c in m.tool_calls or [] %}<call>{{ c.function.name }}(n={{ c.function.arguments.n | int"
-    )
-    shown += " }}, k={{ c.function.arguments.key }})</call>{% endfor %}"
-    assert target(chatml(said=shown), CALLING, TOOLS) == "<call>search(n=3, k=v)</call>"
-    with pytest.raises(NotRendered, match="tool call's argument n=3"):
-        target(chatml(said=shown.replace("n={{ c.function.arguments.n | int }}", "")), CALLING, TOOLS)
 
 
 @pytest.mark.parametrize("suffix", ["", " /no_think"])

@@ -93,15 +93,6 @@ def stands_for(marked: Marked, shown: str, texts: dict[str, str], whole: str) ->
     return begins >= 0 and all(any(form in whole[begins:] for form in forms(text)) for text in behind)
 
 
-def lost_marks(marked: Marked, shown: str) -> list[str]:
-    """The slots whose marks do not come out, but that of reasoning; of arguments, all with the same mark, in part."""
-    said = str(marked.message)
-    lost = [slot for slot in marked.wanted if slot != "r" and marked.marks[slot] not in shown]
-    return lost + [
-        slot for slot, text in marked.marks.items() if slot[0] == "v" and shown.count(text) < said.count(text)
-    ]
-
-
 def texts_between_marks(base: str, shown: str) -> dict[str, str]:
     """Where a text stands between two marks of its slot, b before it and e behind it: the texts, by slot's mark."""
     return {pair.group(1): pair.group(2) for pair in _pairs(base).finditer(shown)}

@@ -24,7 +24,7 @@ from typing import Any
 from flexreason.chat.before import Before
 from flexreason.chat.calls import lost_call
 from flexreason.chat.ending import Endings, Stop
-from flexreason.chat.marks import Marked, joined, lost_marks, mark, new_base, stands_for, texts_between_marks
+from flexreason.chat.marks import Marked, joined, mark, new_base, stands_for, texts_between_marks
 from flexreason.chat.messages import REASONING_FIELDS, Message
 from flexreason.chat.render import (
     ALONE,
@@ -143,15 +143,12 @@ class _Survey:
         """The message with marks that leave its rendering as it is but for their places, and that rendering."""
         texts = {"r": self.reasoning, "c": self.message.response}
         ways = ({}, {"names": False}, {"calls": False}) if self.message.functions else ({},)
-        found = None
         for way in ways:  # the template may know names, or look into arguments
             marked = mark(self.message, self.base, **way)
             shown = self.render.attempt([*self.messages, marked.message], False)
             if shown is not None and stands_for(marked, shown, texts, self.whole):
-                found = found or (marked, shown)
-                if not lost_marks(marked, shown):
-                    return marked, shown
-        return found or self._with_texts()
+                return marked, shown
+        return self._with_texts()
 
     def _with_texts(self) -> tuple[Marked, str]:
         """The message with a mark before and a mark behind each of its texts, and its rendering.
@@ -184,7 +181,9 @@ class _Survey:
         """The turn, from what stands behind the prompt, or, with `known`, behind the text before the prompt's end."""
         places = {slot: shown.find(mark) for slot, mark in marked.marks.items()}
         missing = [slot for slot in marked.wanted if places[slot] < 0]
-        if lost := lost_marks(marked, shown):
+        said = str(marked.message)  # in which each argument has the same mark
+        some = [slot for slot, text in marked.marks.items() if slot[0] == "v" and shown.count(text) < said.count(text)]
+        if lost := [slot for slot in missing if slot != "r"] + some:
             raise self._not_rendered(lost)
         for slot in marked.wanted:
             if slot in "rc" and shown.count(marked.marks[slot]) > 1:
@@ -202,7 +201,7 @@ class _Survey:
                 self._learn(marked, places, shown, whole, kept, stop)
             return Turn(self.prompt, body, self._response(marked, places, shown, body), "rendered")
         lead = shown[:first]
-        if not whole.startswith(lead):  # an empty content that is marked may make another header
+        if not (marked.wanted or whole.startswith(lead)):  # a mark in an empty content may make another header
             raise self.before.no_seam(known, lead)
         markers = self.template.markers
         asked, inside = self.before.asked(known, lead), places.get("r", -1) >= 0

@@ -239,8 +239,9 @@ class Template:
         if not opening.strip():  # the prompt opens the block itself
             word = re.search(r"(<[^<>\s]+>|\[[^\[\]\s]+\])\s*$", head)
             opening = head[len(header) :] or (word.group(0) if word else opening)
-            if opening.strip() and opening.strip() in plain:  # the same tag ends the header of every answer
-                opening = head[len(self.shared(head, plain)) :]
+            own = head[len(self.shared(head, plain)) :]
+            if own.strip() and opening.strip() in plain:  # the same tag ends the header of every answer
+                opening = own
         close, begins = self._without_beginning(close, plain, head.removesuffix(opening), opening.strip())
         return Markers(opening, close, "template", begins)
 
