@@ -334,3 +334,14 @@ def test_what_then_makes_is_given_out_and_workers_can_be_shared(tokenizer):
     with start_workers(1, encoder, number_of) as pool:
         for n in (3, 20):
             assert list(Intake(chats(n), encoder, workers=1, then=number_of, pool=pool)) == list(range(n))
+
+
+def test_an_option_that_the_template_does_not_ask_for_is_told(tokenizer, caplog):
+    """Data may name options of other templates, and these are not told."""
+    EntryEncoder(tokenizer, enable_thinking=False)(
+        {"messages": CHAT, "chat_template_kwargs": {"reasoning_effort": "low"}}
+    )
+    assert not [line for line in caplog.messages if "has no option" in line]
+    EntryEncoder(tokenizer, preserve_thinking=True, reasoning_effort="low", think=("<think>\n", "\n</think>\n\n"))
+    [line] = [line for line in caplog.messages if "has no option" in line]
+    assert "no option preserve_thinking, reasoning_effort, so that it does nothing" in line

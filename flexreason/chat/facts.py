@@ -117,7 +117,8 @@ def _reasoning(template: Template) -> list[Fact]:
     if opens or closes:
         facts.append(_fact("prompt", "opens" if opens else "closes"))
     else:
-        words = f"The generation prompt is {_tail(prompt_end)!r}; the model opens the block."
+        asked = prompt_end.removeprefix(template.closed)  # the end of the user's message
+        words = f"The generation prompt is {_tail(asked)!r}; the model opens the block."
         facts.append(Fact("prompt", "plain", words))
         without = _shown(template, [user(USER), assistant(ANSWER)], False)
         if markers.around(without.rpartition(USER)[2].partition(ANSWER)[0]):

@@ -262,6 +262,18 @@ def template_source(tokenizer: Any, tools: list[Any] | None, options: dict[str, 
     return source
 
 
+def unknown_options(tokenizer: Any, options: Mapping[str, Any]) -> list[str]:
+    """Options that the template does not ask for; none where there is no template."""
+    names = [name for name in options if name not in (*OF_ENCODE, "chat_template")]
+    if tokenizer is None or not names:
+        return []
+    try:
+        variables = _variables(template_source(tokenizer, None, dict(options)))
+    except NoTemplate:
+        return []
+    return [name for name in names if name not in variables]
+
+
 def _words(error: BaseException) -> str:
     text = str(error).strip()
     return f"{text[:500]} [{type(error).__name__}]" if text else type(error).__name__

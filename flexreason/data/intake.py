@@ -6,6 +6,7 @@ nobody mends a file line by line. Or refusals are skipped, and listed.
 """
 
 import itertools
+import logging
 import multiprocessing
 import os
 import time
@@ -22,7 +23,7 @@ import torch
 
 import flexreason
 from flexreason.chat.encode import Encoded, Encoder, encoder_of
-from flexreason.chat.render import ConversationError
+from flexreason.chat.render import ConversationError, unknown_options
 from flexreason.data.files import read_all
 from flexreason.data.formats import BadInput, Conversation, as_conversation, as_sample, detect
 from flexreason.data.tables import features_of, row_as_entry
@@ -39,6 +40,8 @@ OURS = {"tokenizer", "format", "turns", "history", "accept"}
 AT_A_TIME = 8
 """Conversations that a worker takes at a time."""
 
+log = logging.getLogger("flexreason")
+
 
 class EntryEncoder:
     """Makes the layout of what a data set's entry holds, in any of the formats of `data.files`.
@@ -54,6 +57,11 @@ class EntryEncoder:
             raise ConversationError("EntryEncoder: tools stand in the entries; give them there, beside the messages")
         self.tokenizer, self.format, self.turns, self.options = tokenizer, format, turns, options
         Encoder(tokenizer, **options)  # wrong options are told here, and not in a worker
+        if unknown := unknown_options(tokenizer, options):
+            log.warning(
+                f"the chat template has no option {', '.join(unknown)}, so that it does nothing; `flexreason template` "
+                "lists those that it has"
+            )
         # what datasets keeps goes by this object's state, and another version may encode otherwise
         self.versions = [flexreason.__version__, version("transformers"), version("tokenizers")]
 
