@@ -78,6 +78,15 @@ def test_families_chosen_for_their_differences_are_exact(name):
     assert max(found.loss, found.logprobs, found.gradients) <= EXACT
 
 
+@pytest.mark.parametrize("backend", ["segments", "dense"])
+@pytest.mark.parametrize("length", [24, 128, 136, 256, 264])
+def test_a_layer_that_views_what_attention_gives_takes_rows_of_any_length(length, backend):
+    """AFMoE does, and so may a class of anybody: transformers' own attention is contiguous."""
+    model = build(shrink(transformers.AfmoeConfig()), transformers.AfmoeForCausalLM).double()
+    row = fr.collate([fr.lay_out_turns(random_turns([(3, 4, 5)] * 2))], length=length, block_size=8)
+    fr.patch(model, backend)(**row).loss.backward()
+
+
 # ---- what a self-test is worth: without its special thing, none of these is exact
 
 

@@ -89,9 +89,12 @@ class TreeRow:
         softcap: float | None = None,
         sinks: Tensor | None = None,
     ) -> Tensor:
-        """Attention of one layer over the tree, [1, S, H, E]. Layers with the same limits share their tables."""
+        """Attention of one layer over the tree, [1, S, H, E]. Layers with the same limits share their tables.
+
+        In memory it lies as transformers' own attention gives it, since some layers go on with a view of it.
+        """
         backend = BACKENDS[self.backend]
-        return backend.attend(q, k, v, self.table(window, chunk), scale, softcap, sinks)
+        return backend.attend(q, k, v, self.table(window, chunk), scale, softcap, sinks).contiguous()
 
     @torch.compiler.disable
     def table(self, window: int | None, chunk: int | None) -> Any:
