@@ -533,6 +533,76 @@ def test_a_layer_put_in_later_takes_rows_too():
     assert reads == {"sdpa"}
 
 
+def put_in(model, layer):
+    model.model.layers[1] = layer
+
+
+def append(model, layer):
+    layer.self_attn.layer_idx = 2  # its place in the cache
+    model.model.layers.append(layer)
+    model.config.num_hidden_layers, model.config.layer_types = 3, ["full_attention"] * 3
+
+
+def exchange_attention(model, layer):
+    model.model.layers[1].self_attn = layer.self_attn
+
+
+def exchange_config(model, layer):
+    model.model.layers[1].self_attn.config = copy.deepcopy(model.config)
+
+
+@pytest.mark.parametrize("how", [put_in, append, exchange_attention, exchange_config])
+@pytest.mark.parametrize("after_a_row", [False, True])
+def test_what_was_made_before_and_is_put_in_later_takes_rows_too(how, after_a_row):
+    model, stock = pair()
+    torch.manual_seed(5)
+    layer = type(stock.model.layers[0])(stock.config, 1).double()
+    if after_a_row:
+        model(**a_row())
+    for each in (model, stock):
+        how(each, copy.deepcopy(layer))
+    assert_exact(model, stock)
+    assert_ordinary(model, stock)
+    reads = {m.config._attn_implementation for m in fr.unpatch(model).modules() if hasattr(m, "config")}
+    assert reads == {"sdpa"}
+
+
+def test_a_layer_of_two_models_is_found_by_the_one_that_is_still_patched():
+    models = [tiny("Qwen3", seed).double().eval() for seed in range(2)]
+    models[1].model.layers[0] = models[0].model.layers[0]
+    stocks = copy.deepcopy(models)
+    for model in models:
+        fr.patch(model)
+    fr.unpatch(models[0])
+    assert_exact(models[1], stocks[1])
+    assert_ordinary(models[0], stocks[0])
+    fr.unpatch(models[1])
+    for model, stock in zip(models, stocks, strict=True):
+        assert names(model) == {"sdpa"}
+        assert_ordinary(model, stock)
+        assert {type(m.config) for m in model.modules() if hasattr(m, "config")} == {type(model.config)}
+
+
+@pytest.mark.parametrize("then", ["a row", "an ordinary batch", "a row that raises"])
+def test_a_config_that_is_set_later_stays(then, tmp_path):
+    model, stock = pair()
+    model(**a_row())
+    model.config = new = copy.deepcopy(model.config)
+    new.mine = "kept"
+    if then == "a row":
+        assert_exact(model, stock)
+    elif then == "an ordinary batch":
+        assert_ordinary(model, stock)
+    else:
+        with pytest.raises(ValueError, match="until"):
+            model(**{**a_row(), "until": a_row()["until"] * 0})
+    assert model.config is new
+    model.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["mine"] == "kept"
+    assert fr.unpatch(model).config is new
+    assert_ordinary(model, stock)
+
+
 # ---- a wrapper that holds two models
 
 

@@ -142,6 +142,8 @@ class Patch:
     loss: str = "model"
     unchunked: str = ""  # why its logits cannot be made a chunk at a time
     views: list[tuple[nn.Module, str, Any]] = field(default_factory=list)  # what layers had before, by module and name
+    viewed: list[tuple[nn.Module, str]] = field(default_factory=list)  # all that have a view, also from another patch
+    lists: list[tuple[nn.ModuleList, list[nn.Module]]] = field(default_factory=list)  # of layers, and what was in them
     # models, which make masks: their config is a view while a row is on its way
     makers: list[tuple[nn.Module, str, Any, Any]] = field(default_factory=list)
     configs: list[Any] = field(default_factory=list)  # each once
@@ -172,20 +174,35 @@ class Patch:
         """Give layers their view of the config, and refuse adapters; a second look finds those that came since."""
         if against := reason_against_adapters(self.root):
             raise refusal(self.root, against)
-        self.makers = []
+        self.makers, self.viewed, self.lists = [], [], []
         for module in self.root.modules():
+            if isinstance(module, nn.ModuleList):
+                self.lists.append((module, list(module)))
             for name, config in list(vars(module).items()):
-                if not isinstance(config, PreTrainedConfig) or isinstance(config, Renamed):
+                if not isinstance(config, PreTrainedConfig):
                     continue
-                if isinstance(module, PreTrainedModel):
+                if isinstance(config, Renamed):
+                    self.viewed.append((module, name))
+                elif isinstance(module, PreTrainedModel):
                     self.makers.append((module, name, config, renamed(config)))
                 elif attention_of(config) is not None:
                     self.views.append((module, name, config))
+                    self.viewed.append((module, name))
                     vars(module)[name] = renamed(config)
         configs = [held[2] for held in (*self.makers, *self.views)]
         self.configs = list({id(config): config for config in configs}.values())
         self.expected = entries.expected(self.root)
         self.looked = _listened.count
+
+    def is_changed(self) -> bool:
+        """Whether modules or configs were put somewhere since the last look. Lists of layers are asked one by one, as
+        torch tells too much of these: forwards take slices, which are new lists."""
+        return (
+            self.looked != _listened.count
+            or any(vars(module).get(name) is not config for module, name, config, _ in self.makers)
+            or any(not isinstance(vars(module).get(name), Renamed) for module, name in self.viewed)
+            or any(list(modules) != before for modules, before in self.lists)
+        )
 
     def held_by(self, holder: nn.Module) -> None:
         """Hook what holds the model as well: it may have the adapters, or call the model's `forward` past its hooks."""
@@ -207,7 +224,7 @@ class Patch:
             hook.remove()
         self.row_loss.undo()
         del self.root.__dict__[ATTRIBUTE]
-        self.views, self.makers, self.configs, self.hooks = [], [], [], []
+        self.views, self.makers, self.configs, self.hooks, self.viewed, self.lists = [], [], [], [], [], []
 
     @contextmanager
     def suspended(self) -> Iterator[None]:
@@ -277,7 +294,7 @@ class Patch:
 
     def as_it_is_now(self, decoder: nn.Module) -> None:
         """Take up what was done to the model since."""
-        if self.looked != _listened.count:
+        if self.is_changed():
             self.look()
         if not self.row_loss.in_place:
             now = self.root.loss_function
@@ -330,8 +347,9 @@ class Patch:
         """Behind the decoder, also when it raised."""
         current_tree.set(None)
         _handed.set(None)
-        for module, name, config, _ in self.makers:
-            vars(module)[name] = config
+        for module, name, config, view in self.makers:
+            if vars(module).get(name) is view:  # and not another config, which somebody set since
+                vars(module)[name] = config
 
     def runs_head(self, given: dict[str, Any]) -> bool:
         """Whether the loss makes the logits itself, a chunk at a time."""
