@@ -27,6 +27,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from flexreason.model.find import WRAPPERS, home_of, is_of, packages_of
 from flexreason.model.refuse import SAMPLES, Reason, model_class
 from flexreason.proof import kept, selftest
+from flexreason.proof.harmless import code_of, is_harmless, written_as
 from flexreason.proof.selftest import UNTESTED, Result
 from flexreason.proof.source import replaced_in_memory, source_of
 from flexreason.proof.tiny import shrink
@@ -227,27 +228,18 @@ def structure_of(config: PreTrainedConfig, cls: type | None = None) -> str:
 
 # ---- what one model is made of
 
-COMMON = (  # packages whose modules stand in for linear layers, wrap others, or share them out
-    *("torch", "peft", "accelerate", "deepspeed", "bitsandbytes", "torchao", "gptqmodel", "auto_gptq", "awq", "hqq"),
-    *("optimum", "quanto", "eetq", "aqlm", "vptq", "compressed_tensors", "auto_round", "spqr_quant", "fp_quant"),
-    "transformers.integrations",
-)
-
-MIXING = (nn.modules.conv._ConvNd, nn.RNNBase, nn.MultiheadAttention, nn.TransformerEncoderLayer)
-"""Modules of torch that carry something from token to token."""
-
 
 def parts_of(root: nn.Module) -> set[str]:
     """The kinds of modules in a model, beside harmless ones, and whose `forward` is not that of their class."""
-    kinds: dict[type, nn.Module] = {}
     parts = set()
     for module in root.modules():
-        kinds.setdefault(type(module), module)
-        if module is not root and "forward" in vars(module) and (by := _forward_from(module)):
+        if module is root:
+            continue
+        if "forward" in vars(module) and (by := _forward_from(module)):
             parts.add(f"forward of {type(module).__name__}, by {by}")
-    for kind, module in kinds.items():
-        if module is not root and (isinstance(module, MIXING) or not is_of(kind.__module__, COMMON)):
-            parts.add(f"{kind.__module__}.{kind.__qualname__}")
+        if not is_harmless(module):
+            kind, code = written_as(type(module)), code_of(module)
+            parts.add(f"{kind.__module__}.{kind.__qualname__}" + (f" (code {code})" if code else ""))
             if by := _written_elsewhere(kind):
                 parts.add(f"forward of {kind.__name__}, by {by}")
     return parts
@@ -278,7 +270,7 @@ def _forward_from(module: nn.Module) -> str:
     forward: Any = vars(module)["forward"]
     while forward is not None:
         inner = getattr(forward, "func", forward)  # of functools.partial
-        if getattr(inner, "__func__", None) is type(module).forward:
+        if getattr(inner, "__func__", inner) is getattr(type(module), "forward", None):
             return ""
         if not is_of(home_of(inner), WRAPPERS):
             return f"{home_of(inner)}.{getattr(inner, '__qualname__', type(inner).__name__)}"
@@ -288,5 +280,7 @@ def _forward_from(module: nn.Module) -> str:
 
 def _written_elsewhere(kind: type) -> str:
     """The package of a forward that was put into a class from outside, or nothing."""
-    home = home_of(inspect.unwrap(kind.forward))  # type: ignore[attr-defined]
+    if (forward := getattr(kind, "forward", None)) is None:  # as of scripted modules
+        return ""
+    home = home_of(inspect.unwrap(forward))
     return "" if is_of(home, [*packages_of(kind), *WRAPPERS]) else home
