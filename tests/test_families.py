@@ -16,6 +16,7 @@ import pytest
 import torch
 import transformers
 from torch import nn
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 import flexreason as fr
 from exact import EXACT, errors
@@ -447,6 +448,52 @@ def test_a_class_that_was_edited_is_tested_whatever_the_list_says(monkeypatch):
     evidence._results.clear()
     monkeypatch.setattr(cls, "forward", lambda self, x: plain(self, x))
     fr.patch(tiny("Llama"))
+
+
+def shifting(self, input_ids=None, labels=None, shift_labels=None, num_items_in_batch=None, **kwargs):
+    """A loss in one with the head, as libraries wrote before transformers had shift_labels."""
+    hidden = self.model(input_ids=input_ids, **kwargs).last_hidden_state
+    if labels is None:
+        return CausalLMOutputWithPast(logits=self.lm_head(hidden))
+    logits = self.lm_head(hidden[:, :-1]).flatten(0, 1)
+    return CausalLMOutputWithPast(loss=nn.functional.cross_entropy(logits, labels[:, 1:].flatten()))
+
+
+def mixing(self, input_ids=None, labels=None, shift_labels=None, **kwargs):
+    hidden = self.model(input_ids=input_ids, **kwargs).last_hidden_state
+    logits = self.lm_head(hidden + nn.functional.pad(hidden, (0, 0, 1, 0))[:, :-1])
+    loss = None if labels is None else self.loss_function(logits, labels, 97, shift_labels=shift_labels, **kwargs)
+    return CausalLMOutputWithPast(loss=loss, logits=logits)
+
+
+def aligned(self, input_ids=None, labels=None, shift_labels=None, num_items_in_batch=None, **kwargs):
+    logits = self.lm_head(self.model(input_ids=input_ids, **kwargs).last_hidden_state)
+    loss = None if labels is None else nn.functional.cross_entropy(logits[0], shift_labels[0])
+    return CausalLMOutputWithPast(loss=loss, logits=logits if labels is None else None)
+
+
+@pytest.mark.parametrize("forward", [shifting, mixing, aligned])
+def test_a_model_whose_own_forward_was_replaced_is_refused_until_it_is_verified(forward, monkeypatch):
+    monkeypatch.setattr(evidence, "_verified", set())
+    model, layout = tiny("Llama").double(), fr.lay_out_turns(random_turns([(3, 4, 5)] * 2))
+    model.forward = types.MethodType(forward, model)
+    words = rf"parts of it were replaced, .*forward of LlamaForCausalLM, .*{forward.__name__}"
+    with pytest.raises(ValueError, match=words):
+        fr.patch(model)
+    assert fr.verify(model, [layout]).ok == (forward is aligned)
+    if forward is aligned:
+        fr.patch(model)
+    else:
+        with pytest.raises(ValueError, match="parts of it were replaced"):
+            fr.patch(model)
+
+
+@pytest.mark.parametrize("forward", [shifting, mixing])
+def test_a_class_whose_own_forward_was_replaced_is_tested_whatever_the_list_says(forward, monkeypatch):
+    monkeypatch.setattr(evidence, "_results", {})
+    monkeypatch.setattr(transformers.LlamaForCausalLM, "forward", forward)
+    with pytest.raises(ValueError, match="is refused: "):
+        fr.patch(tiny("Llama"))
 
 
 def test_what_wraps_a_model_without_changing_it_is_taken():

@@ -96,11 +96,15 @@ def one_pass(model: nn.Module, row: Mapping[str, Tensor], *, backward: bool = Tr
     real = row["labels"][0] != IGNORED
     with torch.set_grad_enabled(backward):
         output = model(**row)
-    if output.logits is None:  # the loss made them, a chunk at a time
+    patch, logits = find_patch(model), output.logits
+    if logits is None and patch is not None and patch.loss == "chunked":
         with torch.no_grad():
             logprobs = token_logprobs(model, row)[real]
     else:
-        logits = output.logits.detach()[0, real]
+        if logits is None:  # a forward that somebody put there makes none beside a loss
+            with torch.no_grad():
+                logits = model(**{key: value for key, value in row.items() if "labels" not in key}).logits
+        logits = logits.detach()[0, real]
         logits = logits if logits.dtype == torch.float64 else logits.float()
         logprobs = logits.log_softmax(-1).gather(1, row["labels"][0, real, None])[:, 0]
     n_targets = int(real.sum())

@@ -229,17 +229,20 @@ def structure_of(config: PreTrainedConfig, cls: type | None = None) -> str:
 # ---- what one model is made of
 
 
+HEADS = ("trl",)
+"""Packages whose heads, put in the place of a model's own forward, take a row's labels as they are, unshifted."""
+
+
 def parts_of(root: nn.Module) -> set[str]:
     """The kinds of modules in a model, beside harmless ones, and whose `forward` is not that of their class."""
     parts = set()
     for module in root.modules():
-        if module is root:
-            continue
-        if "forward" in vars(module) and (by := _forward_from(module)):
+        if "forward" in vars(module) and (by := _forward_from(module)) and not (module is root and is_of(by, HEADS)):
             parts.add(f"forward of {type(module).__name__}, by {by}")
-        if not is_harmless(module):
+        if module is root or not is_harmless(module):
             kind, code = written_as(type(module)), code_of(module)
-            parts.add(f"{kind.__module__}.{kind.__qualname__}" + (f" (code {code})" if code else ""))
+            if module is not root:
+                parts.add(f"{kind.__module__}.{kind.__qualname__}" + (f" (code {code})" if code else ""))
             if by := _written_elsewhere(kind):
                 parts.add(f"forward of {kind.__name__}, by {by}")
     return parts
