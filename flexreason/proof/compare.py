@@ -234,6 +234,26 @@ def without_dropout(model: nn.Module, notes: list[str]) -> Iterator[None]:
             module.p = p
 
 
+@contextmanager
+def other_mode(model: nn.Module) -> Iterator[str]:
+    """A model in evaluation that was in training, and the other way round, for a while: which it is in. What it keeps
+    of what it sees (batch statistics) is as before then."""
+    modes = [(module, module.training) for module in model.modules()]
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    model.train(not model.training)
+    switched = set_checkpointing(model, False)  # what runs again in backward would not be float64
+    try:
+        yield "in training" if model.training else "in evaluation"
+    finally:
+        if switched:
+            set_checkpointing(model, True)
+        for module, mode in modes:
+            module.training = mode
+        with torch.no_grad():
+            for buffer, before in buffers:
+                buffer.copy_(before)
+
+
 def set_checkpointing(model: nn.Module, on: bool) -> bool:
     """Switch gradient checkpointing of every layer that has it; whether this changed any layer."""
     layers = [m for m in model.modules() if getattr(m, "gradient_checkpointing", on) is not on]

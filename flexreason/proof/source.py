@@ -45,13 +45,27 @@ USUAL = {
 """Packages whose functions transformers' own files bring in."""
 
 
-@cache
 def hash_of(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    """Of a file's contents; an error where it changed since it was first read: nobody knows which of the two runs."""
+    found, state = _first_read(path)
+    if state != _state(path):
+        raise OSError(f"{path} changed since it was first read")
+    return found
+
+
+@cache
+def _first_read(path: Path) -> tuple[str, tuple[int, int]]:
+    state = _state(path)
+    return hashlib.sha256(path.read_bytes()).hexdigest(), state
+
+
+def _state(path: Path) -> tuple[int, int]:
+    stat = path.stat()
+    return stat.st_mtime_ns, stat.st_size
 
 
 def hash_of_all(files: dict[str, Path]) -> str:
-    """Of names and contents; nothing where a file cannot be read."""
+    """Of names and contents; nothing where a file cannot be read, or changed in this process."""
     try:
         lines = [f"{name} {hash_of(path)}\n" for name, path in sorted(files.items())]
     except OSError:
