@@ -283,6 +283,66 @@ class Counting(transformers.LlamaForCausalLM):
             layer.mlp = Around(layer.mlp, lambda x: x + 0.01 * torch.arange(x.shape[1], dtype=x.dtype)[None, :, None])
 
 
+class Training(nn.Module):
+    """Something that is done in training only, before an MLP."""
+
+    def __init__(self, inner, *steps):
+        super().__init__()
+        self.inner, self.steps, self.seen = inner, steps, 0
+
+    def forward(self, x):
+        for step in self.steps if self.training else ():
+            x = step(self, x)
+        return self.inner(x)
+
+
+def noise(self, x):
+    return x * (1 + 0.1 * torch.randn_like(x)) + 0.1 * torch.empty_like(x).uniform_()
+
+
+def dropout(self, x):
+    return nn.functional.dropout(x, 0.2) * torch.bernoulli(torch.full_like(x, 0.9))
+
+
+def batch_mean(self, x):
+    return x - 0.5 * x.mean(1, keepdim=True)
+
+
+def counted(self, x):
+    self.seen += x.shape[1]
+    return x * (1 + 0.001 * self.seen)
+
+
+def training(*steps):
+    class Made(transformers.LlamaForCausalLM):
+        def __init__(self, config):
+            super().__init__(config)
+            for layer in self.model.layers:
+                layer.mlp = Training(layer.mlp, *steps)
+
+    return Made
+
+
+RANDOM = {
+    (noise,): "exact",
+    (dropout,): "exact",
+    (noise, dropout): "exact",
+    (noise, batch_mean): "refused",
+    (batch_mean, dropout): "refused",
+    (counted,): "cannot be built tiny",
+    (noise, counted): "cannot be built tiny",
+}
+
+
+@pytest.mark.parametrize("steps", RANDOM, ids=str)
+def test_what_is_done_in_training_shows_also_where_it_draws_at_random(steps):
+    config = tiny("Llama").config
+    found = selftest.check(config, training(*steps), ("segments",))
+    assert found.verdict == RANDOM[steps], found
+    assert ("draws at random in training" in found.special) == (noise in steps or dropout in steps or counted in steps)
+    assert torch.rand(3).unique().numel() == 3  # elsewhere draws are draws
+
+
 class Particular(transformers.LlamaForCausalLM):
     """It cannot be made from a config alone."""
 

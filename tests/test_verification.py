@@ -133,6 +133,14 @@ class Noisy(Balanced):
         return self.inner(x * (1 + 0.1 * torch.rand_like(x)) if self.training else x)
 
 
+class Counting(Balanced):
+    seen = 0
+
+    def forward(self, x):
+        self.seen += self.training
+        return self.inner(x * (1 + 0.1 * self.seen) if self.training else x)
+
+
 def with_mlps(kind, *more):
     model = tiny("Qwen3")
     for layer in model.model.layers:
@@ -154,9 +162,16 @@ def test_a_part_that_nobody_tested_is_looked_at_in_training_and_in_evaluation(wr
         fr.patch(model)
 
 
-def test_what_draws_at_random_in_training_does_not_count_for_it(monkeypatch):
+def test_what_draws_at_random_in_training_is_looked_at_with_the_same_draws(monkeypatch):
     monkeypatch.setattr(evidence, "_verified", set())
     model = with_mlps(Noisy, True).eval()
+    assert fr.verify(model, [conversation()]).ok
+    fr.patch(model)
+
+
+def test_what_differs_from_pass_to_pass_in_training_does_not_count_for_it(monkeypatch):
+    monkeypatch.setattr(evidence, "_verified", set())
+    model = with_mlps(Counting, True).eval()
     report = fr.verify(model, [conversation()])
     assert report.ok
     assert "does not count for fr.patch, which goes on to refuse the model: in its other mode" in str(report)

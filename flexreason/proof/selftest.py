@@ -32,6 +32,7 @@ from flexreason.model.refuse import (
 )
 from flexreason.proof import oracle
 from flexreason.proof.compare import EXACT, Errors, compare, logprobs_pass, one_pass
+from flexreason.proof.draws import SameDraws
 from flexreason.proof.float64 import in_float64, true_float64
 from flexreason.proof.sizes import ORIGINAL, SPECIAL, VOCABULARY
 from flexreason.proof.tiny import build, class_of, default_config, shrink
@@ -156,9 +157,20 @@ def _hold(
 ) -> dict[str, float]:
     """The largest errors of one pass over every row, against the samples: in training, or in both modes."""
     modes = (True, False) if both else (True,)
-    if _is_random(model):
-        modes = (False,)
-        notes.add("draws at random in training")
+    if not _is_random(model):
+        return _hold_in(modes, model, notes, backends)
+    notes.add("draws at random in training")
+    with SameDraws():
+        if not _is_random(model):
+            return _hold_in(modes, model, notes, backends)
+    if both:
+        raise ValueError("two training passes differ, though all draws are the same: it keeps what it saw")
+    return _hold_in((False,), model, notes, backends)
+
+
+def _hold_in(
+    modes: tuple[bool, ...], model: PreTrainedModel, notes: _Notes, backends: Sequence[str]
+) -> dict[str, float]:
     rows, straddling = rows_for(model)
     largest = {"loss": 0.0, "logprobs": 0.0, "gradients": 0.0}
     tests = [(training, layouts) for training in modes for layouts in rows]
@@ -281,7 +293,7 @@ def _must_refuse(model: PreTrainedModel, layouts: list[Layout]) -> None:
 
 @torch.no_grad()
 def _is_random(model: PreTrainedModel) -> bool:
-    """Whether two training passes differ though all dropout is off."""
+    """Whether two training passes differ though the dropout that its config names is off."""
     model.train()
     ids = torch.tensor([_ids(30, 0)])
     first, second = (model(input_ids=ids, use_cache=False).logits for _ in range(2))

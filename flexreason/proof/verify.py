@@ -34,6 +34,7 @@ from flexreason.proof.compare import (
 )
 from flexreason.proof.conversations import Conversation, choose, has_fork, n_tokens, tokens_for
 from flexreason.proof.diagnose import layout_faults, model_fault
+from flexreason.proof.draws import SameDraws
 from flexreason.proof.evidence import Evidence, evidence_of_model, note_verified
 from flexreason.proof.float64 import relative_l2, true_float64
 from flexreason.proof.selftest import UNTESTED
@@ -200,7 +201,7 @@ class _Comparison:
         has tested, only one was looked at."""
         if not self.both_modes:
             return None
-        with other_mode(model) as mode:
+        with other_mode(model) as mode, SameDraws():
             try:
                 self.check_repeatable(model)
                 reference = _Reference(f"the samples in float64, {mode}", self.run_samples(model))
@@ -219,7 +220,7 @@ class _Comparison:
                 "no branch leaves the trunk in these conversations, so that one pass is a sample as it stands; give "
                 "verify one of several turns whose reasoning later turns do not see"
             )
-        return "in its other mode, of training and evaluation, it draws at random" if self.is_random else ""
+        return "in its other mode, of training and evaluation, two passes differ" if self.is_random else ""
 
     def without_float64(self) -> str | None:
         """Where nothing more precise fits or exists: other kernels for the same samples show the size of rounding."""
