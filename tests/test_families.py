@@ -343,6 +343,25 @@ def test_what_is_done_in_training_shows_also_where_it_draws_at_random(steps):
     assert torch.rand(3).unique().numel() == 3  # elsewhere draws are draws
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_another_default_dtype_changes_nothing(dtype, monkeypatch):
+    monkeypatch.setattr(evidence, "_results", {})
+    turns = random_turns([(3, 4, 5)] * 2)
+    expected = fr.collate([fr.lay_out_turns(turns), fr.lay_out(random_tree())], length=256)
+    model = made(Unchanged)
+    torch.set_default_dtype(dtype)
+    try:
+        found = fr.collate([fr.lay_out_turns(turns), fr.lay_out(random_tree())], length=256)
+        loss = float(fr.patch(model)(**found).loss.detach())
+        assert torch.get_default_dtype() == dtype
+    finally:
+        torch.set_default_dtype(torch.float32)
+    del found["attention_mask"], expected["attention_mask"]  # which are empty
+    assert {key: value.dtype for key, value in found.items()} == {key: value.dtype for key, value in expected.items()}
+    assert all(torch.equal(found[key], expected[key]) for key in expected)
+    assert loss == float(model(**expected).loss.detach())
+
+
 class Particular(transformers.LlamaForCausalLM):
     """It cannot be made from a config alone."""
 
@@ -362,6 +381,13 @@ def test_an_unknown_class_is_tested_on_its_own_config_once(monkeypatch):
         model = fr.patch(made(Unchanged))
     assert [cls for _, cls in calls] == [Unchanged]
     model(**fr.collate([fr.lay_out_turns(random_turns([(3, 4, 5)] * 2))])).loss.backward()
+
+
+def test_a_loss_with_more_in_it_is_told_from_tokens_that_influence_others():
+    config = transformers.BambaConfig(attn_layer_indices=[1], num_hidden_layers=2, z_loss_coefficient=0.1)
+    found = selftest.check(config, transformers.BambaForCausalLM, ("segments",))
+    assert found.verdict == "refused"
+    assert found.reason.startswith("its loss has more in it than its targets' log-probabilities, which are right: one")
 
 
 @pytest.mark.parametrize("cls", [Shifting, Counting])
