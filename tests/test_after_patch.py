@@ -18,6 +18,7 @@ from trl import SFTConfig, SFTTrainer
 
 import flexreason as fr
 from exact import EXACT, samples_of, single_pass
+from flexreason.model import holders
 from flexreason.model import hooks as patching
 from flexreason.proof import oracle
 from flexreason.proof.float64 import relative_l2, true_float64
@@ -669,6 +670,49 @@ def test_of_two_models_the_one_that_is_called_is_patched(kind, wrap):
     assert [patching.ATTRIBUTE in vars(root) for root in roots] == [kind is First, kind is Second]
     fr.unpatch(wrapped)
     assert not any(patching.ATTRIBUTE in vars(root) for root in roots)
+
+
+class Embedding(nn.Module):
+    """A wrapper that gives its model embeddings of its own making."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids=None, **kwargs):
+        embeds = self.model.get_input_embeddings()(input_ids)
+        return self.model(inputs_embeds=self.change(embeds), **kwargs)
+
+    def change(self, embeds):
+        return embeds * 1.5
+
+
+class MixingEmbedding(Embedding):
+    def forward(self, input_ids=None, **kwargs):
+        embeds = self.model.get_input_embeddings()(input_ids)
+        return self.model(inputs_embeds=embeds + nn.functional.pad(embeds, (0, 0, 1, 0))[:, :-1], **kwargs)
+
+
+@pytest.mark.parametrize("wrap", [lambda model: model, lambda model: First(model, nn.Linear(1, 1))])
+@pytest.mark.parametrize("adapter", [False, True])
+def test_a_wrapper_that_makes_embeddings_is_refused_until_it_is_verified(wrap, adapter, monkeypatch):
+    monkeypatch.setattr(holders, "_verified", set())
+
+    def inside():
+        model = tiny("Qwen3")
+        return peft.get_peft_model(model, peft.LoraConfig(r=2, task_type="CAUSAL_LM")) if adapter else model
+
+    for kind in (MixingEmbedding, Embedding):
+        wrapped = wrap(kind(inside())).double()
+        with pytest.raises(ValueError, match=rf"came with inputs_embeds through ({kind.__name__}|First), which holds"):
+            fr.patch(wrapped)(**a_row())
+        report = fr.verify(wrapped, LAYOUTS)
+        assert report.ok == (kind is Embedding), str(report)
+    fr.patch(wrapped)
+    with true_float64():
+        loss = float(wrapped(**a_row()).loss.detach())
+        expected = oracle.n_samples(fr.unpatch(wrapped), samples_of(LAYOUTS), gradients=False)
+    assert loss * expected.n_targets == pytest.approx(expected.loss_sum, rel=EXACT)
 
 
 def test_one_model_that_is_held_twice_is_one():

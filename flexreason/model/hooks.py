@@ -53,6 +53,7 @@ from flexreason.attention.registry import (
 )
 from flexreason.model.find import ATTRIBUTE, find_root
 from flexreason.model.head import with_states
+from flexreason.model.holders import note_holders, refuse_embeddings
 from flexreason.model.loss import LOSSES, REQUEST, Request, TreeLoss
 from flexreason.model.refuse import (
     reason_against_adapter,
@@ -108,6 +109,8 @@ def apply_patch(
     if loss == "chunked":
         refuse_own_loss(root, 'patch: loss="chunked"', unchunked)
     Patch(root, backend, mask, loss, unchunked).apply([m for m in model.modules() if root in m._modules.values()])
+    inside = set(root.modules())
+    note_holders(root, [m for m in model.modules() if m not in inside and root in set(m.modules())])
     return model
 
 
@@ -268,6 +271,7 @@ class Patch:
         if not ROW_KEYS & given.keys() and (handed := _handed.get()):
             given, kwargs = {**handed, **given}, {**kwargs, REQUEST: handed[REQUEST]}
         refuse_row(decoder, given, ROW_KEYS | {"position_ids"})
+        refuse_embeddings(self.root, given)
         self.as_it_is_now(decoder)
         refuse_weights(self.root, given, self.runs_head(given))
         if self.loss == "chunked" and REQUEST not in kwargs:

@@ -46,11 +46,9 @@ USUAL = {
 
 
 def hash_of(path: Path) -> str:
-    """Of a file's contents; an error where it changed since it was first read: nobody knows which of the two runs."""
+    """Of a file's contents; nothing where it changed since it was first read: nobody knows which of the two runs."""
     found, state = _first_read(path)
-    if state != _state(path):
-        raise OSError(f"{path} changed since it was first read")
-    return found
+    return found if state == _state(path) else ""
 
 
 @cache
@@ -67,9 +65,12 @@ def _state(path: Path) -> tuple[int, int]:
 def hash_of_all(files: dict[str, Path]) -> str:
     """Of names and contents; nothing where a file cannot be read, or changed in this process."""
     try:
-        lines = [f"{name} {hash_of(path)}\n" for name, path in sorted(files.items())]
+        hashes = {name: hash_of(path) for name, path in sorted(files.items())}
     except OSError:
         return ""
+    if not all(hashes.values()):
+        return ""
+    lines = [f"{name} {found}\n" for name, found in hashes.items()]
     return hashlib.sha256("".join(lines).encode()).hexdigest()[:16]
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from flexreason.memory import available_bytes, peak_bytes
+from flexreason.model.holders import note_verified_holders, verifying
 from flexreason.model.hooks import Patch, apply_patch, find_patch, find_root, unpatch
 from flexreason.model.refuse import reason_against, reason_against_adapters
 from flexreason.proof import oracle
@@ -87,9 +88,8 @@ def verify(
     if refused := _reason_refused(root, model, known):
         raise ValueError(f"verify: {type(root).__name__} is refused by patch: {refused}")
     with ExitStack() as stack:
-        stack.enter_context(torch.inference_mode(False))
-        stack.enter_context(torch.enable_grad())
-        stack.enter_context(telling.of("verify"))
+        for context in (torch.inference_mode(False), torch.enable_grad(), verifying(), telling.of("verify")):
+            stack.enter_context(context)
         meter = stack.enter_context(peak_bytes(next(model.parameters()).device))
         if patched_before is None:
             apply_patch(model)
@@ -106,11 +106,13 @@ def verify(
         except NoVerdict as why:
             verdict, culprit = "no verdict", str(why)
         backend = patch.backend_on(next(model.parameters()).device)
-    if verdict == "exact" and known.against is not None:
-        if why_not := comparison.why_not_for_all_data():
-            notes.append(f"this does not count for fr.patch, which goes on to refuse the model: {why_not}")
-        else:
+    if verdict == "exact":
+        why_not = comparison.why_not_for_all_data()
+        if not why_not:
             note_verified(root)
+            note_verified_holders(root)
+        elif known.against is not None:
+            notes.append(f"this does not count for fr.patch, which goes on to refuse the model: {why_not}")
     trees = [conversation.layout for conversation in chosen]
     return Report(
         model=type(root).__name__,
@@ -197,8 +199,7 @@ class _Comparison:
         return self.judge(self.model, reference, limits_from(own, 4 * torch.finfo(torch.float32).eps))
 
     def in_the_other_mode(self, model: nn.Module) -> str | None:
-        """What is wrong in evaluation where the model is in training, and the other way round: of parts that nobody
-        has tested, only one was looked at."""
+        """What is wrong in evaluation of a model in training, or the other way round, where nobody tested it."""
         if not self.both_modes:
             return None
         with other_mode(model) as mode, SameDraws():
@@ -216,10 +217,7 @@ class _Comparison:
         if not any(error.dtype == "float64" for error in self.errors):
             return "it was not compared in float64"
         if not any(has_fork(conversation.layout) for conversation in self.chosen):
-            return (
-                "no branch leaves the trunk in these conversations, so that one pass is a sample as it stands; give "
-                "verify one of several turns whose reasoning later turns do not see"
-            )
+            return "no branch leaves the trunk here, so one pass is a sample as it stands; give it one with branches"
         return "in its other mode, of training and evaluation, two passes differ" if self.is_random else ""
 
     def without_float64(self) -> str | None:
