@@ -2,6 +2,7 @@
 
 from types import MethodType
 
+import peft
 import pytest
 import torch
 import transformers
@@ -379,9 +380,11 @@ def test_second_derivatives_are_refused():
 
 def test_a_class_with_a_loss_of_its_own_is_refused_by_name():
     model = build(shrink(transformers.WhisperConfig()), transformers.WhisperForCausalLM)
-    with pytest.raises(ValueError, match=r'loss="chunked": WhisperForCausalLM computes its loss in its own forward'):
+    with pytest.raises(ValueError, match=r'loss="chunked": WhisperForCausalLM takes no chunked loss: it computes'):
         fr.patch(model, loss="chunked")
-    with pytest.raises(ValueError, match="token_logprobs: WhisperForCausalLM computes its loss"):
+    with pytest.raises(
+        ValueError, match="token_logprobs: WhisperForCausalLM takes no chunked loss: it computes its loss"
+    ):
         fr.token_logprobs(fr.patch(model), fr.collate([conversation()]))
 
 
@@ -520,3 +523,86 @@ def test_log_probabilities_say_so_where_what_holds_the_model_hands_on_a_part_of_
     assert torch.isfinite(model(**row).loss)
     with pytest.raises(ValueError, match=r"flexreason_request did not come to the model's loss.*\(Picking\)"):
         fr.token_logprobs(model, row)
+
+
+# ---- a head that changes before backward
+
+
+def with_two_adapters(dropout=0.0):
+    def config():
+        targets = ["lm_head", "q_proj"]
+        return peft.LoraConfig(r=4, target_modules=targets, task_type="CAUSAL_LM", lora_dropout=dropout)
+
+    model = peft.get_peft_model(tiny("Qwen3"), config())
+    model.add_adapter("reference", config())
+    torch.manual_seed(3)
+    for name, p in model.named_parameters():
+        if "lora_" in name:
+            p.data.normal_(0, 0.3)
+    return fr.patch(model.double())
+
+
+def train_all(model):
+    for name, p in model.named_parameters():
+        p.requires_grad_("lora_" in name)
+
+
+def switch(model):
+    model.set_adapter("reference")
+    train_all(model)
+
+
+def switch_to_an_equal_one(model):
+    weights = dict(model.named_parameters())
+    for name, p in weights.items():
+        if "default" in name:
+            weights[name.replace("default", "reference")].data.copy_(p)
+    switch(model)
+
+
+def freeze(model):
+    model.set_adapter("reference")
+
+
+def change_a_weight_past_autograd(model):
+    model.base_model.model.lm_head.base_layer.weight.data.mul_(1.5)
+
+
+CHANGES = {
+    switch: "takes no part",
+    switch_to_an_equal_one: "takes no part",
+    freeze: "trained does so no more",
+    lambda model: model.merge_adapter(): "takes no part",
+    change_a_weight_past_autograd: "other log-probabilities",
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_log_probabilities_of_another_head_have_no_backward(change):
+    model, row = with_two_adapters(), fr.collate([conversation()])
+    logprobs = fr.token_logprobs(model, row)
+    change(model)
+    with pytest.raises(RuntimeError, match=f"backward runs the head again, .*{CHANGES[change]}"):
+        logprobs.sum().backward()
+
+
+def test_dropout_of_the_head_that_is_turned_off_before_backward_is_seen():
+    model, row = with_two_adapters(dropout=0.5).train(), fr.collate([conversation()])
+    with pytest.warns(UserWarning, match="randomness is on"):
+        logprobs = fr.token_logprobs(model, row)
+    model.eval()
+    with pytest.raises(RuntimeError, match="other log-probabilities"):
+        logprobs.sum().backward()
+
+
+def test_what_changes_and_changes_back_or_changes_nothing_is_no_harm():
+    model, row = with_two_adapters(), fr.collate([conversation()])
+    trained = [p for name, p in model.named_parameters() if "default" in name]
+    with true_float64():
+        expected = torch.autograd.grad(fr.token_logprobs(model, row).sum(), trained)
+        logprobs = fr.token_logprobs(model.train(), row)
+        switch(model)
+        with torch.no_grad():
+            fr.token_logprobs(model.eval(), row)
+        model.set_adapter("default")
+        assert relative_l2(torch.autograd.grad(logprobs.sum(), trained), expected) <= EXACT

@@ -17,6 +17,7 @@ from flexreason.model.hooks import apply_patch, find_patch
 from flexreason.proof import oracle
 from flexreason.proof.evidence import Evidence
 from flexreason.proof.float64 import relative_l2, saved_bytes, true_float64
+from flexreason.proof.tiny import build, default_config, shrink
 from models import checkpoint, tiny
 from strategies import random_tree, random_turns
 from watch import Largest
@@ -256,7 +257,9 @@ def test_weights_that_the_loss_cannot_take_are_refused():
     [layout] = layouts("paper")
     half = fr.Layout(**{**vars(layout), "target_weight": layout.target_weight / 2})
     model = made("Qwen3")
-    model.loss_function = lambda logits, labels, vocab_size, **kwargs: logits.sum()
+    model.loss_function = lambda logits, labels, vocab_size, **kwargs: torch.nn.functional.cross_entropy(
+        logits[0], kwargs["shift_labels"][0]
+    )
     fr.patch(model)
     model(**fr.collate([layout]))
     with pytest.raises(ValueError, match="target weights other than 1, and the loss function was replaced"):
@@ -688,3 +691,28 @@ def test_attention_that_goes_past_us_raises():
         layer.self_attn.forward = own_attention
     with pytest.raises(ValueError, match="none of the attention in Qwen3Model came to flexreason"):
         model(**row)
+
+
+@pytest.mark.parametrize(("n", "taken"), [(39, True), (40, False)])
+def test_dynamic_rope_that_has_grown_gives_samples_of_just_the_original_length_other_angles(n, taken):
+    rope = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}
+    model = made("Llama", rope_parameters=rope, max_position_embeddings=40).double()
+    layout = fr.lay_out_turns(random_turns([(5, n - 7, 2)]))
+    with true_float64():
+        expected = oracle.n_samples(model, samples_of([layout]), gradients=False).loss_sum / len(layout.target_ids)
+        model(input_ids=torch.arange(60)[None])  # as generation does, or an ordinary batch
+        apply_patch(model)
+        if taken:
+            assert float(model(**fr.collate([layout])).loss.detach()) == pytest.approx(expected, rel=EXACT)
+        else:
+            with pytest.raises(ValueError, match="changes with the longest of a batch above 40"):
+                model(**fr.collate([layout]))
+
+
+@pytest.mark.parametrize("length", [8, 128, 136, 384])
+def test_what_attention_gives_can_be_viewed_whatever_the_rows_length(length):
+    """Afmoe views it as one line a token, as it views what stock attention gives."""
+    model = apply_patch(build(shrink(default_config(transformers.AfmoeForCausalLM)), transformers.AfmoeForCausalLM))
+    layout = fr.lay_out([fr.Sample([1, 2], [3])])
+    expected = model(**fr.collate([layout], block_size=8)).loss
+    torch.testing.assert_close(model(**fr.collate([layout], length, block_size=8)).loss, expected)

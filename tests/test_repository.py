@@ -22,7 +22,7 @@ PACKAGE = Path(flexreason.__file__).parent
 
 TREE = ["sample", "layout", "chains", "merge", "mask", "blocks", "row"]  # reading order is import order
 PROOF = ["float64", "oracle", "sizes", "tiny", "compare", "verdict", "draws", "selftest", "source", "kept", "harmless"]
-PROOF += ["evidence", "scan", "conversations", "diagnose"]
+PROOF += ["identity", "parts", "evidence", "scan", "conversations", "diagnose"]
 TOOLS = ["talk", "memory", "load"]  # these know nothing of the rest
 
 LAYERS = {  # what a folder may import, beside itself

@@ -1,16 +1,19 @@
 """A run that is killed goes on as if nothing had been: the same parameters to the bit, and every conversation once."""
 
+import copy
 import json
 import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
 
+import peft
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from flexreason.train import record
+from models import tiny
 from training import environment
 
 HERE = Path(__file__).parent
@@ -95,3 +98,28 @@ def test_the_latest_are_kept_by_number_and_not_by_name(tmp_path):
     assert len(record.whole_checkpoints(tmp_path)) == 4
     record.keep_latest(tmp_path, 2)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-10", "checkpoint-100", "checkpoint-200"]
+
+
+def test_weights_that_no_checkpoint_holds_are_known_by_their_bits():
+    model = tiny("Qwen3")
+    config = peft.LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    adapted, again = (peft.get_peft_model(copy.deepcopy(model), config) for _ in range(2))
+
+    def beneath(model):
+        return record.fingerprint(record.weights_beneath(model))
+
+    expected = beneath(adapted)
+    for name, p in adapted.named_parameters():
+        if "lora_" in name:
+            p.data.normal_()
+    assert beneath(adapted) == beneath(again) == expected
+    weight = adapted.base_model.model.model.layers[1].mlp.down_proj.weight
+    before = weight[3, 5].clone()
+    weight.data[3, 5] = torch.nextafter(before, torch.tensor(9.0))
+    assert beneath(adapted) != expected
+    weight.data[3, 5] = before
+    weight.data[[0, 1]] = weight.data[[1, 0]]  # of the same sum
+    assert beneath(adapted) != expected
+    weight.data[[0, 1]] = weight.data[[1, 0]]
+    assert beneath(adapted) == expected
+    assert beneath(adapted.to(torch.bfloat16)) != expected

@@ -472,3 +472,34 @@ class BeginsAt(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.steps.append(state.global_step)
+
+
+def test_arguments_that_are_given_again_are_as_they_were(tmp_path):
+    layouts, model = some_layouts(4), fr.patch(tiny("Qwen3"))
+    more = {"save_strategy": "steps", "save_steps": 1, "save_total_limit": 1, "per_device_train_batch_size": 4}
+    args = arguments(tmp_path, max_steps=3, **more)
+    before = args.to_dict()
+    for data in (fr.Rows(layouts, LENGTH, steps=3), layouts):
+        trainer = fr.RowTrainer(model=model, args=args, train_dataset=data, data_collator=fr.Collator())
+        trainer.train()
+        assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-3"]
+    assert args.to_dict() == before
+    assert trainer.args.per_device_train_batch_size == 4
+
+
+def test_tokens_that_are_seen_are_those_of_trees(tmp_path):
+    layouts = some_layouts(4)
+    args = arguments(tmp_path, include_num_input_tokens_seen="non_padding", per_device_train_batch_size=2)
+    trainer = fr.RowTrainer(
+        model=fr.patch(tiny("Qwen3")), args=args, train_dataset=layouts, data_collator=fr.Collator(1024)
+    )
+    trainer.train()
+    assert trainer.state.num_input_tokens_seen == sum(map(len, layouts))
+
+
+def test_lengths_that_nobody_can_read_are_refused(tmp_path):
+    args = arguments(tmp_path, train_sampling_strategy="group_by_length")
+    with pytest.raises(ValueError, match=r"group_by_length.* here are layouts; leave it out"):
+        fr.RowTrainer(
+            model=fr.patch(tiny("Qwen3")), args=args, train_dataset=some_layouts(4), data_collator=fr.Collator()
+        )

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import flexreason as fr
 from flexreason.cli import main
@@ -110,6 +110,28 @@ def test_a_run_goes_on_only_as_the_run_it_was(material, tmp_path):
     (tmp_path / "out" / "run.json").unlink()
     with pytest.raises(ValueError, match=r"no run.json says of what"):
         train(settings(material, tmp_path / "out", **given), silent)
+
+
+def test_adapters_go_on_over_the_weights_that_they_began_on(material, tmp_path):
+    """Two models of one config, as a base model and what was made of it."""
+    model, _ = material
+    for seed, name in enumerate(("one", "other")):
+        shutil.copytree(model, tmp_path / name)
+        config = AutoConfig.from_pretrained(model)
+        torch.manual_seed(seed)
+        AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / name)
+    shutil.copytree(tmp_path / "one", tmp_path / "moved")
+
+    def run(name, out, **given):
+        more = {"lora": 4, "save_every": 1, "steps": 2, "model": str(tmp_path / name), **given}
+        return train(settings(material, tmp_path / out, **more), silent)
+
+    run("one", "lora")
+    run("moved", "lora")
+    with pytest.raises(ValueError, match=r"the weights beneath the adapters are others: .*one then, .*other now"):
+        run("other", "lora")
+    run("one", "all", lora=None)
+    run("other", "all", lora=None)  # whose weights are in the checkpoint
 
 
 @pytest.mark.parametrize(

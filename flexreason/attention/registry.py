@@ -70,6 +70,7 @@ class TreeRow:
     target_source: Tensor  # [1, T]
     backend: str
     mask: str
+    root: Any = None  # the model whose row it is: others may share its layers
     tables: dict[tuple[int | None, int | None], Any] = field(default_factory=dict)
     plan: Any = None  # in which pieces recurrent layers compute it
     came: Counter[str] = field(default_factory=Counter)  # how often recurrent layers brought it to each function

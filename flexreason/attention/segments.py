@@ -216,9 +216,10 @@ def _tiled(x: Tensor, part: slice) -> Tensor:
 
 
 def _untiled(parts: list[Tensor]) -> Tensor:
-    """The inverse: [1, H, S, D] from batches of tiles, token by token in memory, as models take it on."""
+    """The inverse: [1, H, S, D] from batches of tiles, without a copy where there is but one. In memory a token's heads
+    stand together, as stock attention has it: some models take a view of that."""
     joined = [rearrange(x, "n h t d -> 1 (n t) h d") for x in parts]
-    return (joined[0] if len(joined) == 1 else torch.cat(joined, dim=1)).transpose(1, 2)
+    return rearrange(joined[0] if len(joined) == 1 else torch.cat(joined, dim=1), "b s h d -> b h s d")
 
 
 def _additive(visible: Tensor, dtype: torch.dtype) -> Tensor:

@@ -3,12 +3,15 @@
 import contextlib
 import inspect
 import re
+import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
+
+from flexreason.attention.registry import find_decoder
 
 ATTRIBUTE = "_flexreason"
 """Where a model keeps its `Patch`."""
@@ -47,6 +50,16 @@ def _roots(model: nn.Module, name: str = "") -> dict[str, PreTrainedModel]:
             below = {own: roots for own, roots in below.items() if re.search(rf"\bself\.{own}\b", source)} or below
     each = {id(root): (name.lstrip("."), root) for roots in below.values() for name, root in roots.items()}
     return dict(each.values())
+
+
+def caller_of(decoder: nn.Module) -> PreTrainedModel | None:
+    """The model with a head whose forward is calling its decoder just now, or None."""
+    frame = sys._getframe(1)
+    while (frame := frame.f_back) is not None:  # type: ignore[assignment]
+        module = frame.f_locals.get("self")
+        if isinstance(module, PreTrainedModel) and module is not decoder and find_decoder(module) is decoder:
+            return module
+    return None
 
 
 def replaced_forward(module: nn.Module, harmless: Sequence[str] = WRAPPERS) -> Any:

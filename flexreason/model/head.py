@@ -42,7 +42,7 @@ class Head:
     def __call__(self, hidden: Tensor) -> Tensor:
         answer = with_states(self.decoder_output, hidden[None])
         ids = torch.zeros(1, len(hidden), dtype=torch.int64, device=hidden.device)
-        with _answering(find_decoder(self.root), answer):
+        with answering(find_decoder(self.root), answer):
             return beneath_autocast(self.root)(input_ids=ids, use_cache=False, return_dict=True).logits[0]
 
     def parameters(self, hidden: Tensor) -> list[nn.Parameter]:
@@ -88,7 +88,7 @@ HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backwa
 
 
 @contextmanager
-def _answering(decoder: nn.Module, answer: Any) -> Iterator[None]:
+def answering(decoder: nn.Module, answer: Any) -> Iterator[None]:
     """A decoder that returns `answer`, whatever it is given; its hooks have seen these states already."""
     hooks = {name: getattr(decoder, name) for name in HOOKS}
     for name in HOOKS:
@@ -238,6 +238,12 @@ class _WeightedNll(torch.autograd.Function):
         return swept.hidden.mul_(factor), None, None, None, *by_parameters
 
 
+ANOTHER_HEAD = (
+    "token_logprobs: backward runs the head again, and it is another one than when these were computed: {}; call "
+    "backward before adapters of the head are switched, merged or frozen, and before train() or eval()"
+)
+
+
 class _Logprobs(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -255,7 +261,8 @@ class _Logprobs(torch.autograd.Function):
         ctx.autocast["enabled"] = torch.is_autocast_enabled(kind)
         ctx.devices = [hidden.device] if kind == "cuda" else []
         ctx.random = torch.get_rng_state(), [torch.cuda.get_rng_state(device) for device in ctx.devices]
-        return sweep(head, hidden, labels, temperature, parameters=parameters, follow=True).logprobs
+        ctx.logprobs = sweep(head, hidden, labels, temperature, parameters=parameters, follow=True).logprobs
+        return ctx.logprobs.clone()
 
     @staticmethod
     @once_differentiable
@@ -263,11 +270,21 @@ class _Logprobs(torch.autograd.Function):
         if ctx.by_one is not None:
             return ctx.by_one * grads[0].to(ctx.by_one.dtype).unsqueeze(1), None, None, None
         hidden, labels, *parameters = ctx.saved_tensors
+        if not all(p.requires_grad for p in parameters):
+            raise RuntimeError(ANOTHER_HEAD.format("a parameter that trained does so no more"))
         with torch.random.fork_rng(ctx.devices), torch.autocast(**ctx.autocast):
             torch.set_rng_state(ctx.random[0])  # the same draws, where the head has dropout
             for device, state in zip(ctx.devices, ctx.random[1], strict=True):
                 torch.cuda.set_rng_state(state, device)
             swept = sweep(ctx.head, hidden, labels, ctx.temperature, grads[0], parameters)
+        if any(gradient is None for gradient in swept.parameters):
+            raise RuntimeError(ANOTHER_HEAD.format("a parameter of it takes no part by now"))
+        tolerance = 32 * torch.finfo(hidden.dtype).eps
+        same = swept.logprobs.isclose(ctx.logprobs, rtol=tolerance, atol=tolerance, equal_nan=True).all()
+        if hidden.device.type == "cpu" and not same:
+            raise RuntimeError(ANOTHER_HEAD.format("it gives other log-probabilities by now"))
+        if swept.hidden is not None:
+            swept.hidden.mul_(torch.where(same, 1.0, torch.nan))  # elsewhere nobody waits for the answer
         by_parameters = [
             None if gradient is None else gradient.to(p.dtype)
             for gradient, p in zip(swept.parameters, parameters, strict=True)

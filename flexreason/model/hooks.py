@@ -12,7 +12,8 @@ What is done to a model, and all that is done:
   head's loss, see T rows instead of S, and are left alone.
 - the model's loss function takes weights, and an empty row.
 - before the model, or what holds it, is called with a row, a hook refuses adapters that would change the row, and
-  gives the row a `Request`, which says what the forward is to give.
+  gives the row a `Request`, which says what the forward is to give; behind it, a hook refuses a loss that came
+  without the row's weights and divisor.
 
 What is done to a model afterwards counts as if it had been done before: another loss function, another implementation
 of attention, hooks, adapters. Adapters are looked for at the first row, and again once modules have been put anywhere
@@ -32,7 +33,6 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_module_registration_hook
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
@@ -51,15 +51,25 @@ from flexreason.attention.registry import (
     find_decoder,
     renamed,
 )
-from flexreason.model.find import ATTRIBUTE, find_root
+from flexreason.model.asking import Answer, ask, loss_of_forward, refuse_answer
+from flexreason.model.find import ATTRIBUTE, caller_of, find_root
 from flexreason.model.head import with_states
 from flexreason.model.holders import note_holders, refuse_embeddings
+from flexreason.model.listening import listen, listened
 from flexreason.model.loss import LOSSES, REQUEST, Request, TreeLoss
 from flexreason.model.refuse import (
+    OWN_LOSS,
+    asks_loss_function,
     reason_against_adapter,
     reason_against_adapters,
     refusal,
-    refuse_own_loss,
+    refuse_unchunked,
+)
+from flexreason.model.refuse_losses import (
+    refuse_another_divisor,
+    refuse_mean_of_means,
+    refuse_own_mean,
+    refuse_weights,
 )
 from flexreason.model.refuse_rows import (
     real_targets,
@@ -67,7 +77,6 @@ from flexreason.model.refuse_rows import (
     refuse_other_layouts,
     refuse_row,
     refuse_states,
-    refuse_weights,
     replaced_by,
     warn_of_dropout,
 )
@@ -76,6 +85,9 @@ from flexreason.tree.mask import MASK_KEYS, MASKS
 from flexreason.tree.row import NOBODY, ROW_KEYS
 
 Model = TypeVar("Model", bound=nn.Module)
+
+LOSS_KEYWORDS = "accepts_loss_kwargs"
+"""What models call it that they hand `num_items_in_batch` to their loss."""
 
 _handed: ContextVar[dict[str, Any] | None] = ContextVar("flexreason_row", default=None)
 """What the root was called with as a row, for decoders whose head hands them no keywords (Mamba-2)."""
@@ -107,7 +119,7 @@ def apply_patch(
     root = find_root(model)
     unpatch(root)
     if loss == "chunked":
-        refuse_own_loss(root, 'patch: loss="chunked"', unchunked)
+        refuse_unchunked(root, 'patch: loss="chunked"', unchunked)
     Patch(root, backend, mask, loss, unchunked).apply([m for m in model.modules() if root in m._modules.values()])
     inside = set(root.modules())
     note_holders(root, [m for m in model.modules() if m not in inside and root in set(m.modules())])
@@ -154,6 +166,12 @@ class Patch:
     expected: Counter[str] = field(default_factory=Counter)  # how often recurrent layers come to us in a row
     warned: bool = False
     looked: int = -1  # how many modules had been put somewhere at the last look
+    said: dict[str, Any] = field(default_factory=dict)  # what the model itself said of its loss before, if it did
+    answers: dict[tuple[Any, bool], Answer] = field(
+        default_factory=dict
+    )  # of forwards that were put in its own's place
+    awaited: bool = False  # whether a row is on its way through the model, and nobody has looked at its loss yet
+    own_loss: bool = False  # whether the last row's loss did not come from our loss function
     row_loss: TreeLoss = field(init=False)
 
     def apply(self, holders: Sequence[nn.Module] = ()) -> None:
@@ -163,15 +181,24 @@ class Patch:
             decoder.register_forward_pre_hook(self.before, with_kwargs=True),
             decoder.register_forward_hook(self.after, with_kwargs=True),
             decoder.register_forward_hook(self.done, always_call=True),
-            self.root.register_forward_hook(self.without_logits, with_kwargs=True),
-            self.root.register_forward_pre_hook(self.called, with_kwargs=True),
+            *self.around(self.root),
         ]
         self.row_loss = TreeLoss(self.root)
+        self.take_divisor()
         self.root.__dict__[ATTRIBUTE] = self
         for holder in holders:
             self.held_by(holder)
         self.look()
-        _listen()
+        listen()
+
+    def take_divisor(self) -> None:
+        """Say that the model takes what divides its loss: Trainers ask, and else take a mean of rows' means.
+
+        Many classes say that they do not, though their loss function does. One without a loss function does not.
+        """
+        self.said = {LOSS_KEYWORDS: vars(self.root)[LOSS_KEYWORDS]} if LOSS_KEYWORDS in vars(self.root) else {}
+        if not getattr(self.root, LOSS_KEYWORDS, True) and asks_loss_function(type(self.root).forward):
+            vars(self.root)[LOSS_KEYWORDS] = True
 
     def look(self) -> None:
         """Give layers their view of the config, and refuse adapters; a second look finds those that came since."""
@@ -195,13 +222,13 @@ class Patch:
         configs = [held[2] for held in (*self.makers, *self.views)]
         self.configs = list({id(config): config for config in configs}.values())
         self.expected = entries.expected(self.root)
-        self.looked = _listened.count
+        self.looked = listened.count
 
     def is_changed(self) -> bool:
         """Whether modules or configs were put somewhere since the last look. Lists of layers are asked one by one, as
         torch tells too much of these: forwards take slices, which are new lists."""
         return (
-            self.looked != _listened.count
+            self.looked != listened.count
             or any(vars(module).get(name) is not config for module, name, config, _ in self.makers)
             or any(not isinstance(vars(module).get(name), Renamed) for module, name in self.viewed)
             or any(list(modules) != before for modules, before in self.lists)
@@ -210,13 +237,23 @@ class Patch:
     def held_by(self, holder: nn.Module) -> None:
         """Hook what holds the model as well: it may have the adapters, or call the model's `forward` past its hooks."""
         if not type(holder).__module__.startswith("torch."):
-            self.hooks.append(holder.register_forward_pre_hook(self.called, with_kwargs=True))
+            self.hooks += self.around(holder)
+
+    def around(self, module: nn.Module) -> list[Any]:
+        """Hooks before and behind the model, or what holds it."""
+        return [
+            module.register_forward_pre_hook(self.called, with_kwargs=True),
+            module.register_forward_hook(self.answered, with_kwargs=True),
+        ]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "answers": {}}  # what is asked is asked again
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """A copy of a patched model is patched too, and so is one that another process wrote."""
         self.__dict__.update(state)
         self.looked = -1
-        _listen()
+        listen()
 
     def undo(self) -> None:
         """Take everything away again."""
@@ -226,8 +263,11 @@ class Patch:
         for hook in self.hooks:
             hook.remove()
         self.row_loss.undo()
+        vars(self.root).pop(LOSS_KEYWORDS, None)
+        vars(self.root).update(self.said)
         del self.root.__dict__[ATTRIBUTE]
         self.views, self.makers, self.configs, self.hooks, self.viewed, self.lists = [], [], [], [], [], []
+        listened.count += 1  # another patched model may share layers, and finds them without a view
 
     @contextmanager
     def suspended(self) -> Iterator[None]:
@@ -254,6 +294,7 @@ class Patch:
         if against := reason_against_adapter(module):
             raise refusal(self.root, against)
         kwargs = {REQUEST: Request(), **kwargs}
+        kwargs[REQUEST].root, self.row_loss.took, self.awaited = self.root, None, True
         _handed.set(kwargs)
         if not torch.compiler.is_compiling() and "target_document" in kwargs and replaced_by(self.root):
             document = kwargs["target_document"]  # what replaced the forward may keep the labels to itself
@@ -270,6 +311,8 @@ class Patch:
             return None
         if not ROW_KEYS & given.keys() and (handed := _handed.get()):
             given, kwargs = {**handed, **given}, {**kwargs, REQUEST: handed[REQUEST]}
+        if self.is_of_another(decoder, given.get(REQUEST)):
+            return None
         refuse_row(decoder, given, ROW_KEYS | {"position_ids"})
         refuse_embeddings(self.root, given)
         self.as_it_is_now(decoder)
@@ -288,13 +331,27 @@ class Patch:
         if self.mask == "turn_role":
             refuse_other_layouts(row)
         kwargs = {key: value for key, value in kwargs.items() if key not in ROW_KEYS}
-        kwargs[TREE] = TreeRow(row, given["target_source"], backend, self.mask)
+        kwargs[TREE] = TreeRow(row, given["target_source"], backend, self.mask, self.root)
         current_tree.set(kwargs[TREE])
         kwargs["use_cache"] = False
         kwargs["attention_mask"] = empty_mask(given["until"].device)
         for module, name, _, view in self.makers:
             vars(module)[name] = view
         return args, kwargs
+
+    def is_of_another(self, decoder: nn.Module, request: Request | None) -> bool:
+        """Whether a row came by another patched model that has the same decoder; raises if that one is not patched."""
+        if request is not None:
+            return request.root not in (None, self.root)
+        caller = caller_of(decoder)  # whose `forward` was called, past all hooks
+        if caller is None or caller is self.root:
+            return False
+        if ATTRIBUTE in vars(caller):
+            return True
+        raise ValueError(
+            f"row: {type(caller).__name__}, which it was given to, is not patched; its decoder is that of another "
+            "model which is; call fr.patch on this one"
+        )
 
     def as_it_is_now(self, decoder: nn.Module) -> None:
         """Take up what was done to the model since."""
@@ -316,7 +373,7 @@ class Patch:
 
     def after(self, decoder: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
         """Keep the hidden states of the tokens that predict a target, [1, T, D]."""
-        if TREE not in kwargs:
+        if TREE not in kwargs or kwargs[TREE].root is not self.root:
             return None
         if not torch.compiler.is_compiling():
             self.refuse_passed_by(decoder, kwargs[TREE])
@@ -330,7 +387,29 @@ class Patch:
                 )
             kwargs[REQUEST].states = output
             return with_states(output, output[0][:, :0])  # so that the model's own forward makes no logits
+        if not torch.compiler.is_compiling() and (by := replaced_by(self.root)):
+            self.refuse_forward(decoder, output, by)
         return output
+
+    def refuse_forward(self, decoder: nn.Module, output: Any, by: str) -> None:
+        """Raise if what stands in place of the model's forward takes a row's targets otherwise than they stand. It is
+        asked once, around a decoder that answers with a few numbers."""
+        given = _handed.get()
+        if given is None or given.get("labels") is None or "input_ids" not in given:
+            return
+
+        n_items, forward = given.get("num_items_in_batch"), self.root.forward
+        key = getattr(forward, "__func__", forward), n_items is None
+        if key not in self.answers:
+            took = self.row_loss.took
+            try:
+                loss = loss_of_forward(self.root, decoder, output, given)
+                self.answers[key] = ask(loss, output[0], self.root.config.get_text_config().vocab_size)
+            except Exception:  # a forward may ask for more than there is here: it goes on as it is
+                self.answers[key] = Answer("")
+            self.row_loss.took = took
+        what = f"the model's forward was replaced (by {by})"
+        refuse_answer(self.answers[key], what, given["labels"], n_items)
 
     def refuse_passed_by(self, decoder: nn.Module, tree: TreeRow) -> None:
         """Raise if layers computed something else than the tree that they were handed."""
@@ -360,9 +439,18 @@ class Patch:
         request = given.get(REQUEST)
         return request is not None and (self.loss == "chunked" or not request.loss)
 
-    def without_logits(self, root: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
-        """Where the loss made the logits, what the model's forward made is empty, and is taken from its output."""
-        if "target_source" in kwargs and self.runs_head(kwargs) and isinstance(output, ModelOutput):
+    def answered(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+        """Behind the model, or what holds it: is the loss of a row by its weights and divisor?
+
+        Where the loss made the logits, what the model's forward made is empty, and is taken from its output.
+        """
+        if "target_source" not in kwargs or kwargs[REQUEST].root is not self.root:
+            return
+        took, self.row_loss.took = self.row_loss.took, None
+        if self.awaited and kwargs.get("labels") is not None:
+            self.refuse_other_loss(kwargs, took)
+        self.awaited = False  # what holds the model comes here too, and has nothing to add
+        if self.runs_head(kwargs) and isinstance(output, ModelOutput):
             if output.get("loss") is None:
                 raise ValueError(
                     'row: it has no labels, and with loss="chunked" there is nothing else to give; pass labels, or ask '
@@ -370,30 +458,17 @@ class Patch:
                 )
             output["logits"] = None
 
-
-class _Listened:
-    """How many modules have been put somewhere in this process since it was first asked."""
-
-    def __init__(self) -> None:
-        self.count = 0
-        self.listening = False
-
-    def __call__(self, holder: nn.Module, name: str, module: nn.Module | None) -> None:
-        if isinstance(holder, nn.ModuleList):  # forwards take slices of their layers, which are new lists
-            return
-        self.count += 1
-        patch = getattr(module, "__dict__", {}).get(ATTRIBUTE)
-        if isinstance(patch, Patch):
-            patch.held_by(holder)
-
-
-_listened = _Listened()
-
-
-def _listen() -> None:
-    if not _listened.listening:
-        _listened.listening = True
-        register_module_module_registration_hook(_listened)
+    @torch.compiler.disable
+    def refuse_other_loss(self, given: dict[str, Any], took: tuple[Any, Any] | None) -> None:
+        """Raise if the loss of a row is not by its weights and divisor, `took` being what our loss function had."""
+        self.own_loss = took is None
+        if took is not None:
+            refuse_another_divisor(self.root, given, *took)
+        elif self.runs_head(given):
+            raise ValueError(f'row: {type(self.root).__name__} {OWN_LOSS}; use loss="model"')
+        elif not replaced_by(self.root):
+            refuse_own_mean(self.root, given)
+        refuse_mean_of_means(given.get("num_items_in_batch"))
 
 
 def _check_pair(backend: str, mask: str) -> None:

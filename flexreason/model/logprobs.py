@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from flexreason.model.hooks import find_patch
 from flexreason.model.loss import REQUEST, Request
-from flexreason.model.refuse import refuse_own_loss
+from flexreason.model.refuse import refuse_unchunked
 
 
 def token_logprobs(model: nn.Module, row: Mapping[str, Tensor], *, temperature: float = 1.0) -> Tensor:
@@ -39,7 +39,7 @@ def token_logprobs(model: nn.Module, row: Mapping[str, Tensor], *, temperature: 
     missing = sorted({"labels", "shift_labels"} - row.keys())
     if missing:
         raise ValueError(f"token_logprobs: the row lacks {', '.join(missing)}; pass all that fr.collate made")
-    refuse_own_loss(patch.root, "token_logprobs", patch.unchunked)
+    refuse_unchunked(patch.root, "token_logprobs", patch.unchunked)
     request = Request(loss=False, temperature=temperature)
     nothing = model(**row, **{REQUEST: request}).loss
     logprobs, request.logprobs = request.logprobs, None  # layers that are checkpointed keep the request for backward

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 
+from flexreason.model.asking import Answer, ask, refuse_answer
 from flexreason.model.head import Head, logprobs, weighted_nll
 from flexreason.tree.row import IGNORED, ROW_KEYS
 
@@ -44,6 +45,7 @@ class Request:
     def __init__(self, *, loss: bool = True, temperature: float = 1.0) -> None:
         self.loss = loss
         self.temperature = temperature
+        self.root: Any = None  # the model that it is for: others may share its layers
         self.states: Any = None  # what the decoder gave, where the loss makes the logits, until it has made them
         self.logprobs: Tensor | None = None  # [T], of every target; without a gradient where a loss was wanted
 
@@ -57,6 +59,8 @@ class TreeLoss:
         self.root = root
         self.own = vars(root).get("_loss_function")
         self.previous = root.loss_function
+        self.answers: dict[bool, Answer] = {}  # of that function, by whether it was given no divisor
+        self.took: tuple[Tensor, Any] | None = None  # weights and divisor of the row on its way, once they came here
         vars(root)["_loss_function"] = self  # past torch, which keeps a loss that is a module in another place
 
     @property
@@ -76,6 +80,7 @@ class TreeLoss:
         request = kwargs.get(REQUEST) or Request()  # none comes where the model's `forward` is called, past its hooks
         states, request.states = request.states, None
         weight = kwargs["target_weight"]
+        self.took = weight, kwargs.get("num_items_in_batch")
         labels = _labels(labels, kwargs.get("shift_labels", labels), weight)
         if states is not None:
             head, hidden = Head(self.root, states), states[0]
@@ -104,6 +109,7 @@ class TreeLoss:
             if not (labels != IGNORED).any():
                 return logits.sum() * 0.0
             kwargs = {key: value for key, value in kwargs.items() if key not in ROW_KEYS | {REQUEST}}
+            self.refuse_previous(logits, labels, *args, **kwargs)
             return self.previous(logits, labels, *args, **kwargs)
         nll = nn.functional.cross_entropy(
             logits[0].float(), labels[0].to(logits.device), ignore_index=IGNORED, reduction="none"
@@ -112,6 +118,21 @@ class TreeLoss:
             request.logprobs = -nll.detach()
         w, total = _weights(weight, labels, nll, kwargs.get("num_items_in_batch"))
         return (nll * w).sum() / total
+
+    def refuse_previous(self, logits: Tensor, labels: Tensor, *args: Any, **kwargs: Any) -> None:
+        """Raise if the function that stood here before takes a row's targets otherwise than they stand, or divides
+        their loss by something else. It is asked once, with a divisor and without."""
+
+        def loss(logits: Tensor, labels: Tensor) -> Tensor:
+            shifted = {"shift_labels": labels} if kwargs.get("shift_labels") is not None else {}
+            return self.previous(logits, labels, *args, **{**kwargs, **shifted})
+
+        n_items = kwargs.get("num_items_in_batch")
+        if (n_items is None) not in self.answers:
+            self.answers[n_items is None] = ask(loss, logits, logits.shape[-1])
+        refuse_answer(
+            self.answers[n_items is None], f"the loss function was replaced (by {self.previous})", labels, n_items
+        )
 
 
 def _labels(labels: Tensor | None, shifted: Tensor | None, weight: Tensor) -> Tensor:

@@ -71,21 +71,22 @@ def refusal(root: PreTrainedModel, against: Reason) -> ValueError:
     return ValueError(f"patch: {model_class(root).__name__} is refused: {'; '.join(against)}")
 
 
-def refuse_own_loss(root: PreTrainedModel, what: str, unchunked: str) -> None:
-    """Raise if the model's logits cannot be made a chunk at a time: its forward computes its loss itself, or a test
-    of its class found why (`unchunked`) what comes out is not the samples'."""
-    name = model_class(root).__name__
-    if computes_own_loss(type(root).forward):
-        raise ValueError(f'{what}: {name} computes its loss in its own forward, from all logits; use loss="model"')
+OWN_LOSS = "computes its loss in its own forward, from all logits"
+
+
+def refuse_unchunked(root: PreTrainedModel, what: str, unchunked: str) -> None:
+    """Raise if the model's logits cannot be made a chunk at a time: a test of its class found why (`unchunked`) what
+    comes out is not the samples'."""
     if unchunked:
+        name = model_class(root).__name__
         raise ValueError(f'{what}: {name} takes no chunked loss: {unchunked}; use loss="model"')
 
 
 @cache
-def computes_own_loss(forward: Any) -> bool:
-    """Whether a model's forward, as its class has it, computes its loss itself, and asks no loss function."""
+def asks_loss_function(forward: Any) -> bool:
+    """Whether a model's forward, as its class has it, asks the model's loss function, as far as its source says."""
     with contextlib.suppress(OSError, TypeError):  # no source to read
-        return "loss_function" not in inspect.getsource(forward)
+        return "loss_function" in inspect.getsource(forward)
     return False
 
 
@@ -96,7 +97,36 @@ def model_class(root: nn.Module) -> type:
 
 def reason_against_adapters(model: nn.Module) -> Reason | None:
     """What speaks against the adapters of peft that are in a model or around it."""
-    return next((against for module in model.modules() if (against := reason_against_adapter(module))), None)
+    layers = {type(module): module for module in model.modules() if hasattr(module, "base_layer")}
+    found = (reason_against_adapter(module) for module in model.modules())
+    return next(filter(None, (*found, *map(_reason_against_layer, layers.values()))), None)
+
+
+@torch.no_grad()
+def _reason_against_layer(module: nn.Module) -> Reason | None:
+    """What speaks against a layer with adapters: that what it gives one token depends on another.
+
+    It is given two tokens, the second of which is no number: that goes wherever it is looked at, whatever the weights.
+    """
+    p = next((p for p in module.parameters() if p.is_floating_point()), None)
+    base, width = module.base_layer, getattr(module, "in_features", None)
+    if p is None or p.device.type == "meta" or not isinstance(width, int) or not isinstance(base, nn.Module):
+        return None
+    modes = {part: part.training for part in module.modules()}
+    two = torch.zeros(1, 2, width, dtype=p.dtype, device=p.device)
+    two[:, 1] = torch.nan
+    try:
+        module.eval()
+        mixes = bool(module(two)[0, 0].isnan().any()) and not bool(base(two)[0, 0].isnan().any())
+    except Exception:  # a layer may ask for more than there is here, or be on several devices
+        return None
+    finally:
+        for part, mode in modes.items():
+            part.training = mode
+    if not mixes:
+        return None
+    name = f"{type(module).__module__}.{type(module).__name__}"
+    return f"its adapter ({name}) lets each token see all others of the batch", "train a LoRA"
 
 
 def reason_against_adapter(module: nn.Module) -> Reason | None:
@@ -109,6 +139,17 @@ def reason_against_adapter(module: nn.Module) -> Reason | None:
                 f"its adapter is an activated LoRA ({name}.alora_invocation_tokens), which looks for its "
                 "invocation in storage and not on a token's path",
                 "train it as a LoRA without alora_invocation_tokens",
+            )
+        if (weight := getattr(adapter, "orth_reg_weight", 0)) > 0:
+            return (
+                f"its adapter ({name}) adds a regularisation to the loss of every row, which nothing divides: a step "
+                f"would depend on how its targets fall on rows (orth_reg_weight is {weight})",
+                "give it orth_reg_weight=0, or train a LoRA",
+            )
+        if hasattr(adapter, "shadow_model"):
+            return (
+                f"its adapter ({name}) runs a second model over the batch, which takes no rows",
+                "train a LoRA",
             )
         if getattr(adapter, "is_prompt_learning", False):
             return (

@@ -4,7 +4,6 @@ Shapes: S tokens, T targets.
 """
 
 import contextlib
-import sys
 import warnings
 from collections.abc import Mapping
 from typing import Any
@@ -14,8 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from flexreason.model.find import WRAPPERS, home_of, packages_of, replaced_forward
-from flexreason.model.loss import is_weighted
-from flexreason.model.refuse import computes_own_loss, refuse_rope
+from flexreason.model.refuse import refuse_rope
 from flexreason.tree.layout import begins_stretch
 from flexreason.tree.mask import MASK_KEYS, interval_rule, turn_role_rule
 from flexreason.tree.row import IGNORED, NOBODY
@@ -46,30 +44,6 @@ def refuse_states(given: Mapping[str, Any]) -> None:
                 f"row: it came with {key}; recurrent layers go on from the states of a row's own tokens, and where its "
                 f"documents begin is in the row: leave {key} out"
             )
-
-
-def trainers_count(n_items: Any) -> bool:
-    """Whether what is to divide a loss is a number of targets that transformers' Trainer counted.
-
-    It is a number like any other, so it is known by where it comes from: the Trainers that are at work above.
-    """
-    trainer: Any = getattr(sys.modules.get("transformers.trainer"), "Trainer", None)
-    if n_items is None or trainer is None:
-        return False
-    frames, frame = [], sys._getframe(1)
-    while frame is not None:
-        if "num_items_in_batch" in frame.f_code.co_varnames and isinstance(frame.f_locals.get("self"), trainer):
-            frames.append(frame)
-        frame = frame.f_back  # type: ignore[assignment]
-    if not frames:
-        return False
-    ways = ("get_batch_samples", "_get_num_items_in_batch")
-    kind = type(frames[-1].f_locals["self"])
-    if any(getattr(kind, way, None) is not getattr(trainer, way, None) for way in ways):
-        return False  # somebody counts differently, as RowTrainer does
-    count, passed = (frame.f_locals.get("num_items_in_batch") for frame in (frames[-1], frames[0]))
-    handed_on = passed is count and frames[0].f_code is trainer.compute_loss.__code__
-    return n_items is count or (count is not None and handed_on)
 
 
 def refuse_row(decoder: nn.Module, given: Mapping[str, Any], required: set[str]) -> None:
@@ -142,39 +116,6 @@ def refuse_tokens(ids: Tensor, known: int | None) -> None:
         raise ValueError(
             f"row: it has tokens from {low} to {high}, and the model's vocabulary has {known}: made with another "
             "tokenizer? Use the model's own. If tokens were added to it: model.resize_token_embeddings(len(tokenizer))"
-        )
-
-
-def refuse_weights(root: PreTrainedModel, given: Mapping[str, Any], runs_head: bool) -> None:
-    """Whatever replaced the model's forward (trl's fused head, Liger) has a loss of its own, without weights; so
-    have a few classes; and transformers' Trainer divides by a number of targets, whatever they weigh."""
-    by, n_items = replaced_by(root), given.get("num_items_in_batch")
-    if by and runs_head:
-        raise ValueError(
-            f'row: loss="chunked" and token_logprobs need the model\'s own forward, and it was replaced (by {by}); '
-            'use loss="model", where that loss is chunked itself'
-        )
-    if by:
-        why = f"the model's forward was replaced (by {by}), whose loss takes none", "the model's own forward"
-    elif computes_own_loss(type(root).forward):
-        _refuse_divisor(root, given)
-        why = f"{type(root).__name__} computes its loss in its own forward, which takes none", "another model"
-    elif trainers_count(n_items):
-        why = "the Trainer divides a step by its number of targets", "fr.RowTrainer, which divides by their weight"
-    else:
-        return
-    if is_weighted(given["target_weight"], real_targets(given)):
-        raise ValueError(f"row: it has target weights other than 1, and {why[0]}; use weights of 1, or {why[1]}")
-
-
-def _refuse_divisor(root: PreTrainedModel, given: Mapping[str, Any]) -> None:
-    """A forward with a loss of its own divides by the targets of its row."""
-    n_items, n_targets = given.get("num_items_in_batch"), int(real_targets(given).sum())
-    if not n_targets or (n_items is not None and float(n_items) != n_targets):
-        raise ValueError(
-            f"row: {type(root).__name__} computes its loss in its own forward, as the mean over a row's own "
-            f"targets: here {n_targets}, while num_items_in_batch is {n_items}; give it one row a step, and no "
-            "empty one"
         )
 
 

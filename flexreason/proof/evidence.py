@@ -9,11 +9,12 @@ put in its place, a module of your own around an MLP. So the parts of a model ar
 where they differ, or where no tiny one can be built, only `fr.verify` on the model itself can show it.
 """
 
+import copy
 import hashlib
-import inspect
 import json
 import logging
 import re
+from collections.abc import Hashable
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,13 +22,12 @@ from typing import Any, NamedTuple
 import torch
 import transformers
 from packaging.version import Version
-from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from flexreason.model.find import WRAPPERS, home_of, is_of, packages_of
 from flexreason.model.refuse import SAMPLES, Reason, model_class
 from flexreason.proof import kept, selftest
-from flexreason.proof.harmless import code_of, is_harmless, written_as
+from flexreason.proof.identity import identity
+from flexreason.proof.parts import Part, parts_of
 from flexreason.proof.selftest import UNTESTED, Result
 from flexreason.proof.source import replaced_in_memory, source_of
 from flexreason.proof.tiny import shrink
@@ -61,9 +61,10 @@ def evidence_of_model(root: PreTrainedModel, backend: str = "auto") -> Evidence:
     if verdict == UNTESTED:
         doubt = "nobody has shown it to be exact, and no tiny model of its structure can be built to try "
         doubt += f"({result.reason})"
-    elif replaced := sorted(parts - _tiny_parts(model_class(root), root.config, _foreign(parts))):
+    elif replaced := parts - _tiny_parts(model_class(root), root.config, _foreign(parts)):
         verdict = UNTESTED
-        doubt = f"parts of it were replaced, which no tiny model of its class has: {', '.join(replaced)}"
+        words = sorted({part.words for part in replaced})
+        doubt = f"parts of it were replaced, which no tiny model of its class has: {', '.join(words)}"
     if not doubt or _kind(root) in _verified:
         return Evidence(verdict, None, unchunked)
     remedy = "run fr.verify on it: once that has passed, patch takes such models until the process ends"
@@ -84,7 +85,7 @@ def note_verified(root: PreTrainedModel) -> None:
 
 def _kind(root: PreTrainedModel) -> tuple:
     cls = model_class(root)
-    return cls, structure_of(root.config, cls), frozenset(parts_of(root))
+    return identity(cls), structure_of(root.config, cls), frozenset(parts_of(root))
 
 
 # ---- a class and a config: the list, or else the self-test
@@ -99,7 +100,7 @@ def listed() -> dict[str, Any]:
 def evidence_of_class(
     cls: type[PreTrainedModel],
     config: PreTrainedConfig,
-    edited: frozenset[str] = frozenset(),
+    edited: frozenset[Part] = frozenset(),
     backend: str = "auto",
 ) -> Result:
     """The verdict on a class with a config: from the list where it speaks of both, else from the self-test.
@@ -110,10 +111,13 @@ def evidence_of_class(
     """
     structure = structure_of(config, cls)
     source = source_of(cls, config, structure) if _is_transformers(cls) else ""
-    entry = listed()["models"].get(cls.__name__) if source and not edited else None
+    replaced = replaced_in_memory(cls, structure) if source else {}
+    entry = listed()["models"].get(cls.__name__) if source and not edited and not replaced else None
     if entry and (entry.get("structure"), entry.get("source")) == (structure, source) and _is_listed_torch():
         return Result(cls.__name__, **{key: entry[key] for key in Result.__dataclass_fields__ if key in entry})
-    return _tested(cls, config, structure, source, edited, "dense" if backend == "dense" else "segments")
+    changed = edited, identity(replaced)
+    source = "" if edited or replaced else source  # else the files do not say what runs
+    return _tested(cls, config, structure, source, changed, "dense" if backend == "dense" else "segments")
 
 
 def since_the_list(listed_version: str | None = None) -> str:
@@ -168,10 +172,11 @@ def _tested(
     config: PreTrainedConfig,
     structure: str,
     source: str,
-    edited: frozenset[str],
+    changed: Hashable,
     backend: str,
 ) -> Result:
-    """The self-test, once a process; and once a machine where the files of transformers say all of what was tested."""
+    """The self-test, once a process; and once a machine where the files of transformers, `source`, say all of what was
+    tested. `changed` is what was changed in memory."""
 
     def test() -> Result:
         log.warning(
@@ -180,13 +185,10 @@ def _tested(
         )
         return selftest.check(config, cls, (backend,))
 
-    key = (cls, structure, edited, backend)
+    key = (identity(cls), structure, changed, backend)
     if key not in _results:
-        if not source or edited or replaced_in_memory(cls, structure):
-            _results[key] = test()
-        else:
-            about = {"name": cls.__name__, "source": source, "structure": structure, "backend": backend}
-            _results[key] = kept.recall(about, test)
+        about = {"name": cls.__name__, "source": source, "structure": structure, "backend": backend}
+        _results[key] = kept.recall(about, test) if source else test()
     return _results[key]
 
 
@@ -221,7 +223,7 @@ def structure_of(config: PreTrainedConfig, cls: type | None = None) -> str:
         return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:12]
 
     try:
-        return hashed(plain(shrink(config).to_dict()))
+        return hashed(plain(shrink(config, every_layer=not known).to_dict()))
     except Exception as error:  # so it cannot be cut: only the very same is the same
         return f"unknown: {type(error).__name__} {hashed(config.to_dict())}"
 
@@ -229,61 +231,24 @@ def structure_of(config: PreTrainedConfig, cls: type | None = None) -> str:
 # ---- what one model is made of
 
 
-HEADS = ("trl",)
-"""Packages whose heads, put in the place of a model's own forward, take a row's labels as they are, unshifted."""
-
-
-def parts_of(root: nn.Module) -> set[str]:
-    """The kinds of modules in a model, beside harmless ones, and whose `forward` is not that of their class."""
-    parts = set()
-    for module in root.modules():
-        if "forward" in vars(module) and (by := _forward_from(module)) and not (module is root and is_of(by, HEADS)):
-            parts.add(f"forward of {type(module).__name__}, by {by}")
-        if module is root or not is_harmless(module):
-            kind, code = written_as(type(module)), code_of(module)
-            if module is not root:
-                parts.add(f"{kind.__module__}.{kind.__qualname__}" + (f" (code {code})" if code else ""))
-            if by := _written_elsewhere(kind):
-                parts.add(f"forward of {kind.__name__}, by {by}")
-    return parts
-
-
-def _foreign(parts: set[str]) -> frozenset[str]:
+def _foreign(parts: set[Part]) -> frozenset[Part]:
     """Those that neither transformers nor torch brought."""
-    return frozenset(part for part in parts if not part.startswith(("transformers.", "torch.")))
+    return frozenset(part for part in parts if part.is_foreign)
 
 
-_parts_of_tiny: dict[tuple, set[str]] = {}
+_parts_of_tiny: dict[tuple, set[Part]] = {}
 
 
-def _tiny_parts(cls: type[PreTrainedModel], config: PreTrainedConfig, edited: frozenset[str]) -> set[str]:
+def _tiny_parts(cls: type[PreTrainedModel], config: PreTrainedConfig, edited: frozenset[Part]) -> set[Part]:
     """The parts that a class builds from a config; its sizes are cut, so this takes milliseconds.
 
+    Of a class from outside transformers nothing is cut: the values that its modules hold count, and so do its sizes.
     They are kept as long as `edited` stays the same, since classes can be edited at any time.
     """
-    key = (cls, structure_of(config, cls), edited)
+    known = _is_transformers(cls)
+    size = "" if known else json.dumps(config.to_dict(), sort_keys=True, default=str)
+    key = (identity(cls), structure_of(config, cls), edited, size)
     if key not in _parts_of_tiny:
         with torch.random.fork_rng(devices=[]), torch.device("meta"):
-            _parts_of_tiny[key] = parts_of(cls(shrink(config)))
+            _parts_of_tiny[key] = parts_of(cls(shrink(config) if known else copy.deepcopy(config)))
     return _parts_of_tiny[key]
-
-
-def _forward_from(module: nn.Module) -> str:
-    """What replaced a module's own forward, or nothing where there are only known wrappers around it."""
-    forward: Any = vars(module)["forward"]
-    while forward is not None:
-        inner = getattr(forward, "func", forward)  # of functools.partial
-        if getattr(inner, "__func__", inner) is getattr(type(module), "forward", None):
-            return ""
-        if not is_of(home_of(inner), WRAPPERS):
-            return f"{home_of(inner)}.{getattr(inner, '__qualname__', type(inner).__name__)}"
-        forward = getattr(forward, "__wrapped__", None)
-    return ""
-
-
-def _written_elsewhere(kind: type) -> str:
-    """The package of a forward that was put into a class from outside, or nothing."""
-    if (forward := getattr(kind, "forward", None)) is None:  # as of scripted modules
-        return ""
-    home = home_of(inspect.unwrap(forward))
-    return "" if is_of(home, [*packages_of(kind), *WRAPPERS]) else home

@@ -21,8 +21,9 @@ from transformers import PreTrainedModel
 
 from flexreason.attention.registry import INSTEAD, TreeRow, find_decoder
 from flexreason.model import head
-from flexreason.model.hooks import apply_patch, unpatch
+from flexreason.model.hooks import apply_patch, find_patch, unpatch
 from flexreason.model.refuse import (
+    OWN_LOSS,
     ROPE_BY_LONGEST,
     SOFTCAP,
     reason_against,
@@ -110,7 +111,8 @@ def check(what: Any, cls: type[PreTrainedModel] | None = None, backends: Sequenc
         name = cls.__name__
         if layers := reason_against_layers(cls, what.get_text_config()):
             return Result(name, "refused", layers)
-        small = shrink(what)
+        is_own = cls.__module__.partition(".")[0] != "transformers"
+        small = shrink(what, every_layer=is_own)
         if getattr(small, SOFTCAP, None):
             small._attn_implementation = "eager"  # by default it is sdpa below transformers 5.21, which has no softcap
         model = build(small, cls)
@@ -122,7 +124,6 @@ def check(what: Any, cls: type[PreTrainedModel] | None = None, backends: Sequenc
         return Result(name, "refused", against[0], special=notes.special)
     try:
         with true_float64():
-            is_own = cls.__module__.partition(".")[0] != "transformers"
             largest: dict[str, Any] = _hold(model, notes, backends, both=is_own)
     except _Wrong as wrong:
         return Result(name, "refused", _cause(model, notes, str(wrong)), special=notes.special)
@@ -198,8 +199,11 @@ def _hold_in(
 def _errors(model: PreTrainedModel, row: Row, samples: oracle.Reference, backend: str, notes: _Notes) -> Errors:
     try:
         with _noting(notes):
-            apply_patch(model, backend)
-            return compare(one_pass(model, row), samples)
+            patch = find_patch(apply_patch(model, backend))
+            errors = compare(one_pass(model, row), samples)
+        if patch is not None and patch.own_loss:
+            notes.unchunked = f"it {OWN_LOSS}"
+        return errors
     except Exception as error:
         raise _Wrong(said(error).removesuffix(INSTEAD)) from error  # whoever is told of it is told that too
     finally:

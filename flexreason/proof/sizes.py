@@ -22,10 +22,21 @@ Fields = Mapping[str, Any]
 """What a config holds, by name."""
 
 
-def shrunk(fields: Fields) -> dict[str, Any]:
-    """A config's fields, each as small as its name allows."""
+def shrunk(fields: Fields, every_layer: bool = False) -> dict[str, Any]:
+    """A config's fields, each as small as its name allows; the number of layers too, unless `every_layer` is kept."""
     layers, chosen = _layers(fields)
-    return {key: _value(key, value, fields, layers, chosen) for key, value in fields.items()}
+    if every_layer and layers:
+        chosen = list(range(layers))
+    parts = {
+        key: shrunk(value, every_layer)
+        for key, value in fields.items()
+        if isinstance(value, dict) and key not in OWN_RULES and ("model_type" in value or key.endswith("_config"))
+    }
+    return {key: parts.get(key) or _value(key, value, fields, layers, chosen) for key, value in fields.items()}
+
+
+OWN_RULES = ("per_layer_config", "rope_parameters")
+"""Tables of a config that are no configs of parts."""
 
 
 DROPOUT = re.compile(
@@ -43,8 +54,6 @@ def _value(key: str, value: Any, fields: Fields, layers: int, chosen: list[int])
             return {i: {k: _value(k, v, {**fields, **e}, layers, chosen) for k, v in e.items()} for i, e in own.items()}
         if key == "rope_parameters":
             return _rope(value, fields)
-        if "model_type" in value or key.endswith("_config"):
-            return shrunk(value)
         return value
     if isinstance(value, list | tuple):
         if _is_index_list(key, value, layers):
@@ -58,6 +67,8 @@ def _value(key: str, value: Any, fields: Fields, layers: int, chosen: list[int])
         return 0.0
     if re.search(LAYERS, key):
         return min(value, len(chosen)) if layers else min(value, 2)
+    if key == "num_kv_shared_layers":
+        return sum(layer >= layers - value for layer in chosen)
     for pattern, rule in RULES:
         if re.search(pattern, key):
             return rule(value, fields) if callable(rule) else min(value, rule)
@@ -104,11 +115,6 @@ def _layers(fields: Fields) -> tuple[int, list[int]]:
             f"its kinds of layers are all there in {kept} layers only, and at most {MOST_LAYERS} are tried"
         )
     return layers, chosen
-
-
-def _sharing(value: int, fields: Fields) -> int:
-    layers, chosen = _layers(fields)
-    return sum(layer >= layers - value for layer in chosen)
 
 
 def _set(size: int) -> Callable[[int, Fields], int]:
@@ -227,7 +233,6 @@ RULES: list[tuple[str, int | Callable[[Any, Fields], Any]]] = [  # the first tha
     (ORIGINALS, ORIGINAL),
     (r"(max_position_embeddings|n_positions|n_ctx|max_seq_len|context_length|max_target_positions)$", _maximum),
     (EARLIER, 1),
-    (r"^num_kv_shared_layers$", _sharing),
     (r"^(num_nextn_predict_layers|num_mtp_layers)$", 1),
     (rf"{WINDOWS}|block_size$", WINDOW),
     (CHUNKS, CHUNK),

@@ -46,24 +46,23 @@ USUAL = {
 
 
 def hash_of(path: Path) -> str:
-    """Of a file's contents; nothing where it changed since it was first read: nobody knows which of the two runs."""
-    found, state = _first_read(path)
-    return found if state == _state(path) else ""
+    """The hash of a file; nothing where it is no longer as it was at first, since nobody knows then which of its texts
+    this process runs."""
+    stat = path.stat()
+    when, first = _first_seen(path)
+    if when != (stat.st_mtime_ns, stat.st_size) and first != hashlib.sha256(path.read_bytes()).hexdigest():
+        return ""
+    return first
 
 
 @cache
-def _first_read(path: Path) -> tuple[str, tuple[int, int]]:
-    state = _state(path)
-    return hashlib.sha256(path.read_bytes()).hexdigest(), state
-
-
-def _state(path: Path) -> tuple[int, int]:
+def _first_seen(path: Path) -> tuple[tuple[int, int], str]:
     stat = path.stat()
-    return stat.st_mtime_ns, stat.st_size
+    return (stat.st_mtime_ns, stat.st_size), hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def hash_of_all(files: dict[str, Path]) -> str:
-    """Of names and contents; nothing where a file cannot be read, or changed in this process."""
+    """Of names and contents; nothing where a file cannot be read, or has changed."""
     try:
         hashes = {name: hash_of(path) for name, path in sorted(files.items())}
     except OSError:
@@ -139,16 +138,17 @@ def _package(module: str) -> str:
     return module.partition(".")[0]
 
 
-def replaced_in_memory(cls: type[PreTrainedModel], structure: str) -> str:
-    """A function or class that a library put into the modules of `source_of`, by name, or nothing: then what runs is
-    not what the files say, in this process only."""
+def replaced_in_memory(cls: type[PreTrainedModel], structure: str) -> dict[str, Any]:
+    """The functions and classes that a library put into the modules of `source_of`, by name: with one of them, what
+    runs is not what the files say, in this process only."""
+    found = {}
     for name in _modules.get((cls, structure), ()):
         for key, value in list(vars(sys.modules[name]).items()):
             if key.startswith("__"):  # torch.compile leaves there what its guards look at; no source calls it
                 continue
             if any(_package(home) not in USUAL for home in _homes(value, name)):
-                return f"{name}.{key}"
-    return ""
+                found[f"{name}.{key}"] = list(vars(value).values()) if isinstance(value, type) else value
+    return found
 
 
 def _homes(value: Any, module: str) -> Iterator[str]:

@@ -24,8 +24,11 @@ NOT_STRUCTURE = (  # what a config says about storing and calling a model; refus
 )
 
 
-def shrink(config: PreTrainedConfig) -> PreTrainedConfig:
+def shrink(config: PreTrainedConfig, every_layer: bool = False) -> PreTrainedConfig:
     """A tiny config of the same class and structure.
+
+    Args:
+        every_layer: keep as many layers as there are, for classes that may make any of them otherwise by its number.
 
     >>> from transformers import Qwen3Config
     >>> small = shrink(Qwen3Config())
@@ -35,7 +38,7 @@ def shrink(config: PreTrainedConfig) -> PreTrainedConfig:
     fields = config.to_dict()
     for key in NOT_STRUCTURE:
         fields.pop(key, None)
-    return type(config).from_dict(shrunk(fields))
+    return type(config).from_dict(shrunk(fields, every_layer))
 
 
 def build(config: PreTrainedConfig, cls: type[PreTrainedModel] | None = None, seed: int = 0) -> PreTrainedModel:

@@ -13,12 +13,14 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
-from torch import nn
+from torch import Tensor, nn
 
 import flexreason
 from flexreason.data.intake import EntryEncoder
@@ -129,9 +131,27 @@ def begin(
         "precision": precision,
         "versions": {name: version_of(name) for name in PACKAGES},
         "model": _hash(json.dumps([config, shapes], sort_keys=True, default=str))[:16],
+        "weights": "" if settings.lora is None else fingerprint(weights_beneath(model)),
         **data,
         "started": now(),
     }
+
+
+def weights_beneath(model: nn.Module) -> Iterator[Tensor]:
+    """What adapters are trained on top of, which is in no checkpoint: all that does not train."""
+    yield from (p for _, p in sorted(model.named_parameters()) if not p.requires_grad)
+    yield from (buffer for _, buffer in sorted(model.named_buffers()))
+
+
+def fingerprint(tensors: Iterable[Tensor]) -> str:
+    """A short hash of the bits of some tensors: a second or so for each GB, on as many threads as there are cores."""
+
+    def hashed(tensor: Tensor) -> str:
+        bits: Any = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+        return f"{tensor.dtype} {list(tensor.shape)} {hashlib.sha256(bits).hexdigest()}"
+
+    with ThreadPoolExecutor(os.cpu_count()) as threads:  # hashlib lets others run meanwhile
+        return _hash("\n".join(threads.map(hashed, tensors)))[:16]
 
 
 def go_on_from(output: Path, record: dict[str, Any], resume: str) -> str | None:
@@ -178,6 +198,10 @@ def _differences(before: dict[str, Any], record: dict[str, Any]) -> list[str]:
     lines = _other_settings(before["settings"], record["settings"])
     if before["model"] != record["model"]:
         lines.append("the model's config changed since")
+    if before.get("weights", "") != record["weights"]:
+        models = [run["settings"].get("model") for run in (before, record)]
+        named = f": {models[0]} then, {models[1]} now" if models[0] != models[1] else ""
+        lines.append(f"the weights beneath the adapters are others{named}; no checkpoint holds them")
     if before["data"] != record["data"]:
         changed = [source for source, content in record["sources"].items() if before["sources"].get(source) != content]
         named = f": {', '.join(changed)}" if changed else ""

@@ -11,8 +11,9 @@ its items is a batch. Other data (a list, a table, a stream) may be of any lengt
 with empty rows, and nothing is trained on or evaluated twice.
 """
 
+import copy
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ from flexreason.talk.telling import stage
 from flexreason.train import record
 from flexreason.train.filling import Filled, FilledStream, Filling
 from flexreason.train.sums import Sums, total_weight
-from flexreason.tree.row import IGNORED
+from flexreason.tree.row import IGNORED, NOBODY
 
 ROWS = (Rows, RowStream)
 """Data sets one of whose items is a row."""
@@ -47,14 +48,19 @@ Base: Any = object
 class RowTraining(Base):
     """To stand before a trainer class: `class MyTrainer(RowTraining, SFTTrainer)`."""
 
+    args: Any
     data_collator: Any
+    model_accepts_loss_kwargs: Any
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._take_rows()
 
     def _take_rows(self) -> None:
-        """What the Trainer's constructor is followed by: its arguments are refused, or set as rows need them."""
+        """What the Trainer's constructor is followed by: its arguments are refused, or set as rows need them. They are
+        set in a copy, since who gave them may give them again."""
+        self.args = copy.copy(self.args)
+        self.args.accelerator_config = copy.copy(self.args.accelerator_config)
         # by default accelerate has one rank read streams, and cuts up what it has read: rows of different shapes
         self.args.accelerator_config.dispatch_batches = self.accelerator.dataloader_config.dispatch_batches = False
         self._refuse()
@@ -64,6 +70,7 @@ class RowTraining(Base):
         self.args.logging_nan_inf_filter = False
         self.args.remove_unused_columns = False
         self.args.average_tokens_across_devices = True  # the weight of a step is summed over ranks
+        self.model_accepts_loss_kwargs = True  # what divides a step goes to the model, whatever its class says
         self._sums = Sums(self.args.device)
         self._since = time.perf_counter()
         self._evaluated: Sums | None = None
@@ -90,6 +97,15 @@ class RowTraining(Base):
         if self.compute_metrics is not None:
             raise ValueError(
                 f"{type(self).__name__}: evaluation keeps no logits, so compute_metrics is never called; leave it out"
+            )
+        each_eval = self.eval_dataset.values() if isinstance(self.eval_dataset, dict) else [self.eval_dataset]
+        sorted_ones = [
+            data for data in (self.train_dataset, *each_eval) if data is not None and hasattr(data, "__len__")
+        ]
+        if self.args.train_sampling_strategy == "group_by_length" and not all(map(_tells_lengths, sorted_ones)):
+            raise ValueError(
+                f'{type(self).__name__}: train_sampling_strategy="group_by_length" reads the length of input_ids in a '
+                "table, and here are layouts; leave it out: fr.Rows(layouts, length) fills rows best"
             )
         rows_per_step = self.args.gradient_accumulation_steps * self.args.world_size
         if isinstance(self.train_dataset, ROWS) and self.train_dataset.multiple % rows_per_step:
@@ -133,6 +149,10 @@ class RowTraining(Base):
         loss = super().training_step(model, {**inputs, REQUEST: request}, *args, **kwargs)
         self._sums.add(inputs, request.logprobs)
         return loss
+
+    def _track_num_input_tokens(self, inputs: dict[str, Any]) -> None:
+        real = inputs["document"] != NOBODY  # a row's own mask is empty
+        super()._track_num_input_tokens({**inputs, "attention_mask": real})
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if "loss" in logs:
@@ -268,6 +288,11 @@ class RowTraining(Base):
                 "same goes on: " + (f"the last whole one is {last}" if last else "there is no other yet")
             ) from error
         self._since += time.perf_counter() - start
+
+
+def _tells_lengths(data: Any) -> bool:
+    """Whether the Trainer can read how long the entries of a data set are."""
+    return not len(data) or isinstance(data[0], Mapping)
 
 
 def _finite(value: float) -> bool:

@@ -1,0 +1,287 @@
+"""What was found out in this process is believed of the same code and values only, whatever they are called."""
+
+import functools
+import types
+
+import pytest
+import torch
+from torch import nn
+from transformers import Qwen3ForCausalLM
+from transformers.models.qwen3 import modeling_qwen3
+from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP
+
+import flexreason as fr
+from exact import EXACT, errors
+from flexreason.proof import evidence, source
+from flexreason.proof.identity import identity
+from models import tiny
+from strategies import random_turns
+
+LAYOUT = fr.lay_out_turns(random_turns([(5, 7, 3), (4, 0, 2)], 0))
+
+NOT_THE_SAMPLES = "is refused: one pass is not the samples'"
+
+
+def shift(x):
+    """The token before, in storage, is added."""
+    return x + nn.functional.pad(x, (0, 0, 1, 0))[:, :-1]
+
+
+def made(kind, *options, **config):
+    return kind(tiny("Qwen3", **config).config, *options)
+
+
+def assert_taken(model):
+    fr.unpatch(fr.patch(model))
+    assert max(errors(model.double(), [LAYOUT]).values()) <= EXACT
+
+
+# ---- classes of transformers that were edited
+
+
+def test_an_edit_in_the_clothes_of_what_it_replaced_is_one(monkeypatch):
+    plain = Qwen3MLP.forward
+    monkeypatch.setattr(Qwen3MLP, "forward", functools.wraps(plain)(lambda self, x: plain(self, shift(x))))
+    with pytest.raises(ValueError, match=NOT_THE_SAMPLES):
+        fr.patch(tiny("Qwen3"))
+    monkeypatch.setattr(Qwen3MLP, "forward", functools.wraps(plain)(lambda self, x: plain(self, x) * 1.0))
+    assert_taken(tiny("Qwen3"))
+
+
+def test_an_edit_after_another_is_another(monkeypatch):
+    plain = Qwen3MLP.forward
+    for change in (lambda x: x * 1.0, shift, lambda x: x * 2.0, shift):
+        monkeypatch.setattr(Qwen3MLP, "forward", lambda self, x, change=change: plain(self, change(x)))
+        if change is shift:
+            with pytest.raises(ValueError, match=NOT_THE_SAMPLES):
+                fr.patch(tiny("Qwen3"))
+        else:
+            fr.unpatch(fr.patch(tiny("Qwen3")))
+
+
+def test_a_function_put_into_a_module_is_an_edit_too(monkeypatch):
+    plain = modeling_qwen3.apply_rotary_pos_emb
+
+    def mixing(q, k, cos, sin, **kwargs):
+        q, k = plain(q, k, cos, sin, **kwargs)
+        return q, k + nn.functional.pad(k, (0, 0, 1, 0))[..., :-1, :]
+
+    monkeypatch.setattr(modeling_qwen3, "apply_rotary_pos_emb", mixing)
+    with pytest.raises(ValueError, match=NOT_THE_SAMPLES):
+        fr.patch(tiny("Qwen3"))
+    monkeypatch.setattr(modeling_qwen3, "apply_rotary_pos_emb", lambda *args, **kwargs: plain(*args, **kwargs))
+    fr.patch(tiny("Qwen3"))
+
+
+def test_a_file_that_changed_since_it_was_first_seen_is_not_believed(tmp_path):
+    path = tmp_path / "modeling.py"
+    path.write_text("x = 1\n")
+    first = source.hash_of_all({"m": path})
+    path.write_text("x = 2\n")
+    assert source.hash_of_all({"m": path}) == ""
+    path.write_text("x = 1\n")
+    assert source.hash_of_all({"m": path}) == first != ""
+
+
+# ---- classes of one's own
+
+
+class MLP(Qwen3MLP):
+    def forward(self, x):
+        return super().forward(x)
+
+
+class Edited(Qwen3ForCausalLM):
+    def __init__(self, config):
+        super().__init__(config)
+        for layer in self.model.layers:
+            layer.mlp = MLP(config)
+
+
+SHIFTS = False
+
+
+def helped(x):
+    return shift(x) if SHIFTS else x
+
+
+class ByGlobal(Qwen3MLP):
+    def forward(self, x):
+        return super().forward(helped(x))
+
+
+class Global(Qwen3ForCausalLM):
+    def __init__(self, config):
+        super().__init__(config)
+        for layer in self.model.layers:
+            layer.mlp = ByGlobal(config)
+
+
+def edit_in_place(monkeypatch):
+    monkeypatch.setattr(MLP, "forward", lambda self, x: Qwen3MLP.forward(self, shift(x)))
+
+
+def edit_its_code(monkeypatch):
+    """As autoreload does."""
+
+    def forward(self, x):
+        return Qwen3MLP.forward(self, shift(x))
+
+    own = MLP.forward
+    monkeypatch.setattr(MLP, "forward", types.FunctionType(own.__code__, own.__globals__, closure=own.__closure__))
+    code, closure = forward.__code__, own.__closure__
+    MLP.forward.__code__ = code.replace(co_freevars=("__class__",)) if closure else code
+
+
+@pytest.mark.parametrize("edit", [edit_in_place, edit_its_code])
+def test_a_class_of_ones_own_that_is_edited_is_tested_again(edit, monkeypatch):
+    assert_taken(made(Edited))
+    edit(monkeypatch)
+    with pytest.raises(ValueError, match=NOT_THE_SAMPLES):
+        fr.patch(made(Edited))
+
+
+def test_what_its_code_names_counts(monkeypatch):
+    fr.unpatch(fr.patch(made(Global)))
+    monkeypatch.setitem(globals(), "SHIFTS", True)
+    with pytest.raises(ValueError, match=NOT_THE_SAMPLES):
+        fr.patch(made(Global))
+
+
+class Switched(Qwen3MLP):
+    shifts = False
+
+    def forward(self, x):
+        return super().forward(shift(x) if self.shifts else x)
+
+
+class Optional(Qwen3ForCausalLM):
+    """With an option that is not in its config."""
+
+    def __init__(self, config, shifts=False):
+        super().__init__(config)
+        self.width = config.hidden_size
+        for layer in self.model.layers:
+            layer.mlp = Switched(config)
+            if shifts:
+                layer.mlp.shifts = True
+
+    def forward(self, *args, **kwargs):
+        assert self.width
+        return super().forward(*args, **kwargs)
+
+
+def test_an_option_of_a_constructor_is_a_part(monkeypatch):
+    monkeypatch.setattr(evidence, "_verified", set())
+    assert_taken(made(Optional))
+    assert_taken(made(Optional, hidden_size=40, num_hidden_layers=3))
+    with pytest.raises(ValueError, match=r"parts of it were replaced, .* Switched.shifts = True; run fr.verify"):
+        fr.patch(made(Optional, True))
+    assert fr.verify(made(Optional, True).double(), [LAYOUT]).verdict == "NOT exact"
+
+
+class ByNumber(Qwen3ForCausalLM):
+    """One of its layers is another one, by a setting of its config that nobody else knows."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        for number, layer in enumerate(self.model.layers):
+            layer.mlp = Switched(config)
+            layer.mlp.shifts = number == getattr(config, "shift_at", -1)
+
+
+def test_every_layer_of_an_unknown_class_is_tested():
+    fr.patch(made(ByNumber, num_hidden_layers=6))
+    with pytest.raises(ValueError, match=NOT_THE_SAMPLES):
+        fr.patch(made(ByNumber, num_hidden_layers=6, shift_at=4))
+
+
+# ---- what was verified
+
+
+def around(shifts):
+    class Around(nn.Module):
+        def __init__(self, mlp):
+            super().__init__()
+            self.mlp = mlp
+
+        def forward(self, x):
+            return self.mlp(shift(x) if shifts else x)
+
+    return Around
+
+
+class Held(nn.Module):
+    def __init__(self, mlp, shifts):
+        super().__init__()
+        self.mlp, self._shifts = mlp, shifts
+
+    def forward(self, x):
+        return self.mlp(shift(x) if self._shifts else x)
+
+
+@pytest.mark.parametrize("put", [lambda mlp, shifts: around(shifts)(mlp), Held])
+def test_what_was_verified_is_believed_of_the_same_code_and_values_only(put, monkeypatch):
+    def model_of(shifts):
+        model = tiny("Qwen3").double()
+        for layer in model.model.layers:
+            layer.mlp = put(layer.mlp, shifts)
+        return model
+
+    monkeypatch.setattr(evidence, "_verified", set())
+    assert fr.verify(model_of(False), [LAYOUT]).ok
+    fr.patch(model_of(False))
+    with pytest.raises(ValueError, match="is refused: parts of it were replaced"):
+        fr.patch(model_of(True))
+
+
+# ---- identities
+
+
+def test_code_is_the_same_by_its_text_and_what_it_works_with():
+    def scaled(by, **options):
+        def call(x, offset=by):
+            return by * x + offset
+
+        return call
+
+    assert identity(scaled(2)) == identity(scaled(2))
+    assert identity(scaled(2)) != identity(scaled(3))
+    assert identity(scaled(1)) != identity(scaled(True))
+    assert identity(functools.partial(shift, 1)) != identity(functools.partial(shift, 2))
+    assert identity([1, {"a": (2,)}]) == identity([1, {"a": (2,)}])
+    assert identity(torch.nn.functional.relu) == identity(torch.nn.functional.relu)
+    assert identity(Edited) != identity(Global)
+    loop = [1]
+    loop.append(loop)
+    assert identity(loop) == identity(loop)
+    assert hash(identity(Edited)) == hash(identity(Edited))
+
+
+# ---- modules of torch
+
+
+@pytest.mark.parametrize(
+    "mixing",
+    [
+        lambda: nn.AvgPool2d((3, 1), 1, (1, 0)),
+        lambda: nn.Softmax(dim=1),
+        lambda: nn.InstanceNorm1d(32),
+        lambda: nn.Upsample(size=32),
+        lambda: nn.ZeroPad1d(0),
+    ],
+)
+def test_modules_of_torch_that_may_mix_tokens_are_parts(mixing):
+    model = tiny("Qwen3")
+    model.model.layers[0].mlp = nn.Sequential(model.model.layers[0].mlp, mixing())
+    with pytest.raises(ValueError, match=r"parts of it were replaced, .*torch\.nn\.modules\..*; run fr.verify"):
+        fr.patch(model)
+
+
+def test_modules_of_torch_that_see_one_token_are_none():
+    model, mlp = (
+        tiny("Qwen3"),
+        nn.Sequential(nn.Linear(32, 8), nn.GELU(), nn.RMSNorm(8), nn.Dropout(0.0), nn.Linear(8, 32)),
+    )
+    model.model.layers[0].mlp = nn.Sequential(model.model.layers[0].mlp, mlp, nn.Identity(), nn.Tanh())
+    assert_taken(model)
