@@ -570,7 +570,7 @@ def test_a_model_whose_own_forward_was_replaced_is_refused_until_it_is_verified(
         assert fr.verify(model, [layout]).ok
         fr.patch(model)
     else:
-        with pytest.raises(ValueError, match="the model's forward was replaced .* holds other lines of the logits"):
+        with pytest.raises(ValueError, match=r"the model's forward was replaced .* holds other lines of the logits"):
             fr.verify(model, [layout])
         with pytest.raises(ValueError, match="parts of it were replaced"):
             fr.patch(model)

@@ -123,10 +123,7 @@ class _MoreParameters(Exception):
     """Some tokens' logits depend on parameters that were not named: these."""
 
     def __init__(self, parameters: list[Any]) -> None:
-        super().__init__(
-            "token_logprobs: in backward the head has other parameters than in forward; call backward before adapters "
-            'are switched or merged, or use loss="model"'
-        )
+        super().__init__()
         self.parameters = parameters
 
 
@@ -276,7 +273,10 @@ class _Logprobs(torch.autograd.Function):
             torch.set_rng_state(ctx.random[0])  # the same draws, where the head has dropout
             for device, state in zip(ctx.devices, ctx.random[1], strict=True):
                 torch.cuda.set_rng_state(state, device)
-            swept = sweep(ctx.head, hidden, labels, ctx.temperature, grads[0], parameters)
+            try:
+                swept = sweep(ctx.head, hidden, labels, ctx.temperature, grads[0], parameters)
+            except _MoreParameters:
+                raise RuntimeError(ANOTHER_HEAD.format("it has parameters that it had not")) from None
         if any(gradient is None for gradient in swept.parameters):
             raise RuntimeError(ANOTHER_HEAD.format("a parameter of it takes no part by now"))
         tolerance = 32 * torch.finfo(hidden.dtype).eps
