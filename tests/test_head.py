@@ -569,8 +569,8 @@ def change_a_weight_past_autograd(model):
 
 
 CHANGES = {
-    switch: "takes no part",
-    switch_to_an_equal_one: "takes no part",
+    switch: "has parameters that it had not",
+    switch_to_an_equal_one: "has parameters that it had not",
     freeze: "trained does so no more",
     lambda model: model.merge_adapter(): "takes no part",
     change_a_weight_past_autograd: "other log-probabilities",
