@@ -18,6 +18,7 @@ from trl import SFTConfig, SFTTrainer
 
 import flexreason as fr
 from exact import EXACT, samples_of, single_pass
+from flexreason.model import holders
 from flexreason.model import hooks as patching
 from flexreason.proof import oracle
 from flexreason.proof.float64 import relative_l2, true_float64
@@ -258,6 +259,25 @@ def test_a_layer_of_a_derived_class_finds_its_eager_attention():
     stock = tiny("Llama", attn_implementation="eager").double().eval()
     for layer in stock.model.layers:
         layer.self_attn.__class__ = OwnAttention
+    model = patching.apply_patch(copy.deepcopy(stock))
+    assert_ordinary(model, stock)
+    assert_exact(model, stock)
+
+
+class CallsSuper(transformers.models.llama.modeling_llama.LlamaAttention):
+    """The same with a forward of its own, which leaves attention to the one that it derives from."""
+
+    def forward(self, *args, **kwargs):
+        return super().forward(*args, **kwargs)
+
+
+@pytest.mark.parametrize("cls", [OwnAttention, CallsSuper])
+def test_a_layer_from_a_file_with_another_eager_attention_keeps_the_one_that_its_code_finds(cls, monkeypatch):
+    other = lambda module, query, *args, **kwargs: (torch.zeros_like(query).transpose(1, 2), None)  # noqa: E731
+    monkeypatch.setitem(globals(), "eager_attention_forward", other)
+    stock = tiny("Llama", attn_implementation="eager").double().eval()
+    for layer in stock.model.layers:
+        layer.self_attn.__class__ = cls
     model = patching.apply_patch(copy.deepcopy(stock))
     assert_ordinary(model, stock)
     assert_exact(model, stock)
@@ -533,6 +553,76 @@ def test_a_layer_put_in_later_takes_rows_too():
     assert reads == {"sdpa"}
 
 
+def put_in(model, layer):
+    model.model.layers[1] = layer
+
+
+def append(model, layer):
+    layer.self_attn.layer_idx = 2  # its place in the cache
+    model.model.layers.append(layer)
+    model.config.num_hidden_layers, model.config.layer_types = 3, ["full_attention"] * 3
+
+
+def exchange_attention(model, layer):
+    model.model.layers[1].self_attn = layer.self_attn
+
+
+def exchange_config(model, layer):
+    model.model.layers[1].self_attn.config = copy.deepcopy(model.config)
+
+
+@pytest.mark.parametrize("how", [put_in, append, exchange_attention, exchange_config])
+@pytest.mark.parametrize("after_a_row", [False, True])
+def test_what_was_made_before_and_is_put_in_later_takes_rows_too(how, after_a_row):
+    model, stock = pair()
+    torch.manual_seed(5)
+    layer = type(stock.model.layers[0])(stock.config, 1).double()
+    if after_a_row:
+        model(**a_row())
+    for each in (model, stock):
+        how(each, copy.deepcopy(layer))
+    assert_exact(model, stock)
+    assert_ordinary(model, stock)
+    reads = {m.config._attn_implementation for m in fr.unpatch(model).modules() if hasattr(m, "config")}
+    assert reads == {"sdpa"}
+
+
+def test_a_layer_of_two_models_is_found_by_the_one_that_is_still_patched():
+    models = [tiny("Qwen3", seed).double().eval() for seed in range(2)]
+    models[1].model.layers[0] = models[0].model.layers[0]
+    stocks = copy.deepcopy(models)
+    for model in models:
+        fr.patch(model)
+    fr.unpatch(models[0])
+    assert_exact(models[1], stocks[1])
+    assert_ordinary(models[0], stocks[0])
+    fr.unpatch(models[1])
+    for model, stock in zip(models, stocks, strict=True):
+        assert names(model) == {"sdpa"}
+        assert_ordinary(model, stock)
+        assert {type(m.config) for m in model.modules() if hasattr(m, "config")} == {type(model.config)}
+
+
+@pytest.mark.parametrize("then", ["a row", "an ordinary batch", "a row that raises"])
+def test_a_config_that_is_set_later_stays(then, tmp_path):
+    model, stock = pair()
+    model(**a_row())
+    model.config = new = copy.deepcopy(model.config)
+    new.mine = "kept"
+    if then == "a row":
+        assert_exact(model, stock)
+    elif then == "an ordinary batch":
+        assert_ordinary(model, stock)
+    else:
+        with pytest.raises(ValueError, match="until"):
+            model(**{**a_row(), "until": a_row()["until"] * 0})
+    assert model.config is new
+    model.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["mine"] == "kept"
+    assert fr.unpatch(model).config is new
+    assert_ordinary(model, stock)
+
+
 # ---- a wrapper that holds two models
 
 
@@ -580,6 +670,49 @@ def test_of_two_models_the_one_that_is_called_is_patched(kind, wrap):
     assert [patching.ATTRIBUTE in vars(root) for root in roots] == [kind is First, kind is Second]
     fr.unpatch(wrapped)
     assert not any(patching.ATTRIBUTE in vars(root) for root in roots)
+
+
+class Embedding(nn.Module):
+    """A wrapper that gives its model embeddings of its own making."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids=None, **kwargs):
+        embeds = self.model.get_input_embeddings()(input_ids)
+        return self.model(inputs_embeds=self.change(embeds), **kwargs)
+
+    def change(self, embeds):
+        return embeds * 1.5
+
+
+class MixingEmbedding(Embedding):
+    def forward(self, input_ids=None, **kwargs):
+        embeds = self.model.get_input_embeddings()(input_ids)
+        return self.model(inputs_embeds=embeds + nn.functional.pad(embeds, (0, 0, 1, 0))[:, :-1], **kwargs)
+
+
+@pytest.mark.parametrize("wrap", [lambda model: model, lambda model: First(model, nn.Linear(1, 1))])
+@pytest.mark.parametrize("adapter", [False, True])
+def test_a_wrapper_that_makes_embeddings_is_refused_until_it_is_verified(wrap, adapter, monkeypatch):
+    monkeypatch.setattr(holders, "_verified", set())
+
+    def inside():
+        model = tiny("Qwen3")
+        return peft.get_peft_model(model, peft.LoraConfig(r=2, task_type="CAUSAL_LM")) if adapter else model
+
+    for kind in (MixingEmbedding, Embedding):
+        wrapped = wrap(kind(inside())).double()
+        with pytest.raises(ValueError, match=rf"came with inputs_embeds through ({kind.__name__}|First), which holds"):
+            fr.patch(wrapped)(**a_row())
+        report = fr.verify(wrapped, LAYOUTS)
+        assert report.ok == (kind is Embedding), str(report)
+    fr.patch(wrapped)
+    with true_float64():
+        loss = float(wrapped(**a_row()).loss.detach())
+        expected = oracle.n_samples(fr.unpatch(wrapped), samples_of(LAYOUTS), gradients=False)
+    assert loss * expected.n_targets == pytest.approx(expected.loss_sum, rel=EXACT)
 
 
 def test_one_model_that_is_held_twice_is_one():

@@ -34,6 +34,7 @@ def test_output_and_gradients_are_those_of_attention_written_out(name, limits, e
     found = backend.attend(q, k, v, table, 0.4, **more)
     expected = written_out(q, k, v, fr.dense_mask(row, **limits), 0.4, **more)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+    assert found.is_contiguous() or extra != "plain"  # so that a layer's view of it is no copy
     upstream = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1), dtype=expected.dtype)
     for a, b in zip(
         torch.autograd.grad(found, learned, upstream), torch.autograd.grad(expected, learned, upstream), strict=True

@@ -16,6 +16,7 @@ import pytest
 import torch
 import transformers
 from torch import nn
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 import flexreason as fr
 from exact import EXACT, errors
@@ -76,6 +77,15 @@ def test_families_chosen_for_their_differences_are_exact(name):
     found = check(name)
     assert found.verdict == "exact", found
     assert max(found.loss, found.logprobs, found.gradients) <= EXACT
+
+
+@pytest.mark.parametrize("backend", ["segments", "dense"])
+@pytest.mark.parametrize("length", [32, 128, 136, 256, 264])
+def test_a_layer_that_views_what_attention_gives_takes_rows_of_any_length(length, backend):
+    """AFMoE does, and so may a class of anybody: transformers' own attention is contiguous."""
+    model = build(shrink(transformers.AfmoeConfig()), transformers.AfmoeForCausalLM).double()
+    row = fr.collate([fr.lay_out_turns(random_turns([(3, 4, 5)] * 2))], length=length, block_size=8)
+    fr.patch(model, backend)(**row).loss.backward()
 
 
 # ---- what a self-test is worth: without its special thing, none of these is exact
@@ -273,6 +283,85 @@ class Counting(transformers.LlamaForCausalLM):
             layer.mlp = Around(layer.mlp, lambda x: x + 0.01 * torch.arange(x.shape[1], dtype=x.dtype)[None, :, None])
 
 
+class Training(nn.Module):
+    """Something that is done in training only, before an MLP."""
+
+    def __init__(self, inner, *steps):
+        super().__init__()
+        self.inner, self.steps, self.seen = inner, steps, 0
+
+    def forward(self, x):
+        for step in self.steps if self.training else ():
+            x = step(self, x)
+        return self.inner(x)
+
+
+def noise(self, x):
+    return x * (1 + 0.1 * torch.randn_like(x)) + 0.1 * torch.empty_like(x).uniform_()
+
+
+def dropout(self, x):
+    return nn.functional.dropout(x, 0.2) * torch.bernoulli(torch.full_like(x, 0.9))
+
+
+def batch_mean(self, x):
+    return x - 0.5 * x.mean(1, keepdim=True)
+
+
+def counted(self, x):
+    self.seen += x.shape[1]
+    return x * (1 + 0.001 * self.seen)
+
+
+def training(*steps):
+    class Made(transformers.LlamaForCausalLM):
+        def __init__(self, config):
+            super().__init__(config)
+            for layer in self.model.layers:
+                layer.mlp = Training(layer.mlp, *steps)
+
+    return Made
+
+
+RANDOM = {
+    (noise,): "exact",
+    (dropout,): "exact",
+    (noise, dropout): "exact",
+    (noise, batch_mean): "refused",
+    (batch_mean, dropout): "refused",
+    (counted,): "cannot be built tiny",
+    (noise, counted): "cannot be built tiny",
+}
+
+
+@pytest.mark.parametrize("steps", RANDOM, ids=str)
+def test_what_is_done_in_training_shows_also_where_it_draws_at_random(steps):
+    config = tiny("Llama").config
+    found = selftest.check(config, training(*steps), ("segments",))
+    assert found.verdict == RANDOM[steps], found
+    assert ("draws at random in training" in found.special) == (noise in steps or dropout in steps or counted in steps)
+    assert torch.rand(3).unique().numel() == 3  # elsewhere draws are draws
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_another_default_dtype_changes_nothing(dtype, monkeypatch):
+    monkeypatch.setattr(evidence, "_results", {})
+    turns = random_turns([(3, 4, 5)] * 2)
+    expected = fr.collate([fr.lay_out_turns(turns), fr.lay_out(random_tree())], length=256)
+    model = made(Unchanged)
+    torch.set_default_dtype(dtype)
+    try:
+        found = fr.collate([fr.lay_out_turns(turns), fr.lay_out(random_tree())], length=256)
+        loss = float(fr.patch(model)(**found).loss.detach())
+        assert torch.get_default_dtype() == dtype
+    finally:
+        torch.set_default_dtype(torch.float32)
+    del found["attention_mask"], expected["attention_mask"]  # which are empty
+    assert {key: value.dtype for key, value in found.items()} == {key: value.dtype for key, value in expected.items()}
+    assert all(torch.equal(found[key], expected[key]) for key in expected)
+    assert loss == pytest.approx(float(model(**expected).loss.detach()), rel=1e-6)
+
+
 class Particular(transformers.LlamaForCausalLM):
     """It cannot be made from a config alone."""
 
@@ -292,6 +381,13 @@ def test_an_unknown_class_is_tested_on_its_own_config_once(monkeypatch):
         model = fr.patch(made(Unchanged))
     assert [cls for _, cls in calls] == [Unchanged]
     model(**fr.collate([fr.lay_out_turns(random_turns([(3, 4, 5)] * 2))])).loss.backward()
+
+
+def test_a_loss_with_more_in_it_is_told_from_tokens_that_influence_others():
+    config = transformers.BambaConfig(attn_layer_indices=[1], num_hidden_layers=2, z_loss_coefficient=0.1)
+    found = selftest.check(config, transformers.BambaForCausalLM, ("segments",))
+    assert found.verdict == "refused"
+    assert found.reason.startswith("its loss has more in it than its targets' log-probabilities, which are right: one")
 
 
 @pytest.mark.parametrize("cls", [Shifting, Counting])
@@ -438,6 +534,54 @@ def test_a_class_that_was_edited_is_tested_whatever_the_list_says(monkeypatch):
     evidence._results.clear()
     monkeypatch.setattr(cls, "forward", lambda self, x: plain(self, x))
     fr.patch(tiny("Llama"))
+
+
+def shifting(self, input_ids=None, labels=None, shift_labels=None, num_items_in_batch=None, **kwargs):
+    """A loss in one with the head, as libraries wrote before transformers had shift_labels."""
+    hidden = self.model(input_ids=input_ids, **kwargs).last_hidden_state
+    if labels is None:
+        return CausalLMOutputWithPast(logits=self.lm_head(hidden))
+    logits = self.lm_head(hidden[:, :-1]).flatten(0, 1)
+    return CausalLMOutputWithPast(loss=nn.functional.cross_entropy(logits, labels[:, 1:].flatten()))
+
+
+def mixing(self, input_ids=None, labels=None, shift_labels=None, **kwargs):
+    hidden = self.model(input_ids=input_ids, **kwargs).last_hidden_state
+    logits = self.lm_head(hidden + nn.functional.pad(hidden, (0, 0, 1, 0))[:, :-1])
+    loss = None if labels is None else self.loss_function(logits, labels, 97, shift_labels=shift_labels, **kwargs)
+    return CausalLMOutputWithPast(loss=loss, logits=logits)
+
+
+def aligned(self, input_ids=None, labels=None, shift_labels=None, num_items_in_batch=None, **kwargs):
+    logits = self.lm_head(self.model(input_ids=input_ids, **kwargs).last_hidden_state)
+    loss = None if labels is None else nn.functional.cross_entropy(logits[0], shift_labels[0])
+    return CausalLMOutputWithPast(loss=loss, logits=logits if labels is None else None)
+
+
+@pytest.mark.parametrize("forward", [shifting, mixing, aligned])
+def test_a_model_whose_own_forward_was_replaced_is_refused_until_it_is_verified(forward, monkeypatch):
+    monkeypatch.setattr(evidence, "_verified", set())
+    model, layout = tiny("Llama").double(), fr.lay_out_turns(random_turns([(3, 4, 5)] * 2))
+    model.forward = types.MethodType(forward, model)
+    words = rf"parts of it were replaced, .*forward of LlamaForCausalLM, .*{forward.__name__}"
+    with pytest.raises(ValueError, match=words):
+        fr.patch(model)
+    if forward is aligned:
+        assert fr.verify(model, [layout]).ok
+        fr.patch(model)
+    else:
+        with pytest.raises(ValueError, match=r"the model's forward was replaced .* holds other lines of the logits"):
+            fr.verify(model, [layout])
+        with pytest.raises(ValueError, match="parts of it were replaced"):
+            fr.patch(model)
+
+
+@pytest.mark.parametrize("forward", [shifting, mixing])
+def test_a_class_whose_own_forward_was_replaced_is_tested_whatever_the_list_says(forward, monkeypatch):
+    monkeypatch.setattr(evidence, "_results", {})
+    monkeypatch.setattr(transformers.LlamaForCausalLM, "forward", forward)
+    with pytest.raises(ValueError, match="is refused: "):
+        fr.patch(tiny("Llama"))
 
 
 def test_what_wraps_a_model_without_changing_it_is_taken():

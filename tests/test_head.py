@@ -294,6 +294,46 @@ def test_any_head_in_chunks_is_itself(which):
             assert relative_l2(torch.autograd.grad(found, parameters, **settings), expected) <= EXACT
 
 
+class Routed(torch.nn.Module):
+    """A head that sends tokens to experts; half of these read the state through a layer of their own."""
+
+    def __init__(self, size, vocabulary):
+        super().__init__()
+        self.first = torch.nn.ModuleList(torch.nn.Linear(size, size) for _ in range(2))
+        self.last = torch.nn.ModuleList(torch.nn.Linear(size, vocabulary) for _ in range(4))
+
+    def forward(self, hidden):
+        which = (hidden.sum(-1) * 7).long() % 4
+        logits = hidden.new_zeros(*hidden.shape[:-1], self.last[0].out_features)
+        for number in which.unique().tolist():
+            given = hidden[which == number]
+            given = given if number < 2 else self.first[number - 2](given)
+            logits = logits.index_put((which == number,), self.last[number](given))
+        return logits
+
+
+@pytest.mark.parametrize("size", [1, ROWS_A_CHUNK, 1000])
+@pytest.mark.parametrize("way", ["chunked", "logprobs", "logprobs, frozen but for one"])
+def test_a_head_that_sends_tokens_to_experts_trains_all_of_them(way, size, monkeypatch):
+    """The first target's token comes to one expert of four: gradients of the others are not to be lost."""
+    monkeypatch.setattr(head, "CHUNK_LOGITS", 97 * size)
+    torch.manual_seed(0)
+    model, layouts = tiny("Qwen3"), [conversation(), conversation(seed=1)]
+    model.lm_head = Routed(32, 97)
+    model.double()
+    if "frozen" in way:
+        model.requires_grad_(False).lm_head.last[3].requires_grad_(True)
+        model.model.requires_grad_(True)
+    with true_float64():
+        expected = oracle.n_samples(model, [s for layout in layouts for s in fr.unmerge(layout)])
+        apply_patch(model, loss="chunked" if way == "chunked" else "model")
+        row = fr.collate(layouts)
+        loss = model(**row).loss * expected.n_targets if way == "chunked" else -fr.token_logprobs(model, row).sum()
+        loss.backward()
+    found = {name: p.grad for name, p in model.named_parameters() if name in expected.gradients and p.grad is not None}
+    assert worst_gradient(found, expected.gradients) <= EXACT
+
+
 def test_the_second_sweep_draws_what_the_first_drew():
     """Dropout on the head: the gradient belongs to the value that was given."""
     torch.manual_seed(0)
@@ -529,8 +569,8 @@ def change_a_weight_past_autograd(model):
 
 
 CHANGES = {
-    switch: "takes no part",
-    switch_to_an_equal_one: "takes no part",
+    switch: "has parameters that it had not",
+    switch_to_an_equal_one: "has parameters that it had not",
     freeze: "trained does so no more",
     lambda model: model.merge_adapter(): "takes no part",
     change_a_weight_past_autograd: "other log-probabilities",

@@ -166,6 +166,31 @@ def test_what_is_not_all_of_transformers_has_no_hash():
     assert source.source_of(LLAMA, OwnConfig(), "own config") == ""
 
 
+def test_a_file_that_changed_in_this_process_says_nothing_of_what_runs(tmp_path):
+    """It may have been loaded anew since, as notebooks do, or not."""
+    path = tmp_path / "modeling.py"
+    path.write_text("a = 1")
+    before = source.hash_of_all({"modeling": path})
+    assert before == source.hash_of_all({"modeling": path}) != ""
+    path.write_text("a = 2 ")
+    assert source.hash_of_all({"modeling": path}) == ""
+    path.unlink()
+    assert source.hash_of_all({"modeling": path}) == ""
+
+
+def test_a_class_whose_file_changed_in_this_process_is_tested_and_not_kept(newer, monkeypatch, tmp_path):
+    path = tmp_path / "modeling_llama.py"
+    path.write_text(Path(modeling_llama.__file__).read_text())
+    monkeypatch.setattr(modeling_llama, "__file__", str(path))
+    fr.patch(tiny("Llama"))
+    assert len(files(tmp_path)) == 1
+    path.write_text(path.read_text() + "# changed")
+    evidence._results.clear()
+    fr.patch(tiny("Llama"))
+    assert times_tested(newer()) == 2
+    assert len(files(tmp_path)) == 1
+
+
 # ---- what is kept
 
 

@@ -589,6 +589,25 @@ def test_rope_that_reads_the_longest_position_is_refused_only_where_samples_stra
         assert max(errors(tiny("Llama", **config).double(), long, backend="segments").values()) <= EXACT
 
 
+def test_dynamic_rope_that_has_seen_a_longer_batch_takes_only_what_it_forgets_that_for():
+    """At its threshold the angles of the longer batch stay, and would be those of all samples of a row."""
+    rope = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0}
+    model = tiny("Llama", rope_parameters=rope, max_position_embeddings=16).double()
+    for longest in (14, 15, 16, 17):
+        samples = [fr.Sample([1] * (longest - 6), [1, 2, 3, 4, 5, 6]), fr.Sample([1] * 8, [7, 7, 8, 9])]
+        row = fr.collate([fr.lay_out(samples)])
+        with true_float64():
+            expected = oracle.n_samples(model, samples, gradients=False)
+            model(input_ids=torch.arange(39)[None])
+            fr.patch(model)
+            if longest < 16:
+                assert float(model(**row).loss.detach()) * 10 == pytest.approx(expected.loss_sum, rel=EXACT)
+            else:
+                with pytest.raises(ValueError, match=r"stays so at 16: .*; it takes samples of fewer than 16 tokens"):
+                    model(**row)
+            fr.unpatch(model)
+
+
 def test_a_model_may_be_patched_without_chunks_and_without_evidence():
     """Below `fr.patch`, which asks the list of classes and the self-test, stands whatever asks nobody."""
     model, row = made("Qwen3"), fr.collate(layouts("paper"))

@@ -115,6 +115,107 @@ def test_flex_on_cpu_is_compared_forward_only():
     assert "no backward on CPU" in str(report)
 
 
+class Balanced(nn.Module):
+    """A part that does something over all tokens in one mode only, as balancing losses and batch statistics do."""
+
+    def __init__(self, inner, mode):
+        super().__init__()
+        self.inner, self.mode = inner, mode
+
+    def forward(self, x):
+        if self.training == self.mode:
+            x = x - x.mean(1, keepdim=True)
+        return self.inner(x)
+
+
+class Noisy(Balanced):
+    def forward(self, x):
+        return self.inner(x * (1 + 0.1 * torch.rand_like(x)) if self.training else x)
+
+
+class Counting(Balanced):
+    seen = 0
+
+    def forward(self, x):
+        self.seen += self.training
+        return self.inner(x * (1 + 0.1 * self.seen) if self.training else x)
+
+
+def with_mlps(kind, *more):
+    model = tiny("Qwen3")
+    for layer in model.model.layers:
+        layer.mlp = kind(layer.mlp, *more)
+    return model.double()
+
+
+@pytest.mark.parametrize("found_in", [True, False])
+@pytest.mark.parametrize("wrong_in", [True, False])
+def test_a_part_that_nobody_tested_is_looked_at_in_training_and_in_evaluation(wrong_in, found_in, monkeypatch):
+    monkeypatch.setattr(evidence, "_verified", set())
+    model = with_mlps(Balanced, wrong_in).train(found_in)
+    model.model.layers[0].mlp.train(not found_in)
+    modes = [module.training for module in model.modules()]
+    report = fr.verify(model, [conversation()])
+    assert report.verdict == "NOT exact"
+    assert [module.training for module in model.modules()] == modes
+    with pytest.raises(ValueError, match="parts of it were replaced"):
+        fr.patch(model)
+
+
+def test_what_draws_at_random_in_training_is_looked_at_with_the_same_draws(monkeypatch):
+    monkeypatch.setattr(evidence, "_verified", set())
+    model = with_mlps(Noisy, True).eval()
+    assert fr.verify(model, [conversation()]).ok
+    fr.patch(model)
+
+
+def test_what_differs_from_pass_to_pass_in_training_does_not_count_for_it(monkeypatch):
+    monkeypatch.setattr(evidence, "_verified", set())
+    model = with_mlps(Counting, True).eval()
+    report = fr.verify(model, [conversation()])
+    assert report.ok
+    assert "does not count for fr.patch, which goes on to refuse the model: in its other mode" in str(report)
+    with pytest.raises(ValueError, match="parts of it were replaced"):
+        fr.patch(model)
+
+
+KEPT = [fr.Sample([1, 2, 3], [4, 5]), fr.Sample([1, 2, 3, 4, 5, 6], [7, 8])]  # a conversation that forgets nothing
+
+
+@pytest.mark.parametrize("layouts", [[fr.lay_out_turns(random_turns([(5, 7, 3)]))] * 2, [fr.lay_out(KEPT)]])
+def test_conversations_in_which_nothing_leaves_the_trunk_do_not_count_for_others(layouts, monkeypatch):
+    """One pass is a sample as it stands there: a part that mixes neighbours passes."""
+    monkeypatch.setattr(evidence, "_verified", set())
+    model = with_mlps(Plain)
+    report = fr.verify(model, layouts[:1])
+    assert report.ok
+    assert "does not count for fr.patch, which goes on to refuse the model: no branch leaves the trunk" in str(report)
+    with pytest.raises(ValueError, match="parts of it were replaced"):
+        fr.patch(model)
+    assert fr.verify(model, [conversation()]).ok
+    fr.patch(model)
+
+
+class Plain(nn.Module):
+    """A part of somebody's that changes nothing."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        return self.inner(x)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_verify_makes_gradients_wherever_it_is_called(mode):
+    model = tiny("Qwen3")
+    with mode():
+        report = fr.verify(model, [conversation()])
+    assert report.ok, str(report)
+    assert report.errors[0].gradients is not None
+
+
 # ---- planted faults
 
 

@@ -13,7 +13,6 @@ Shapes: S tokens, T targets, H query heads, G key heads, D head size.
 
 import contextlib
 import inspect
-import sys
 from collections import Counter
 from collections.abc import Callable
 from contextvars import ContextVar
@@ -29,6 +28,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMa
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from flexreason.attention import dense, flex, segments
+from flexreason.attention.eager import eager_of
 
 BACKENDS: dict[str, ModuleType] = {"flex": flex, "segments": segments, "dense": dense}
 
@@ -90,9 +90,12 @@ class TreeRow:
         softcap: float | None = None,
         sinks: Tensor | None = None,
     ) -> Tensor:
-        """Attention of one layer over the tree, [1, S, H, E]. Layers with the same limits share their tables."""
+        """Attention of one layer over the tree, [1, S, H, E]. Layers with the same limits share their tables.
+
+        In memory it lies as transformers' own attention gives it, since some layers go on with a view of it.
+        """
         backend = BACKENDS[self.backend]
-        return backend.attend(q, k, v, self.table(window, chunk), scale, softcap, sinks)
+        return backend.attend(q, k, v, self.table(window, chunk), scale, softcap, sinks).contiguous()
 
     @torch.compiler.disable
     def table(self, window: int | None, chunk: int | None) -> Any:
@@ -265,18 +268,10 @@ def _attention(previous: str) -> Callable:
                 f"row: it reached {type(module).__name__} without its tree; the model is not patched, or makes "
                 "masks in a way of its own, and cannot take rows; call fr.patch(model) first"
             )
-        stock = _eager_of(type(module)) if previous == "eager" else ALL_ATTENTION_FUNCTIONS[previous]
+        stock = eager_of(module) if previous == "eager" else ALL_ATTENTION_FUNCTIONS[previous]
         return stock(module, query, key, value, attention_mask, *args, **kwargs)
 
     return attention
-
-
-def _eager_of(cls: type) -> Callable:
-    """The eager attention of a layer's module, or of the module of the class that it was derived from."""
-    for kind in cls.__mro__:
-        if attention := getattr(sys.modules[kind.__module__], "eager_attention_forward", None):
-            return attention
-    raise ValueError(f'the eager attention of {cls.__name__} is not found; use set_attn_implementation("sdpa")')
 
 
 def _tree_attention(

@@ -13,7 +13,7 @@ Shapes: T targets, n targets of a chunk, D hidden size, V vocabulary.
 
 import math
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -25,6 +25,7 @@ from transformers import PreTrainedModel
 
 from flexreason.attention.registry import find_decoder
 from flexreason.model.find import beneath_autocast
+from flexreason.model.product import InPlace, added, forward_of
 from flexreason.tree.row import IGNORED
 
 CHUNK_LOGITS = 2**26
@@ -46,21 +47,11 @@ class Head:
 
     def parameters(self, hidden: Tensor) -> list[nn.Parameter]:
         """Those that train and that logits depend on, wherever they are, also outside the model: found by following one
-        token's graph."""
+        token's graph. Other tokens may come to more (a head with experts): `sweep` tells of them."""
         devices = [hidden.device] if hidden.device.type == "cuda" else []
         with torch.enable_grad(), torch.random.fork_rng(devices):  # dropout is to draw as if nobody had asked
             state = hidden[:1].detach().requires_grad_()
-            graph = [self(state).grad_fn]
-        seen: set[Any] = set()
-        leaves: dict[int, Any] = {}
-        while graph:
-            node = graph.pop()
-            if node is not None and node not in seen:
-                seen.add(node)
-                if (leaf := getattr(node, "variable", state)) is not state:
-                    leaves[id(leaf)] = leaf
-                graph += [following for following, _ in node.next_functions]
-        return list(leaves.values())
+            return [leaf for leaf in _leaves(self(state)) if leaf is not state]
 
     def projection(self, hidden: Tensor) -> nn.Linear | None:
         """The output embeddings, if they are one plain matrix product: then its gradients are made in place, which
@@ -70,6 +61,20 @@ class Head:
             return None
         plain = linear.weight.dtype == hidden.dtype and not torch.is_autocast_enabled(hidden.device.type)
         return linear if plain else None
+
+
+def _leaves(result: Tensor) -> list[Any]:
+    """What gradients of a result come to, by its graph."""
+    graph, seen = [result.grad_fn], set[Any]()
+    leaves: dict[int, Any] = {}
+    while graph:
+        node = graph.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            if (leaf := getattr(node, "variable", None)) is not None:
+                leaves[id(leaf)] = leaf
+            graph += [following for following, _ in node.next_functions]
+    return list(leaves.values())
 
 
 def with_states(output: Any, states: Tensor) -> Any:
@@ -89,24 +94,11 @@ def answering(decoder: nn.Module, answer: Any) -> Iterator[None]:
     for name in HOOKS:
         setattr(decoder, name, OrderedDict())
     try:
-        with _forward_of(decoder, lambda *args, **kwargs: answer):
+        with forward_of(decoder, lambda *args, **kwargs: answer):
             yield
     finally:
         for name, kept in hooks.items():
             setattr(decoder, name, kept)
-
-
-@contextmanager
-def _forward_of(module: nn.Module, forward: Callable) -> Iterator[None]:
-    """A module that does something else for a while."""
-    own = vars(module).get("forward")
-    module.forward = forward
-    try:
-        yield
-    finally:
-        del module.forward
-        if own is not None:
-            module.forward = own
 
 
 @torch.compiler.disable
@@ -114,7 +106,7 @@ def weighted_nll(head: Head, hidden: Tensor, labels: Tensor, weight: Tensor) -> 
     """The sum of weight x nll over targets, and without gradient their log-probabilities: hidden states [T, D],
     labels [T], weight [T]."""
     if torch.is_grad_enabled():
-        return _WeightedNll.apply(hidden, labels, weight, head, *head.parameters(hidden))
+        return _with_all_parameters(_WeightedNll, hidden, labels, weight, head)
     logprobs = sweep(head, hidden, labels).logprobs
     return -(logprobs * weight).sum(), logprobs
 
@@ -123,8 +115,26 @@ def weighted_nll(head: Head, hidden: Tensor, labels: Tensor, weight: Tensor) -> 
 def logprobs(head: Head, hidden: Tensor, labels: Tensor, temperature: float = 1.0) -> Tensor:
     """The log-probability of every target, [T]; 0 where the label is ignored."""
     if torch.is_grad_enabled():
-        return _Logprobs.apply(hidden, labels, temperature, head, *head.parameters(hidden))
+        return _with_all_parameters(_Logprobs, hidden, labels, temperature, head)
     return sweep(head, hidden, labels, temperature).logprobs
+
+
+class _MoreParameters(Exception):
+    """Some tokens' logits depend on parameters that were not named: these."""
+
+    def __init__(self, parameters: list[Any]) -> None:
+        super().__init__()
+        self.parameters = parameters
+
+
+def _with_all_parameters(function: Any, hidden: Tensor, labels: Tensor, by_target: Any, head: Head) -> Any:
+    """Autograd has to be told beforehand what a result depends on; where that turns out to be more, once more."""
+    parameters: list[Any] = head.parameters(hidden)
+    while True:
+        try:
+            return function.apply(hidden, labels, by_target, head, *parameters)
+        except _MoreParameters as more:
+            parameters = parameters + more.parameters
 
 
 @dataclass
@@ -141,22 +151,31 @@ def sweep(
     temperature: float = 1.0,
     upstream: Tensor | None = None,
     parameters: Sequence[Tensor] = (),
+    follow: bool = False,
 ) -> Swept:
-    """Log-probabilities of all targets; given the gradient by each, `upstream` [T], also those by what made them."""
+    """Log-probabilities of all targets; given the gradient by each, `upstream` [T], also those by what made them.
+
+    Args:
+        follow: whether to look for more parameters than these where no gradient is asked for; else it is done anyway.
+    """
+    follow = follow or upstream is not None
     high = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     swept = Swept(torch.zeros(len(labels), dtype=high, device=hidden.device), None, [None for _ in parameters])
     if upstream is not None:
         swept.hidden = torch.zeros_like(hidden)
     size = min(len(labels), max(1, CHUNK_LOGITS // head.root.config.get_text_config().vocab_size))
     linear = head.projection(hidden)
-    by_hand = _InPlace(linear, parameters, size) if linear is not None else None
+    by_hand = InPlace(linear, parameters, size) if linear is not None else None
     rest = [p for p in parameters if by_hand is None or id(p) not in by_hand.totals]
     spare: Tensor | None = None
+    known, more = {id(p) for p in parameters}, dict[int, Any]()
     for start in range(0, len(labels), size):
         chunk = slice(start, start + size)
-        states = hidden[chunk].detach().requires_grad_(upstream is not None)
-        with torch.set_grad_enabled(upstream is not None):
+        states = hidden[chunk].detach().requires_grad_(follow)
+        with torch.set_grad_enabled(follow):
             logits = head(states) if by_hand is None else by_hand.logits(head, states)
+        ours = known | {id(states), id(by_hand and by_hand.anchor)}
+        more |= {id(leaf): leaf for leaf in _leaves(logits) if id(leaf) not in ours}
         value = logits.detach() if temperature == 1 else logits.detach().to(high) / temperature
         real = labels[chunk] != IGNORED
         label = labels[chunk].where(real, 0).unsqueeze(1)
@@ -179,86 +198,14 @@ def sweep(
             swept.hidden[chunk] = gradients[0]
         for p, gradient in zip(rest, gradients[len(wanted) - len(rest) :], strict=True):
             number = next(k for k, other in enumerate(parameters) if other is p)
-            swept.parameters[number] = _add(swept.parameters[number], gradient)
+            swept.parameters[number] = added(swept.parameters[number], gradient)
+    if more:
+        raise _MoreParameters(list(more.values()))
     if by_hand is not None:
         for number, p in enumerate(parameters):
             if id(p) in by_hand.totals:
                 swept.parameters[number] = by_hand.totals[id(p)]
     return swept
-
-
-def _add(total: Tensor | None, gradient: Tensor | None) -> Tensor | None:
-    """Summed over chunks in fp32 at least."""
-    if gradient is None:
-        return total
-    return gradient.to(torch.promote_types(gradient.dtype, torch.float32)) if total is None else total.add_(gradient)
-
-
-class _InPlace:
-    """One plain matrix product in a buffer that all chunks share, and its gradients summed where they will stay."""
-
-    def __init__(self, linear: nn.Linear, parameters: Sequence[Tensor], size: int) -> None:
-        self.linear = linear
-        own = {id(linear.weight), id(linear.bias)}
-        self.totals: dict[int, Tensor | None] = {id(p): None for p in parameters if id(p) in own}
-        self.buffer = linear.weight.new_empty(size, len(linear.weight))
-        self.used = False
-        self.anchor = torch.zeros((), requires_grad=True)  # so that backward comes by, even where states are detached
-
-    def logits(self, head: Head, states: Tensor) -> Tensor:
-        self.used = False
-        with _forward_of(self.linear, lambda given: _Product.apply(given, self.anchor, self)):
-            return head(states)
-
-    def owns(self, logits: Tensor) -> bool:
-        """Whether these are the product itself, and nothing but it."""
-        if logits.data_ptr() != self.buffer.data_ptr():
-            return False
-        step = logits.grad_fn  # taking the one sequence out of the batch
-        return step is None or isinstance(step.next_functions[0][0], _Product._backward_cls)
-
-    def product(self, given: Tensor) -> Tensor:
-        flat = given.flatten(0, -2)
-        shape = (*given.shape[:-1], self.buffer.shape[1])
-        if self.used or len(flat) > len(self.buffer):  # a head that asks twice
-            result = self.buffer.new_empty(shape)
-        else:  # of the same memory, and no view of it in autograd's eyes, which would forbid to go on in place
-            result = self.buffer.new_empty(0).set_(
-                self.buffer.untyped_storage(), 0, shape, torch.empty(shape, device="meta").stride()
-            )
-        self.used = True
-        torch.mm(flat, self.linear.weight.detach().t(), out=result.view(len(flat), shape[-1]))
-        return result if self.linear.bias is None else result.add_(self.linear.bias.detach())
-
-    def add(self, slope: Tensor, given: Tensor) -> None:
-        slope, given = slope.flatten(0, -2), given.flatten(0, -2)
-        weight, bias = id(self.linear.weight), id(self.linear.bias)
-        high = torch.promote_types(slope.dtype, torch.float32)
-        if weight in self.totals:
-            total = self.totals[weight]
-            if total is None:
-                total = torch.zeros_like(self.linear.weight, dtype=high)
-            product = total.addmm_ if high == slope.dtype else lambda a, b: total.add_(a @ b)
-            self.totals[weight] = product(slope.t(), given)
-        if bias in self.totals:
-            self.totals[bias] = _add(self.totals[bias], slope.sum(0, dtype=high))
-
-
-class _Product(torch.autograd.Function):
-    """The matrix product of a projection, whose gradients by its own parameters go into their totals at once."""
-
-    @staticmethod
-    def forward(ctx: Any, given: Tensor, anchor: Tensor, by_hand: _InPlace) -> Tensor:
-        ctx.save_for_backward(given)
-        ctx.by_hand = by_hand
-        return by_hand.product(given)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (given,) = ctx.saved_tensors
-        ctx.by_hand.add(grads[0], given)
-        return (grads[0] @ ctx.by_hand.linear.weight.detach() if ctx.needs_input_grad[0] else None), None, None
 
 
 class _WeightedNll(torch.autograd.Function):
@@ -311,7 +258,7 @@ class _Logprobs(torch.autograd.Function):
         ctx.autocast["enabled"] = torch.is_autocast_enabled(kind)
         ctx.devices = [hidden.device] if kind == "cuda" else []
         ctx.random = torch.get_rng_state(), [torch.cuda.get_rng_state(device) for device in ctx.devices]
-        ctx.logprobs = sweep(head, hidden, labels, temperature).logprobs
+        ctx.logprobs = sweep(head, hidden, labels, temperature, parameters=parameters, follow=True).logprobs
         return ctx.logprobs.clone()
 
     @staticmethod
@@ -326,7 +273,10 @@ class _Logprobs(torch.autograd.Function):
             torch.set_rng_state(ctx.random[0])  # the same draws, where the head has dropout
             for device, state in zip(ctx.devices, ctx.random[1], strict=True):
                 torch.cuda.set_rng_state(state, device)
-            swept = sweep(ctx.head, hidden, labels, ctx.temperature, grads[0], parameters)
+            try:
+                swept = sweep(ctx.head, hidden, labels, ctx.temperature, grads[0], parameters)
+            except _MoreParameters:
+                raise RuntimeError(ANOTHER_HEAD.format("it has parameters that it had not")) from None
         if any(gradient is None for gradient in swept.parameters):
             raise RuntimeError(ANOTHER_HEAD.format("a parameter of it takes no part by now"))
         tolerance = 32 * torch.finfo(hidden.dtype).eps

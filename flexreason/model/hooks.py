@@ -54,6 +54,7 @@ from flexreason.attention.registry import (
 from flexreason.model.asking import Answer, ask, loss_of_forward, refuse_answer
 from flexreason.model.find import ATTRIBUTE, caller_of, find_root
 from flexreason.model.head import with_states
+from flexreason.model.holders import note_holders, refuse_embeddings
 from flexreason.model.listening import listen, listened
 from flexreason.model.loss import LOSSES, REQUEST, Request, TreeLoss
 from flexreason.model.refuse import (
@@ -120,6 +121,8 @@ def apply_patch(
     if loss == "chunked":
         refuse_unchunked(root, 'patch: loss="chunked"', unchunked)
     Patch(root, backend, mask, loss, unchunked).apply([m for m in model.modules() if root in m._modules.values()])
+    inside = set(root.modules())
+    note_holders(root, [m for m in model.modules() if m not in inside and root in set(m.modules())])
     return model
 
 
@@ -154,6 +157,8 @@ class Patch:
     loss: str = "model"
     unchunked: str = ""  # why its logits cannot be made a chunk at a time
     views: list[tuple[nn.Module, str, Any]] = field(default_factory=list)  # what layers had before, by module and name
+    viewed: list[tuple[nn.Module, str]] = field(default_factory=list)  # all that have a view, also from another patch
+    lists: list[tuple[nn.ModuleList, list[nn.Module]]] = field(default_factory=list)  # of layers, and what was in them
     # models, which make masks: their config is a view while a row is on its way
     makers: list[tuple[nn.Module, str, Any, Any]] = field(default_factory=list)
     configs: list[Any] = field(default_factory=list)  # each once
@@ -199,20 +204,35 @@ class Patch:
         """Give layers their view of the config, and refuse adapters; a second look finds those that came since."""
         if against := reason_against_adapters(self.root):
             raise refusal(self.root, against)
-        self.makers = []
+        self.makers, self.viewed, self.lists = [], [], []
         for module in self.root.modules():
+            if isinstance(module, nn.ModuleList):
+                self.lists.append((module, list(module)))
             for name, config in list(vars(module).items()):
-                if not isinstance(config, PreTrainedConfig) or isinstance(config, Renamed):
+                if not isinstance(config, PreTrainedConfig):
                     continue
-                if isinstance(module, PreTrainedModel):
+                if isinstance(config, Renamed):
+                    self.viewed.append((module, name))
+                elif isinstance(module, PreTrainedModel):
                     self.makers.append((module, name, config, renamed(config)))
                 elif attention_of(config) is not None:
                     self.views.append((module, name, config))
+                    self.viewed.append((module, name))
                     vars(module)[name] = renamed(config)
         configs = [held[2] for held in (*self.makers, *self.views)]
         self.configs = list({id(config): config for config in configs}.values())
         self.expected = entries.expected(self.root)
         self.looked = listened.count
+
+    def is_changed(self) -> bool:
+        """Whether modules or configs were put somewhere since the last look. Lists of layers are asked one by one, as
+        torch tells too much of these: forwards take slices, which are new lists."""
+        return (
+            self.looked != listened.count
+            or any(vars(module).get(name) is not config for module, name, config, _ in self.makers)
+            or any(not isinstance(vars(module).get(name), Renamed) for module, name in self.viewed)
+            or any(list(modules) != before for modules, before in self.lists)
+        )
 
     def held_by(self, holder: nn.Module) -> None:
         """Hook what holds the model as well: it may have the adapters, or call the model's `forward` past its hooks."""
@@ -246,7 +266,7 @@ class Patch:
         vars(self.root).pop(LOSS_KEYWORDS, None)
         vars(self.root).update(self.said)
         del self.root.__dict__[ATTRIBUTE]
-        self.views, self.makers, self.configs, self.hooks = [], [], [], []
+        self.views, self.makers, self.configs, self.hooks, self.viewed, self.lists = [], [], [], [], [], []
         listened.count += 1  # another patched model may share layers, and finds them without a view
 
     @contextmanager
@@ -294,6 +314,7 @@ class Patch:
         if self.is_of_another(decoder, given.get(REQUEST)):
             return None
         refuse_row(decoder, given, ROW_KEYS | {"position_ids"})
+        refuse_embeddings(self.root, given)
         self.as_it_is_now(decoder)
         refuse_weights(self.root, given, self.runs_head(given))
         if self.loss == "chunked" and REQUEST not in kwargs:
@@ -334,8 +355,7 @@ class Patch:
 
     def as_it_is_now(self, decoder: nn.Module) -> None:
         """Take up what was done to the model since."""
-        others = any(vars(module).get(name) is not config for module, name, config, _ in self.makers)
-        if others or self.looked != listened.count:
+        if self.is_changed():
             self.look()
         if not self.row_loss.in_place:
             now = self.root.loss_function
@@ -410,8 +430,9 @@ class Patch:
         """Behind the decoder, also when it raised."""
         current_tree.set(None)
         _handed.set(None)
-        for module, name, config, _ in self.makers:
-            vars(module)[name] = config
+        for module, name, config, view in self.makers:
+            if vars(module).get(name) is view:  # and not another config, which somebody set since
+                vars(module)[name] = config
 
     def runs_head(self, given: dict[str, Any]) -> bool:
         """Whether the loss makes the logits itself, a chunk at a time."""

@@ -228,22 +228,27 @@ def rope_types(config: Any) -> set[str]:
 
 
 def refuse_rope(config: Any, given: Mapping[str, Any]) -> None:
-    """RoPE that reads the longest position of a batch is the samples' own only if all are on one side."""
+    """RoPE that reads the longest position of a batch is the samples' own only if all are on one side; a dynamic one,
+    which makes other angles for every length above its threshold, only if all are below."""
     for rope in rope_settings(config):
         if rope.get("rope_type") not in ROPE_BY_LONGEST:
             continue
+        is_dynamic = rope["rope_type"] == "dynamic"
         original = config.max_position_embeddings
-        if rope["rope_type"] == "longrope":
+        if not is_dynamic:
             original = rope.get("original_max_position_embeddings") or original
         longest = sample_lengths(given)
-        # dynamic angles that have grown for a longer batch stay as they are for one of just the original length
-        short = bool((longest < original if rope["rope_type"] == "dynamic" else longest <= original).all())
-        if not short and (rope["rope_type"] == "dynamic" or bool((longest <= original).any())):
-            raise ValueError(
-                f"row: its samples have {int(longest.min())} to {int(longest.max())} tokens, and this model's RoPE "
-                f"({rope['rope_type']}) changes with the longest of a batch above {original}: one pass would differ "
-                f"from the samples; keep samples on both sides of {original} in different rows"
-            )
+        short = longest < original if is_dynamic else longest <= original
+        if bool(short.all()) or not (is_dynamic or bool(short.any())):
+            continue
+        how = f"changes with the longest of a batch above {original}"
+        remedy = f"keep samples on both sides of {original} in different rows"
+        if is_dynamic:  # transformers goes back to the angles of short batches below the threshold, not at it
+            how, remedy = f"{how}, and stays so at {original}", f"it takes samples of fewer than {original} tokens"
+        raise ValueError(
+            f"row: its samples have {int(longest.min())} to {int(longest.max())} tokens, and this model's RoPE "
+            f"({rope['rope_type']}) {how}: one pass would differ from the samples; {remedy}"
+        )
 
 
 def sample_lengths(row: Mapping[str, Any]) -> Tensor:

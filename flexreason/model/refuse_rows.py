@@ -170,3 +170,9 @@ def warn_of_dropout(root: nn.Module) -> None:
     embeddings = root.get_input_embeddings() if isinstance(root, PreTrainedModel) else None
     if getattr(embeddings, "neftune_noise_alpha", None):
         warnings.warn("flexreason: NEFTune is on; one draw of noise is shared by all samples of a row", stacklevel=2)
+    if any((getattr(getattr(m, "state", None), "threshold", None) or 0) > 0 for m in root.modules()):
+        warnings.warn(  # LLM.int8 of bitsandbytes
+            "flexreason: linear layers of 8 bits compute columns with an outlier apart, for all tokens of a row at "
+            "once, and round otherwise than the samples do; load the model with llm_int8_threshold=0.0, or in 4 bits",
+            stacklevel=2,
+        )

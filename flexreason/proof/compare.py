@@ -96,11 +96,15 @@ def one_pass(model: nn.Module, row: Mapping[str, Tensor], *, backward: bool = Tr
     real = row["labels"][0] != IGNORED
     with torch.set_grad_enabled(backward):
         output = model(**row)
-    if output.logits is None:  # the loss made them, a chunk at a time
+    patch, logits = find_patch(model), output.logits
+    if logits is None and patch is not None and patch.loss == "chunked":
         with torch.no_grad():
             logprobs = token_logprobs(model, row)[real]
     else:
-        logits = output.logits.detach()[0, real]
+        if logits is None:  # a forward that somebody put there makes none beside a loss
+            with torch.no_grad():
+                logits = model(**{key: value for key, value in row.items() if "labels" not in key}).logits
+        logits = logits.detach()[0, real]
         logits = logits if logits.dtype == torch.float64 else logits.float()
         logprobs = logits.log_softmax(-1).gather(1, row["labels"][0, real, None])[:, 0]
     n_targets = int(real.sum())
@@ -228,6 +232,26 @@ def without_dropout(model: nn.Module, notes: list[str]) -> Iterator[None]:
     finally:
         for _, module, p in dropouts:
             module.p = p
+
+
+@contextmanager
+def other_mode(model: nn.Module) -> Iterator[str]:
+    """A model in evaluation that was in training, and the other way round, for a while: which it is in. What it keeps
+    of what it sees (batch statistics) is as before then."""
+    modes = [(module, module.training) for module in model.modules()]
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    model.train(not model.training)
+    switched = set_checkpointing(model, False)  # what runs again in backward would not be float64
+    try:
+        yield "in training" if model.training else "in evaluation"
+    finally:
+        if switched:
+            set_checkpointing(model, True)
+        for module, mode in modes:
+            module.training = mode
+        with torch.no_grad():
+            for buffer, before in buffers:
+                buffer.copy_(before)
 
 
 def set_checkpointing(model: nn.Module, on: bool) -> bool:

@@ -66,6 +66,11 @@ def choose(
     return chosen
 
 
+def has_fork(layout: Layout) -> bool:
+    """Whether some token stands behind another than the one that it follows: else one pass is a sample as it is."""
+    return bool((layout.until[:-1] <= torch.arange(1, len(layout))).any())
+
+
 def tokens_for(parameters: int) -> int:
     """Tokens to compute on a model with so many parameters, where nobody says how many."""
     return min(8192, max(64, int(WORK / max(1, parameters))))

@@ -205,11 +205,16 @@ def _watching(root: Any) -> Iterator[Watched]:
         return keep
 
     with ExitStack() as stack, torch.enable_grad():
+        parts = [(name, module) for name, module in decoder.named_modules() if _is_part(name)]
         hooks = [
             root.get_input_embeddings().register_forward_hook(embed),
             decoder.register_forward_pre_hook(decoder_inputs, with_kwargs=True),
             decoder.register_forward_hook(hidden, prepend=True),
-            *(module.register_forward_hook(layer(name)) for name, module in decoder.named_modules() if _is_part(name)),
+            *(
+                module.register_forward_hook(layer(name))
+                for name, module in parts
+                if not isinstance(module, torch.jit.ScriptModule)  # which take none
+            ),
         ]
         for hook in hooks:
             stack.callback(hook.remove)

@@ -12,24 +12,14 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from flexreason.model.find import WRAPPERS, home_of, is_of, packages_of
+from flexreason.proof.harmless import ADAPTERS, QUANTISED, WRAPPED, code_of, is_harmless, written_as
 from flexreason.proof.identity import PLAIN, identity, names_in
 
-COMMON = (  # packages whose modules stand in for linear layers, wrap others, or share them out
-    *("torch", "peft", "accelerate", "deepspeed", "bitsandbytes", "torchao", "gptqmodel", "auto_gptq", "awq", "hqq"),
-    *("optimum", "quanto", "eetq", "aqlm", "vptq", "compressed_tensors", "auto_round", "spqr_quant", "fp_quant"),
-    "transformers.integrations",
-)
+HEADS = ("trl",)
+"""Packages whose heads, put in the place of a model's own forward, take a row's labels as they are, unshifted."""
 
-MIXING = (nn.modules.conv._ConvNd, nn.RNNBase, nn.MultiheadAttention, nn.TransformerEncoderLayer)
-"""Modules of torch that carry something from token to token."""
-
-TOKENWISE = (
-    *(nn.Linear, nn.Embedding, nn.LayerNorm, nn.RMSNorm, nn.Identity, nn.modules.dropout._DropoutNd),
-    *(nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict),
-)
-"""Modules of torch of which one token never sees another; so are its activations, but for these:"""
-
-OVER_A_DIMENSION = (nn.MultiheadAttention, nn.Softmax, nn.Softmax2d, nn.LogSoftmax, nn.Softmin)
+LIBRARIES = {"torch", *(name.partition(".")[0] for name in (*WRAPPED, *QUANTISED, *ADAPTERS))} - {"transformers"}
+"""Packages whose modules stand in for linear layers, wrap others, or share them out."""
 
 STATES = {*vars(nn.Module()), "training", "gradient_checkpointing", "forward"}
 """What modules hold beside what their class gave them."""
@@ -48,38 +38,30 @@ class Part(NamedTuple):
 def parts_of(root: nn.Module) -> set[Part]:
     """The kinds of modules in a model, beside harmless ones, whose `forward` is not that of their class; and where
     somebody's own code is among them, the plain values that it may read."""
-    kinds: dict[type, nn.Module] = {}
-    parts = set()
+    parts, kinds = set[Part](), set[type]()
     for module in root.modules():
-        kinds.setdefault(type(module), module)
-        if module is not root and "forward" in vars(module) and (by := _replaced_by(module)):
+        if "forward" in vars(module) and (by := _replaced_by(module)) and not (module is root and is_of(by, HEADS)):
             parts.add(Part(f"forward of {type(module).__name__}, by {by}", identity(vars(module)["forward"])))
-    for kind, module in kinds.items():
-        if module is not root and (_may_mix(module) or not is_of(kind.__module__, COMMON)):
-            part = Part(f"{kind.__module__}.{kind.__qualname__}")
+        if module is not root and is_harmless(module):
+            continue
+        kind, code = written_as(type(module)), code_of(module)
+        kinds.add(kind)
+        if module is not root:
+            part = Part(f"{kind.__module__}.{kind.__qualname__}" + (f" (code {code})" if code else ""))
             parts.add(part._replace(what=identity(kind)) if part.is_foreign else part)
-            forward: Any = kind.forward  # type: ignore[attr-defined]
-            if by := _written_elsewhere(kind, forward):
-                parts.add(Part(f"forward of {kind.__name__}, by {by}", identity(forward)))
-    return parts | set(_values(root, [kind for kind in kinds if _package(kind) not in ("transformers", *COMMON)]))
-
-
-def _may_mix(module: nn.Module) -> bool:
-    """Whether a module of torch, or one that derives from it, may carry something from token to token."""
-    home = type(module).__module__
-    if not is_of(home, ["torch.nn.modules"]):
-        return isinstance(module, MIXING)
-    is_activation = home == "torch.nn.modules.activation" and not isinstance(module, OVER_A_DIMENSION)
-    return not (is_activation or isinstance(module, TOKENWISE))
+        forward: Any = getattr(kind, "forward", None)  # which scripted modules do not have
+        if by := _written_elsewhere(kind, forward):
+            parts.add(Part(f"forward of {kind.__name__}, by {by}", identity(forward)))
+    return parts | set(_values(root, [kind for kind in kinds if _is_own(kind)]))
 
 
 def _values(root: nn.Module, own: list[type]) -> Iterator[Part]:
     """What the modules of a model hold under names that somebody's own classes mention."""
-    bases = {base for kind in own for base in kind.__mro__ if _package(base) not in ("transformers", *COMMON)}
+    bases = {base for kind in own for base in kind.__mro__ if _is_own(base)}
     functions = [_function(value) for base in bases for value in vars(base).values()]
     named = {name for f in functions if f is not None for name in names_in(f.__code__)} - STATES
     for module in root.modules() if named else ():
-        if _package(type(module)) not in COMMON:
+        if _package(type(module)) not in LIBRARIES:
             for name in named & vars(module).keys():
                 if _is_plain(value := vars(module)[name]):
                     yield Part(f"{type(module).__name__}.{name} = {_short(value)}", identity(value))
@@ -106,6 +88,11 @@ def _short(value: Any) -> str:
     return getattr(value, "__qualname__", None) or repr(value)[:40]
 
 
+def _is_own(kind: type) -> bool:
+    """Whether neither transformers nor a library brought a class."""
+    return _package(kind) not in ("transformers", *LIBRARIES)
+
+
 def _package(kind: type) -> str:
     return kind.__module__.partition(".")[0]
 
@@ -113,7 +100,7 @@ def _package(kind: type) -> str:
 def _replaced_by(module: nn.Module) -> str:
     """What replaced a module's own forward, or nothing where there are only known wrappers around it."""
     for link in links_of(vars(module)["forward"]):
-        if getattr(link, "__func__", None) is type(module).forward:
+        if getattr(link, "__func__", link) is getattr(type(module), "forward", None):
             return ""
         if not is_of(home_of(link), WRAPPERS):
             return f"{home_of(link)}.{getattr(link, '__qualname__', type(link).__name__)}"

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from flexreason.memory import available_bytes, peak_bytes
+from flexreason.model.holders import note_verified_holders, verifying
 from flexreason.model.hooks import Patch, apply_patch, find_patch, find_root, unpatch
 from flexreason.model.refuse import reason_against, reason_against_adapters
 from flexreason.proof import oracle
@@ -27,14 +28,17 @@ from flexreason.proof.compare import (
     copy_in,
     one_pass,
     other_attention,
+    other_mode,
     set_checkpointing,
     suspended,
     without_dropout,
 )
-from flexreason.proof.conversations import Conversation, choose, n_tokens, tokens_for
+from flexreason.proof.conversations import Conversation, choose, has_fork, n_tokens, tokens_for
 from flexreason.proof.diagnose import layout_faults, model_fault
-from flexreason.proof.evidence import evidence_of_model, note_verified
+from flexreason.proof.draws import SameDraws
+from flexreason.proof.evidence import Evidence, evidence_of_model, note_verified
 from flexreason.proof.float64 import relative_l2, true_float64
+from flexreason.proof.selftest import UNTESTED
 from flexreason.proof.verdict import Error, Limits, NoVerdict, Report, limits_from
 from flexreason.talk import telling
 from flexreason.tree.blocks import BLOCK
@@ -80,10 +84,12 @@ def verify(
         for number, conversation in enumerate(chosen)
         for fault in layout_faults(conversation.layout, conversation.samples)
     ]
-    if refused := _reason_refused(root, model):
+    known = evidence_of_model(root)
+    if refused := _reason_refused(root, model, known):
         raise ValueError(f"verify: {type(root).__name__} is refused by patch: {refused}")
     with ExitStack() as stack:
-        stack.enter_context(telling.of("verify"))
+        for context in (torch.inference_mode(False), torch.enable_grad(), verifying(), telling.of("verify")):
+            stack.enter_context(context)
         meter = stack.enter_context(peak_bytes(next(model.parameters()).device))
         if patched_before is None:
             apply_patch(model)
@@ -91,6 +97,7 @@ def verify(
         patch = find_patch(model)
         assert patch is not None
         comparison = _Comparison(model, patch, chosen, float64, notes)
+        comparison.both_modes = known.verdict == UNTESTED
         stack.enter_context(comparison.quiet())
         verdict, culprit = "exact", None
         try:
@@ -99,8 +106,13 @@ def verify(
         except NoVerdict as why:
             verdict, culprit = "no verdict", str(why)
         backend = patch.backend_on(next(model.parameters()).device)
-    if verdict == "exact" and any(error.dtype == "float64" for error in comparison.errors):
-        note_verified(root)
+    if verdict == "exact":
+        why_not = comparison.why_not_for_all_data()
+        if not why_not:
+            note_verified(root)
+            note_verified_holders(root)
+        elif known.against is not None:
+            notes.append(f"this does not count for fr.patch, which goes on to refuse the model: {why_not}")
     trees = [conversation.layout for conversation in chosen]
     return Report(
         model=type(root).__name__,
@@ -122,12 +134,11 @@ def verify(
     )
 
 
-def _reason_refused(root: Any, model: nn.Module) -> str:
+def _reason_refused(root: Any, model: nn.Module, known: Evidence) -> str:
     """Why `patch` refuses a model whatever is found here, or nothing."""
     if against := reason_against_adapters(model) or reason_against(root):
         return against[0]
-    evidence = evidence_of_model(root)
-    return evidence.against[0] if evidence.verdict == "refused" and evidence.against else ""
+    return known.against[0] if known.verdict == "refused" and known.against else ""
 
 
 class _Reference(NamedTuple):
@@ -143,6 +154,7 @@ class _Comparison:
     def __init__(
         self, model: nn.Module, patch: Patch, chosen: list[Conversation], float64: bool | None, notes: list[str]
     ) -> None:
+        self.both_modes = self.is_random = False  # whether to look at training and evaluation, and one is random
         self.model, self.patch, self.root = model, patch, patch.root
         self.chosen, self.float64, self.notes = chosen, float64, notes
         self.samples = [sample for conversation in chosen for sample in conversation.samples]
@@ -179,12 +191,34 @@ class _Comparison:
             high = self.model if self.dtype == torch.float64 else copy_in(self.model, torch.float64, self.notes)
         with true_float64():
             reference = _Reference("the samples in float64", self.run_samples(high))
-            culprit = self.judge(high, reference, Limits(EXACT, EXACT, EXACT, {}))
+            culprit = self.judge(high, reference, Limits(EXACT, EXACT, EXACT, {})) or self.in_the_other_mode(high)
         del high
         if culprit or self.dtype == torch.float64:
             return culprit
         own = self.error("samples", self.model, by_samples(self.run_samples(self.model)), reference)
         return self.judge(self.model, reference, limits_from(own, 4 * torch.finfo(torch.float32).eps))
+
+    def in_the_other_mode(self, model: nn.Module) -> str | None:
+        """What is wrong in evaluation of a model in training, or the other way round, where nobody tested it."""
+        if not self.both_modes:
+            return None
+        with other_mode(model) as mode, SameDraws():
+            try:
+                self.check_repeatable(model)
+                reference = _Reference(f"the samples in float64, {mode}", self.run_samples(model))
+            except NoVerdict:
+                self.is_random = True
+                return None
+            culprit = self.judge(model, reference, Limits(EXACT, EXACT, EXACT, {}))
+        return culprit and f"{mode}: {culprit}"
+
+    def why_not_for_all_data(self) -> str:
+        """Why what was found here says nothing of other data, or nothing."""
+        if not any(error.dtype == "float64" for error in self.errors):
+            return "it was not compared in float64"
+        if not any(has_fork(conversation.layout) for conversation in self.chosen):
+            return "no branch leaves the trunk here, so one pass is a sample as it stands; give it one with branches"
+        return "in its other mode, of training and evaluation, two passes differ" if self.is_random else ""
 
     def without_float64(self) -> str | None:
         """Where nothing more precise fits or exists: other kernels for the same samples show the size of rounding."""
@@ -245,10 +279,11 @@ class _Comparison:
             return "loss: every log-probability is right, and their mean is not: its weights, or what it is divided by"
         return f"backward: loss and log-probabilities are right, and gradients are not, of {error.worst} most of all"
 
-    def check_repeatable(self) -> None:
+    def check_repeatable(self, model: nn.Module | None = None) -> None:
         """A model that differs between two identical runs, or has no finite loss, has no single truth to compare."""
         shortest = min(self.samples, key=n_tokens)
-        first, second = (self.run_samples(self.model, [shortest], gradients=False) for _ in range(2))
+        model = self.model if model is None else model
+        first, second = (self.run_samples(model, [shortest], gradients=False) for _ in range(2))
         if not math.isfinite(first.loss_sum):
             raise NoVerdict(
                 f"the loss of a sample alone is {first.loss_sum} in the untouched model; nothing to compare. Look "

@@ -79,7 +79,8 @@ KINDS = {
 
 def names_of(module: nn.Module) -> set[str]:
     """The names in `ENTRIES` and `INLINE` that a layer comes to."""
-    forward = inspect.unwrap(type(module).forward)
+    forward: Any = getattr(type(module), "forward", None)  # which scripted modules do not have
+    forward = inspect.unwrap(forward)
     called = set(getattr(getattr(forward, "__code__", None), "co_names", ())) & ENTRIES.keys()
     called &= getattr(forward, "__globals__", {}).keys()
     return called | ({kind.__name__ for kind in type(module).__mro__} & INLINE.keys())

@@ -26,7 +26,8 @@ def total_weight(rows: Iterable[Row]) -> Tensor:
     >>> total_weight([row, row])
     tensor(10.)
     """
-    return sum(((row["target_weight"] * (row["labels"] != IGNORED)).sum() for row in rows), torch.zeros(()))
+    weights = [(row["target_weight"] * (row["labels"] != IGNORED)).sum() for row in rows]
+    return sum(weights, torch.zeros((), dtype=torch.float32))
 
 
 def target_roles(row: Row) -> Tensor:

@@ -27,6 +27,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 from weakref import WeakKeyDictionary
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -191,7 +192,7 @@ def lay_out_turns(turns: Sequence[tuple[Ids, Ids, Ids]]) -> Layout:
         target_source=torch.cat(sources),
         target_ids=torch.cat(generated).long(),
         target_turn=_spread(range(len(parts)), generated).long(),
-        target_weight=torch.ones(sum(map(len, generated))),
+        target_weight=torch.from_numpy(np.ones(sum(map(len, generated)), np.float32)),
     )
 
 

@@ -19,6 +19,7 @@ from itertools import accumulate
 from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -78,7 +79,7 @@ def collate(layouts: Sequence[Layout], length: int | None = None, *, block_size:
         "target_source": torch.zeros(n_ignored, dtype=torch.int64),
         "target_turn": torch.full((n_ignored,), NOBODY),
         "target_document": torch.full((n_ignored,), NOBODY),
-        "target_weight": torch.zeros(n_ignored),
+        "target_weight": torch.from_numpy(np.zeros(n_ignored, np.float32)),  # whatever dtype is the default one
     }
     row = {
         name: torch.cat([*(document[name] for document in documents), rest.to(device)])[None]
