@@ -1,6 +1,7 @@
 """What was found out in this process is believed of the same code and values only, whatever they are called."""
 
 import functools
+import time
 import types
 
 import pytest
@@ -285,3 +286,21 @@ def test_modules_of_torch_that_see_one_token_are_none():
     )
     model.model.layers[0].mlp = nn.Sequential(model.model.layers[0].mlp, mlp, nn.Identity(), nn.Tanh())
     assert_taken(model)
+
+
+def test_values_that_lead_ever_on_are_looked_into_so_far_only():
+    """Code may name what holds everything else of a session."""
+
+    class Link:
+        def __init__(self, more=None):
+            self.more = more
+
+    first = None
+    for _ in range(5000):
+        first = Link(first)
+    assert identity(first) == identity(first)
+    assert identity(first) != identity(Link(first))
+    wide = [[Link() for _ in range(900)] for _ in range(900)]
+    start = time.perf_counter()
+    identity(wide)
+    assert time.perf_counter() - start < 5

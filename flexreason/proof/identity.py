@@ -26,6 +26,9 @@ PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.dtype)
 LONGEST = 1000
 """Entries of a list or table up to which it is looked into."""
 
+DEEPEST, MOST = 30, 20_000
+"""How deep in one another, and how many in all, values are looked into. What lies beyond is taken by object."""
+
 
 class Same:
     """An object that is equal to itself alone; it is not kept alive."""
@@ -52,7 +55,7 @@ def identity(value: Any) -> Hashable:
     >>> identity(scaled(2)) == identity(scaled(2)), identity(scaled(2)) == identity(scaled(3))
     (True, False)
     """
-    return _identity(value, {})
+    return _identity(value, {}, 0)
 
 
 def is_own(home: str) -> bool:
@@ -60,28 +63,30 @@ def is_own(home: str) -> bool:
     return not is_of(home, TRUSTED)
 
 
-def _identity(value: Any, seen: dict[int, int]) -> Hashable:
+def _identity(value: Any, seen: dict[int, int], depth: int) -> Hashable:
     if isinstance(value, PLAIN):
         return type(value).__name__, value
     if id(value) in seen:
         return "again", seen[id(value)]
+    if depth > DEEPEST or len(seen) > MOST:
+        return Same(value)
     seen[id(value)] = len(seen)
 
     def each(values: Any) -> tuple[Hashable, ...]:
-        return tuple(_identity(one, seen) for one in values)
+        return tuple(_identity(one, seen, depth + 1) for one in values)
 
     if isinstance(value, list | tuple) and len(value) <= LONGEST:
         return "list", each(value)
     if isinstance(value, dict) and len(value) <= LONGEST:
         return "table", each(value.keys()), each(value.values())
     if isinstance(value, set | frozenset) and len(value) <= LONGEST:
-        return "set", frozenset(_identity(one, {}) for one in value)
+        return "set", frozenset(_identity(one, {}, depth + 1) for one in value)
     if isinstance(value, property):
         return "property", each((value.fget, value.fset))
     if isinstance(value, partial):
         return "partial", each((value.func, value.args, value.keywords))
     if isinstance(value, MethodType | staticmethod | classmethod):
-        return "method", _identity(value.__func__, seen)
+        return "method", _identity(value.__func__, seen, depth + 1)
     if isinstance(value, FunctionType):
         return "function", value.__code__, each(_beside(value))
     if isinstance(value, type):
