@@ -334,7 +334,7 @@ RANDOM = {
 }
 
 
-@pytest.mark.parametrize("steps", RANDOM, ids=str)
+@pytest.mark.parametrize("steps", RANDOM, ids=lambda steps: "-".join(step.__name__ for step in steps))
 def test_what_is_done_in_training_shows_also_where_it_draws_at_random(steps):
     config = tiny("Llama").config
     found = selftest.check(config, training(*steps), ("segments",))

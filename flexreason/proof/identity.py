@@ -63,14 +63,14 @@ def is_own(home: str) -> bool:
     return not is_of(home, TRUSTED)
 
 
-def _identity(value: Any, seen: dict[int, int], depth: int) -> Hashable:
+def _identity(value: Any, seen: dict[int, tuple[int, Any]], depth: int) -> Hashable:
     if isinstance(value, PLAIN):
         return type(value).__name__, value
     if id(value) in seen:
-        return "again", seen[id(value)]
+        return "again", seen[id(value)][0]
     if depth > DEEPEST or len(seen) > MOST:
         return Same(value)
-    seen[id(value)] = len(seen)
+    seen[id(value)] = len(seen), value  # which keeps it alive: another would get its id
 
     def each(values: Any) -> tuple[Hashable, ...]:
         return tuple(_identity(one, seen, depth + 1) for one in values)
