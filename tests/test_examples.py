@@ -17,7 +17,7 @@ import peft
 import pytest
 import torch
 import yaml
-from accelerate.state import AcceleratorState
+from accelerate.state import AcceleratorState, GradientState
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Qwen3Config, TrainingArguments
 from trl import SFTConfig, SFTTrainer
@@ -81,6 +81,7 @@ def example(name):
 def one_process():
     """An Accelerator on the CPU; those of other tests set what all share."""
     AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
     yield accelerate.Accelerator(cpu=True)
     AcceleratorState._reset_state(reset_partial_state=True)
 

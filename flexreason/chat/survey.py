@@ -201,8 +201,6 @@ class _Survey:
                 self._learn(marked, places, shown, whole, kept, stop)
             return Turn(self.prompt, body, self._response(marked, places, shown, body), "rendered")
         lead = shown[:first]
-        if not (marked.wanted or whole.startswith(lead)):  # a mark in an empty content may make another header
-            raise self.before.no_seam(known, lead)
         markers = self.template.markers
         asked, inside = self.before.asked(known, lead), places.get("r", -1) >= 0
         off, opened = markers.closed_by(asked), markers.opened_by(asked)
@@ -210,6 +208,8 @@ class _Survey:
             return turn
         if off and self.reasoning and inside:
             return self._thinking_off(known)
+        if not (marked.wanted or whole.startswith(lead)):  # a mark in an empty content may make another header
+            raise self.before.no_seam(known, lead)
         seam = self.before.seam(known, lead, marked, plain=not self.reasoning)
         rest = body[seam.end :]
         if inside and markers.opening in seam.more:  # both open the block, behind a header that ends otherwise
