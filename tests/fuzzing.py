@@ -45,7 +45,8 @@ def fault(name, encoder, messages, found, tools):
         before, message = in_both_fields(messages[:i]), messages[i]
         asked = {"tools": tools, "add_generation_prompt": True}
         # reasoning that stands in contents; its opening tag is missing where a prompt has written that
-        tag = "think>" if turn.prompt.rstrip().endswith("<think>") else "<think>"
+        prompts = turn.prompt, encoder.template(tools).prompt_end
+        tag = "think>" if any(text.rstrip().endswith("<think>") for text in prompts) else "<think>"
         inline = any(tag in str(m["content"]) for m in [*before, message] if m["role"] == "assistant")
         prompt = tokenizer.apply_chat_template(before, tokenize=False, **asked)
         if inline and prompt != turn.prompt:
@@ -60,7 +61,8 @@ def fault(name, encoder, messages, found, tools):
             return f"{i}: the target is not the rest"
         whole = tokenizer.apply_chat_template([*before, *in_both_fields([message])], tools=tools, tokenize=False)
         own = message["content"].lstrip().startswith("<think>") or (tag == "think>" and tag in message["content"])
-        own = own and not message.get("reasoning_content", "").strip()
+        block = message["content"].lstrip().removeprefix("<think>").partition("</think>")[0].strip()
+        own = own and message.get("reasoning_content", "").strip() in ("", block)  # what both say is said once
         plain = turn.how == "rendered" and not own and whole.startswith(prompt)
         calls = bool(message.get("tool_calls"))
         if plain and (wrong := _compare(name, whole[len(prompt) :], turn.target, calls)):
