@@ -6,6 +6,7 @@ import warnings
 import peft
 import pytest
 import torch
+from packaging.version import Version
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from torch import nn
 
@@ -160,6 +161,7 @@ def test_harmless_adapters_of_peft_look_at_one_token(kind):
         assert type(layer).__module__.split(".")[2] in ("lily", "shadow")
 
 
+@pytest.mark.skipif(Version(peft.__version__) < Version("0.21"), reason="an older peft has fewer adapters")
 def test_every_adapter_on_the_list_is_there():
     for name in ADAPTERS:
         assert __import__(name, fromlist=["_"])
