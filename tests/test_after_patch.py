@@ -255,15 +255,6 @@ class OwnAttention(transformers.models.llama.modeling_llama.LlamaAttention):
     """Somebody's subclass, in a module that has no eager attention of its own."""
 
 
-def test_a_layer_of_a_derived_class_finds_its_eager_attention():
-    stock = tiny("Llama", attn_implementation="eager").double().eval()
-    for layer in stock.model.layers:
-        layer.self_attn.__class__ = OwnAttention
-    model = patching.apply_patch(copy.deepcopy(stock))
-    assert_ordinary(model, stock)
-    assert_exact(model, stock)
-
-
 class CallsSuper(transformers.models.llama.modeling_llama.LlamaAttention):
     """The same with a forward of its own, which leaves attention to the one that it derives from."""
 
@@ -271,10 +262,13 @@ class CallsSuper(transformers.models.llama.modeling_llama.LlamaAttention):
         return super().forward(*args, **kwargs)
 
 
+@pytest.mark.parametrize("another", [False, True], ids=["none", "another"])
 @pytest.mark.parametrize("cls", [OwnAttention, CallsSuper])
-def test_a_layer_from_a_file_with_another_eager_attention_keeps_the_one_that_its_code_finds(cls, monkeypatch):
-    other = lambda module, query, *args, **kwargs: (torch.zeros_like(query).transpose(1, 2), None)  # noqa: E731
-    monkeypatch.setitem(globals(), "eager_attention_forward", other)
+def test_a_layer_of_a_derived_class_has_the_eager_attention_that_its_code_finds(cls, another, monkeypatch):
+    """Whether the file of the class has none of its own, or another one."""
+    if another:
+        other = lambda module, query, *args, **kwargs: (torch.zeros_like(query).transpose(1, 2), None)  # noqa: E731
+        monkeypatch.setitem(globals(), "eager_attention_forward", other)
     stock = tiny("Llama", attn_implementation="eager").double().eval()
     for layer in stock.model.layers:
         layer.self_attn.__class__ = cls

@@ -33,7 +33,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from flexreason.attention.registry import (
@@ -41,7 +41,6 @@ from flexreason.attention.registry import (
     IMPLEMENTATIONS,
     INSTEAD,
     TREE,
-    Renamed,
     TreeRow,
     attention_of,
     choose_backend,
@@ -49,13 +48,12 @@ from flexreason.attention.registry import (
     current_tree,
     empty_mask,
     find_decoder,
-    renamed,
 )
 from flexreason.model.asking import Answer, ask, loss_of_forward, refuse_answer
 from flexreason.model.find import ATTRIBUTE, caller_of, find_root
 from flexreason.model.head import with_states
 from flexreason.model.holders import note_holders, refuse_embeddings
-from flexreason.model.listening import listen, listened
+from flexreason.model.listening import listen
 from flexreason.model.loss import LOSSES, REQUEST, Request, TreeLoss
 from flexreason.model.refuse import (
     OWN_LOSS,
@@ -80,6 +78,7 @@ from flexreason.model.refuse_rows import (
     replaced_by,
     warn_of_dropout,
 )
+from flexreason.model.views import Views
 from flexreason.recurrent import entries
 from flexreason.tree.mask import MASK_KEYS, MASKS
 from flexreason.tree.row import NOBODY, ROW_KEYS
@@ -156,23 +155,18 @@ class Patch:
     mask: str
     loss: str = "model"
     unchunked: str = ""  # why its logits cannot be made a chunk at a time
-    views: list[tuple[nn.Module, str, Any]] = field(default_factory=list)  # what layers had before, by module and name
-    viewed: list[tuple[nn.Module, str]] = field(default_factory=list)  # all that have a view, also from another patch
-    lists: list[tuple[nn.ModuleList, list[nn.Module]]] = field(default_factory=list)  # of layers, and what was in them
-    # models, which make masks: their config is a view while a row is on its way
-    makers: list[tuple[nn.Module, str, Any, Any]] = field(default_factory=list)
-    configs: list[Any] = field(default_factory=list)  # each once
     hooks: list[Any] = field(default_factory=list)
     expected: Counter[str] = field(default_factory=Counter)  # how often recurrent layers come to us in a row
     warned: bool = False
-    looked: int = -1  # how many modules had been put somewhere at the last look
     said: dict[str, Any] = field(default_factory=dict)  # what the model itself said of its loss before, if it did
-    answers: dict[tuple[Any, bool], Answer] = field(
-        default_factory=dict
-    )  # of forwards that were put in its own's place
+    answers: dict[tuple[Any, bool], Answer] = field(default_factory=dict)  # of forwards in the place of the model's own
     awaited: bool = False  # whether a row is on its way through the model, and nobody has looked at its loss yet
     own_loss: bool = False  # whether the last row's loss did not come from our loss function
+    views: Views = field(init=False)
     row_loss: TreeLoss = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.views = Views(self.root)
 
     def apply(self, holders: Sequence[nn.Module] = ()) -> None:
         """Put everything in its place; `holders` are the modules that hold the model."""
@@ -204,35 +198,8 @@ class Patch:
         """Give layers their view of the config, and refuse adapters; a second look finds those that came since."""
         if against := reason_against_adapters(self.root):
             raise refusal(self.root, against)
-        self.makers, self.viewed, self.lists = [], [], []
-        for module in self.root.modules():
-            if isinstance(module, nn.ModuleList):
-                self.lists.append((module, list(module)))
-            for name, config in list(vars(module).items()):
-                if not isinstance(config, PreTrainedConfig):
-                    continue
-                if isinstance(config, Renamed):
-                    self.viewed.append((module, name))
-                elif isinstance(module, PreTrainedModel):
-                    self.makers.append((module, name, config, renamed(config)))
-                elif attention_of(config) is not None:
-                    self.views.append((module, name, config))
-                    self.viewed.append((module, name))
-                    vars(module)[name] = renamed(config)
-        configs = [held[2] for held in (*self.makers, *self.views)]
-        self.configs = list({id(config): config for config in configs}.values())
+        self.views.look()
         self.expected = entries.expected(self.root)
-        self.looked = listened.count
-
-    def is_changed(self) -> bool:
-        """Whether modules or configs were put somewhere since the last look. Lists of layers are asked one by one, as
-        torch tells too much of these: forwards take slices, which are new lists."""
-        return (
-            self.looked != listened.count
-            or any(vars(module).get(name) is not config for module, name, config, _ in self.makers)
-            or any(not isinstance(vars(module).get(name), Renamed) for module, name in self.viewed)
-            or any(list(modules) != before for modules, before in self.lists)
-        )
 
     def held_by(self, holder: nn.Module) -> None:
         """Hook what holds the model as well: it may have the adapters, or call the model's `forward` past its hooks."""
@@ -252,22 +219,19 @@ class Patch:
     def __setstate__(self, state: dict[str, Any]) -> None:
         """A copy of a patched model is patched too, and so is one that another process wrote."""
         self.__dict__.update(state)
-        self.looked = -1
+        self.views.looked = -1
         listen()
 
     def undo(self) -> None:
         """Take everything away again."""
-        for module, name, config in self.views:
-            if isinstance(vars(module).get(name), Renamed):
-                vars(module)[name] = config
+        self.views.undo()
         for hook in self.hooks:
             hook.remove()
         self.row_loss.undo()
         vars(self.root).pop(LOSS_KEYWORDS, None)
         vars(self.root).update(self.said)
         del self.root.__dict__[ATTRIBUTE]
-        self.views, self.makers, self.configs, self.hooks, self.viewed, self.lists = [], [], [], [], [], []
-        listened.count += 1  # another patched model may share layers, and finds them without a view
+        self.views, self.hooks = Views(self.root), []
 
     @contextmanager
     def suspended(self) -> Iterator[None]:
@@ -335,8 +299,7 @@ class Patch:
         current_tree.set(kwargs[TREE])
         kwargs["use_cache"] = False
         kwargs["attention_mask"] = empty_mask(given["until"].device)
-        for module, name, _, view in self.makers:
-            vars(module)[name] = view
+        self.views.show_models()
         return args, kwargs
 
     def is_of_another(self, decoder: nn.Module, request: Request | None) -> bool:
@@ -355,12 +318,12 @@ class Patch:
 
     def as_it_is_now(self, decoder: nn.Module) -> None:
         """Take up what was done to the model since."""
-        if self.is_changed():
+        if self.views.are_old():
             self.look()
         if not self.row_loss.in_place:
             now = self.root.loss_function
             self.row_loss = now if isinstance(now, TreeLoss) and now.root is self.root else TreeLoss(self.root)
-        for config in self.configs:
+        for config in self.views.configs:
             if (name := attention_of(config)) not in (None, *IMPLEMENTATIONS):
                 raise ValueError(
                     f"row: the attention implementation is {name!r} by now, which flexreason is not reached through; "
@@ -430,9 +393,7 @@ class Patch:
         """Behind the decoder, also when it raised."""
         current_tree.set(None)
         _handed.set(None)
-        for module, name, config, view in self.makers:
-            if vars(module).get(name) is view:  # and not another config, which somebody set since
-                vars(module)[name] = config
+        self.views.hide_models()
 
     def runs_head(self, given: dict[str, Any]) -> bool:
         """Whether the loss makes the logits itself, a chunk at a time."""
