@@ -202,8 +202,11 @@ def tour():
     return named
 
 
-def test_the_tour_names_every_folder_and_nothing_that_is_not_there():
+def test_the_tour_names_every_file_and_nothing_that_is_not_there():
+    """The files of commands are named by their commands."""
     named = tour()
+    files = {str(path.relative_to(PACKAGE)) for path in PACKAGE.glob("[a-z]*/*.py") if path.name != "__init__.py"}
+    assert {name for name in files if not name.startswith("commands/")} - set(named) == set()
     folders = {f"{path.parent.name}/" for path in PACKAGE.glob("*/__init__.py")}
     assert {name for name in named if name.endswith("/")} == folders
     assert {path.name for path in PACKAGE.glob("*.py")} - set(named) == {"__init__.py", "__main__.py"}

@@ -14,8 +14,8 @@ from typing import Any
 
 from flexreason.chat import dirt
 from flexreason.chat.ending import Endings
-from flexreason.chat.heard import Heard
 from flexreason.chat.history import History, Stretch, find_stretches, repeated
+from flexreason.chat.left_out import LeftOut
 from flexreason.chat.messages import TRAINING_KEYS, Message, check, is_trained
 from flexreason.chat.probes import PROBE_TOOL
 from flexreason.chat.render import (
@@ -120,7 +120,7 @@ class Encoder:
 
     def _forget(self) -> None:
         self._tokens: Tokens | None = None
-        self._templates: dict[tuple[str, bool], tuple[Template, Turns, Heard]] = {}
+        self._templates: dict[tuple[str, bool], tuple[Template, Turns, LeftOut]] = {}
         self._told: set[str] = set()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -139,12 +139,12 @@ class Encoder:
         """What is known of the template that is used with or without tools."""
         return self._template(Renderer(self.tokenizer, tools, self.options))[0]
 
-    def _template(self, render: Renderer) -> tuple[Template, Turns, Heard]:
+    def _template(self, render: Renderer) -> tuple[Template, Turns, LeftOut]:
         key = (render.source, bool(render.tools))
         if key not in self._templates:
             tools = [PROBE_TOOL] if render.tools else render.tools
             template = Template(Renderer(self.tokenizer, tools, self.options, probing=True), self.think)
-            self._templates[key] = (template, Turns(template), Heard(template))
+            self._templates[key] = (template, Turns(template), LeftOut(template))
         return self._templates[key]
 
     def layout(self, messages: Any, tools: Any = None, turns: Any = None) -> Layout:
@@ -158,8 +158,8 @@ class Encoder:
         trained = choose(checked, turns)
         with frozen_clock():
             render = Renderer(self.tokenizer, function_tools(tools), self.options)
-            _, finder, heard = self._template(render)
-            own, dirty = self._in_form(render, finder.endings, heard, checked, set(trained))
+            _, finder, left_out = self._template(render)
+            own, dirty = self._in_form(render, finder.endings, left_out, checked, set(trained))
             if self.history == "content":
                 past = [message.without_reasoning() for message in own]
             else:
@@ -167,14 +167,14 @@ class Encoder:
             before = [message.as_dict for message in past]
             answered = [self._turn(render, finder, before[:number], own[number], number) for number in trained]
             stretches = find_stretches(render, past[: trained[-1]], answered[-1].prompt)
-            dropped = heard.dropped(checked[: trained[-1]])
+            dropped = left_out.roles(checked[: trained[-1]])
         samples = self._tokenize(answered, trained, stretches)
         how = [turn.how for turn in answered]
         self._tell(set(how), dropped)
         return Encoded(samples, how, trained, answered, render.seconds, render.n_calls, dirty)
 
     def _in_form(
-        self, render: Renderer, endings: Endings, heard: Heard, messages: list[Message], trained: set[int]
+        self, render: Renderer, endings: Endings, left_out: LeftOut, messages: list[Message], trained: set[int]
     ) -> tuple[list[Message], dict[int, str]]:
         """The messages as the template takes them, and those that are accepted though they are dirty. Raises where one
         that is trained on is dirty."""
@@ -191,7 +191,7 @@ class Encoder:
                     asked = in_form[-1].text.strip()  # a text that ends in a marker opens nothing
                     if dirt.opened_by(prompt, end, half) and not (asked and prompt.rstrip().endswith(asked)):
                         message = dirt.with_reasoning_before(message, half[1])
-                one = heard.with_one_reasoning(message)
+                one = left_out.with_one_reasoning(message)
                 if number in trained and (found := list(dirt.find(message, one, number, pairs, endings))):
                     dirty[number] = next((error for error in found if error.reason not in self.accept), found[0])
                 message = one if number in trained else message

@@ -17,8 +17,13 @@ from flexreason.chat.texts import common_prefix, common_suffix
 
 @dataclass(frozen=True)
 class Stop:
-    """How a message ends: `text` stands behind it and stops generation, or has to be appended to do so. `guessed`: it
-    is the first special token there, and nothing else says that it stops. `behind`: what an appended one stands behind.
+    """How a message ends.
+
+    Args:
+        text: What stops generation: it stands behind the message, or has to be appended to it.
+        appended: Whether it has to be appended.
+        guessed: Whether it is only the first special token there, and nothing else says that it stops generation.
+        behind: The text that an appended one has to follow.
     """
 
     text: str

@@ -1,4 +1,4 @@
-"""What nobody can write as text: numbers without end, nesting without end, and halves of characters.
+"""Finds values that cannot be written as text: numbers of thousands of digits, endless nesting, halves of characters.
 
 Such values are made by models that repeat themselves, and by texts that were cut at a length.
 """
@@ -11,7 +11,7 @@ DEEPEST = 100
 
 
 def why_unwritable(value: Any) -> str:
-    """Why a value cannot be written, empty where it can.
+    """Why a value cannot be written as text; an empty text if it can.
 
     >>> why_unwritable({"n": [1, "two"]}), why_unwritable([10**5000])
     ('', 'a number has more digits than Python writes; shorten it')
@@ -39,7 +39,7 @@ def kind_without_json(value: Any) -> str:
 
 
 def half_character(text: str) -> int | None:
-    """Where a text has half of a pair of surrogates, as an emoji that was cut; no tokenizer takes it.
+    """The place of the first half character in a text (an emoji that was cut), which no tokenizer takes; else None.
 
     >>> half_character("so \\ud83d"), half_character("so 🙂")
     (3, None)

@@ -25,7 +25,7 @@ PACKED = (".gz", ".zst", ".bz2", ".xz", ".zip")
 NOT_READ = (".arrow", ".feather")
 
 DESCRIPTIONS = ("dataset_info.json", "dataset_infos.json")
-"""Files that tell of data sets, and are none."""
+"""Files that describe data sets and hold no data."""
 
 SPLITS = {
     "train": ("train", "training"),
@@ -52,7 +52,7 @@ def split_of(path: str) -> str | None:
 
 
 def _words(path: str) -> list[str]:
-    """The splits that the words of a path name, each once."""
+    """The splits whose names are words of the path, each once."""
     words = re.split(r"[-._ 0-9/\\]+", path.lower())
     return list(dict.fromkeys(SPLIT_OF[word] for word in words if word in SPLIT_OF))
 

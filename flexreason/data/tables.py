@@ -1,4 +1,4 @@
-"""A row of a table as the entry that it was made of: without the None that the table has put in, in plain values.
+"""Turns a row of a table back into the entry that was put into the table.
 
 A table of Arrow's has the same keys in all its rows, and in all objects of a list. A key that one of them lacks is
 there with None, and a chat template would write it. Where the table says the types of its columns, it is known where
@@ -18,10 +18,10 @@ from flexreason.data.formats import MESSAGE_KEYS, SYSTEM_KEYS, BadInput
 MESSAGES = (*MESSAGE_KEYS, "prompt", "completion")
 
 AS_WRITTEN = ("arguments", "tools", "chat_template_kwargs")
-"""Keys whose objects a template writes or takes as they are: what is None in them is seen by the model."""
+"""Keys whose objects a template writes as they are, so that the model sees each None in them."""
 
 MAY_BE_NULL = ("default", "const")
-"""Keys of a JSON schema whose value null means something."""
+"""Keys of a JSON schema that often have the value null on purpose."""
 
 READ = (*MESSAGES, *AS_WRITTEN, *TRAINING_KEYS, *SYSTEM_KEYS, "functions", "prompt_ids", "target_ids", "target_weights")
 """Keys of an entry that are read; what is in other columns may be anything."""
@@ -79,7 +79,7 @@ def features_of(row: Any) -> Any:
 
 
 def _plain(value: Any, where: str, exact: bool = True) -> Any:
-    """A value in lists and numbers of Python."""
+    """The value with Python's own lists and numbers in the place of arrays and tensors."""
     if hasattr(value, "tolist"):
         dtype: Any = getattr(value, "dtype", None)
         if exact and "float" in str(dtype) and dtype.itemsize < 8:
@@ -98,7 +98,8 @@ def _plain(value: Any, where: str, exact: bool = True) -> Any:
 
 
 def _without_lacking(value: Any, feature: Any, as_written: bool, where: str) -> Any:
-    """A value of a table without the keys that it lacks. JSON text holds no other keys than were written."""
+    """The value without the keys that Arrow has added. It does that in typed columns only: a column of JSON keeps its
+    values as they were written."""
     if isinstance(feature, Mapping) and isinstance(value, Mapping):
         kept = {}
         for key, item in value.items():
@@ -118,8 +119,10 @@ def _without_lacking(value: Any, feature: Any, as_written: bool, where: str) -> 
 
 
 def _without_put_in(entry: Any, where: str) -> Any:
-    """An entry without the None that a table may have put into it, and that means nothing where it is. Raises where it
-    would mean something, and may have been put in."""
+    """The entry without each None that a table may have added and that a template would not write.
+
+    A template does write a None in arguments, tools and options. So this raises where there is one, and the entry looks
+    as if it came from a table: nobody can tell who wrote it."""
     columns = {key: entry[key] for key in MESSAGES if key in entry} if isinstance(entry, dict) else {"": entry}
     columns = {key: column for key, column in columns.items() if isinstance(column, list) and column}
     if not all(map(_may_be_a_tables, columns.values())):
@@ -147,16 +150,16 @@ def _cannot_be_told(where: str, place: str, name: str) -> BadInput:
 
 
 def _may_be_a_tables(messages: list[Any]) -> bool:
-    """Whether messages may come from a table: all have the same keys; or those with a key for calls have, and some of
-    them no calls, for another message may have been put before those of a row."""
+    """Whether messages look as if they came from a table: all of them have the same keys. Another message may have been
+    put before them since. So it is enough if those that have the key tool_calls do, and it is None in some."""
     with_calls = [message for message in messages if isinstance(message, dict) and "tool_calls" in message]
     without_any = any(message["tool_calls"] is None for message in with_calls)
     return _is_uniform(with_calls if without_any else messages)
 
 
 def _is_uniform(values: Iterable[Any]) -> bool:
-    """Whether values may stand in one column of a table: they are of one type, and its objects have the same keys in
-    the same order."""
+    """Whether values could be in one column of a table: all have one type, and objects have the same keys in the same
+    order."""
     values = [value for value in values if value is not None]
     kinds = {type(value) for value in values}
     if len(kinds) > 1:
@@ -170,14 +173,14 @@ def _is_uniform(values: Iterable[Any]) -> bool:
 
 
 def _holds_none(value: Any, may_be: tuple[str, ...] = ()) -> bool:
-    """Whether an object in the value has a key with None, other than these."""
+    """Whether some object in the value has a None, under another key than these."""
     if isinstance(value, dict):
         return any(key not in may_be if item is None else _holds_none(item, may_be) for key, item in value.items())
     return isinstance(value, list) and any(_holds_none(item, may_be) for item in value)
 
 
 def _under(key: str, value: Any) -> Iterator[Any]:
-    """What stands under a key, wherever it is in a value."""
+    """Every value that the key has, in any object within `value`."""
     if isinstance(value, dict):
         for name, item in value.items():
             yield from [item] if name == key else _under(key, item)

@@ -1,4 +1,4 @@
-"""What a loss function or a forward of somebody's own does with a row's targets, found by asking it with a few numbers.
+"""Finds out what a user's own loss function, or forward, does with a row's targets: by calling it with a few numbers.
 
 Line t of a row's logits belongs to label t. A function that does not know `shift_labels`, as all were written before
 transformers had it, shifts labels by itself: it would hold each line against the label of the next one, and drop one.
@@ -18,10 +18,10 @@ from flexreason.model.head import answering, with_states
 from flexreason.tree.row import IGNORED, ROW_KEYS
 
 Loss = Callable[[Tensor, Tensor], Tensor]
-"""Logits [1, T, V] and labels [1, T] to a number."""
+"""Makes a number of logits [1, T, V] and labels [1, T]."""
 
 REAL = torch.tensor([1, 0, 1, 1, 0, 0, 1, 1], dtype=torch.bool)
-"""Which of the numbers' lines have a target: shifted by one, or without the first or the last, they are others."""
+"""Which lines have a target. A function that shifts labels, or drops a line, uses other lines than these."""
 
 ROUNDING = 1e-4
 
@@ -56,8 +56,8 @@ def ask(loss: Loss, like: Tensor, vocabulary: int) -> Answer:
 
 
 def loss_of_forward(root: Any, decoder: nn.Module, output: Any, given: Mapping[str, Any]) -> Loss:
-    """What stands in place of a model's forward as a function of hidden states and labels: it is called as it was with
-    a row, `given`, around a decoder that answers as it did, with other states."""
+    """The replaced forward of a model, as a loss of hidden states and labels. It is called as it was with the row
+    (`given`), but its decoder answers with other states."""
 
     def loss(states: Tensor, labels: Tensor) -> Tensor:
         of_tokens = ROW_KEYS | {"position_ids", "input_ids"}
@@ -71,8 +71,7 @@ def loss_of_forward(root: Any, decoder: nn.Module, output: Any, given: Mapping[s
 
 
 def refuse_answer(answer: Answer, what: str, labels: Tensor, n_items: Tensor | float | None) -> None:
-    """Raise if what was asked takes a row's targets otherwise than they stand, or divides their loss by something else
-    than it is told."""
+    """Raise if the function uses other lines than those of a row's targets, or ignores the divisor that it is given."""
     if answer.against:
         raise ValueError(
             f"row: {what}, and this one {answer.against}; write one that takes shift_labels in place of labels where "

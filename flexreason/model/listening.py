@@ -16,9 +16,7 @@ class Listened:
         self.listening = False
 
     def __call__(self, holder: nn.Module, name: str, module: nn.Module | None) -> None:
-        if isinstance(
-            holder, nn.ModuleList
-        ):  # forwards take slices, which are new lists: views.py looks at them
+        if isinstance(holder, nn.ModuleList):  # forwards take slices, which are new lists: views.py looks at them
             return
         self.count += 1
         patch: Any = getattr(module, "__dict__", {}).get(ATTRIBUTE)

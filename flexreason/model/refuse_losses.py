@@ -1,4 +1,4 @@
-"""What is refused of a row's loss, with the reason: one that takes no weights, or is divided by something else.
+"""Refuses a row's loss that ignores the weights of targets, or is divided by something else than it should be.
 
 A row's loss is asked for with the weights of its targets and what divides it. What a model's forward, a loss function
 or a Trainer made of that is known by what came, and not by what they are called.
@@ -36,8 +36,8 @@ def refuse_weights(root: PreTrainedModel, given: Mapping[str, Any], runs_head: b
 
 
 def refuse_own_mean(root: PreTrainedModel, given: Mapping[str, Any]) -> None:
-    """Raise if a row's loss, which did not come from the loss function with all that the row says of it, is not the
-    mean over its targets: then it is another one than the row asks for."""
+    """Raise where the model computes the loss itself and the row asks for more than the mean over its own targets: for
+    weights, or for another divisor."""
     n_items, n_targets = given.get("num_items_in_batch"), int(real_targets(given).sum())
     how = (
         f"the forward of {type(root).__name__} computes its loss itself, or does not hand all keywords "

@@ -1,7 +1,7 @@
-"""Randomness without chance: every draw the same number, so that what draws at random can be compared.
+"""Makes every random number the same, so that a model which draws random numbers can be compared with itself.
 
-Of a row and of its samples the draws are others, as many and as large as their tokens. What a model does beside them,
-in training only, shows when they are all the same.
+A row and its samples draw different numbers, since they have different numbers of tokens. With all draws equal, what
+is left is what the model does in training and not in evaluation.
 """
 
 from typing import Any

@@ -1,4 +1,4 @@
-"""What code is, by the objects themselves: two classes of one name are the same only if all that they run is.
+"""Whether two pieces of code are the same: not because they have one name, but because they run the same.
 
 Within a process a class may be edited in place, and another may take its name: a cell of a notebook that runs again, a
 reloaded file, a closure with another argument. So what was found out about a class is kept under its code, the values
@@ -24,14 +24,14 @@ TRUSTED = ("transformers", "flexreason", "numpy", "builtins", "typing", "collect
 PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.dtype)
 
 LONGEST = 1000
-"""Entries of a list or table up to which it is looked into."""
+"""Longer lists and tables are not looked into."""
 
 DEEPEST, MOST = 30, 20_000
-"""How deep in one another, and how many in all, values are looked into. What lies beyond is taken by object."""
+"""Values are looked into this deep, and at most so many of them. A value beyond that equals only itself."""
 
 
 class Same:
-    """An object that is equal to itself alone; it is not kept alive."""
+    """Stands for an object, and equals only what stands for the same object. It does not keep the object alive."""
 
     def __init__(self, what: Any) -> None:
         self.number = id(what)
@@ -48,7 +48,8 @@ class Same:
 
 
 def identity(value: Any) -> Hashable:
-    """What is equal for two values only if they are the same, or are plain, or code of one text on the same values.
+    """A key for a value. Two values have the same key only if they are one object, or equal plain values, or code that
+    was written alike and works with equal values.
 
     >>> def scaled(by):
     ...     return lambda x: by * x
@@ -99,7 +100,7 @@ def _identity(value: Any, seen: dict[int, tuple[int, Any]], depth: int) -> Hasha
 
 
 def _of_class(base: type) -> Any:
-    """What a class brings to one that derives from it."""
+    """What other classes inherit from a class."""
     held = {name: value for name, value in sorted(vars(base).items()) if name not in WORDS}
     return held if is_own(base.__module__) else base
 
@@ -108,7 +109,7 @@ WORDS = {
     *("__dict__", "__weakref__", "__doc__", "__annotations__", "__annotate__", "__abstractmethods__", "_abc_impl"),
     *("__firstlineno__", "__static_attributes__", "__module__"),
 }
-"""What every class has of its own, and runs nothing."""
+"""Names that every class has, and that no code runs."""
 
 
 def _beside(function: FunctionType) -> Iterator[Any]:

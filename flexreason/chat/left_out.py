@@ -1,6 +1,6 @@
-"""What of a message a template takes, where it might take nothing, or one of two: its role, and its reasoning fields.
+"""What a template leaves out of messages: all messages of some role, or one of two reasoning fields.
 
-Inference would leave out the same, so the samples are right. That it does so is for people to know.
+Inference leaves out the same, so the samples are right. But people should know it: perhaps they did not mean it.
 """
 
 from collections.abc import Iterable
@@ -15,15 +15,15 @@ OF_CALLS = ("tool", "function", "ipython")
 """Roles of results, which stand behind a call."""
 
 
-class Heard:
-    """What one template takes; each probe is made once."""
+class LeftOut:
+    """What one template leaves out. Each question is put to it once."""
 
     def __init__(self, template: Template) -> None:
         self.template = template
         self._drops, self._field = cache(self._probe_role), cache(self._probe_fields)
 
-    def dropped(self, messages: Iterable[Message]) -> list[str]:
-        """The messages of which the template writes nothing, because of their role: in words, each once."""
+    def roles(self, messages: Iterable[Message]) -> list[str]:
+        """The kinds of messages that the template does not write because of their role, in words, each once."""
         found: dict[str, None] = {}
         for number, message in enumerate(messages):
             begins = number == 0 and message.role not in OF_CALLS
