@@ -13,6 +13,7 @@ from flexreason.chat.facts import describe
 from flexreason.cli import main
 from flexreason.commands.demo import claim, judge
 from flexreason.demo import answers, material, task, ways
+from flexreason.demo.compare import WAYS
 from flexreason.demo.material import start
 from flexreason.demo.ways import fit
 from flexreason.proof import oracle
@@ -200,6 +201,16 @@ def test_the_leaking_pass_is_the_plain_one_over_the_whole_conversation(model):
     assert abs(loss - right.loss_sum / right.n_targets) > 1e-3  # and it is not the right one
 
 
+def test_a_text_of_the_template_is_one_path_with_the_reasoning_of_the_last_answer_alone():
+    messages = TRAIN[0]
+    layout = fr.encode(ways.AS_SHOWN.prepare(messages), TOKENIZER)
+    assert set(layout.until.tolist()) == {len(layout)}
+    assert layout.input_ids.tolist() == TOKENIZER.apply_chat_template(messages, return_dict=False)
+    answers = [TOKENIZER(f"{answer}<end>").input_ids for _, _, answer in asked_and_answered(messages)]
+    assert [sample.target_ids for sample in fr.unmerge(layout)][:-1] == answers[:-1]
+    assert fr.unmerge(layout)[-1] == fr.unmerge(fr.encode(messages, TOKENIZER))[-1]
+
+
 def test_all_ways_see_the_same_conversations(tmp_path):
     data = material.make(3, 3, 0)
     single, last = (data.batches(3, 0, **way.options) for way in (ways.SINGLE_PASS, ways.LAST_TURN))
@@ -304,17 +315,18 @@ def test_a_few_steps_run_through_and_do_not_claim_success(tmp_path, capsys):
     assert fr.encode(json.loads((out / "train.jsonl").read_text().splitlines()[0])["messages"], TOKENIZER)
 
 
-def test_four_ways_can_be_compared(tmp_path, capsys):
+def test_ways_can_be_compared(tmp_path, capsys):
     out = tmp_path / "demo"
     assert main(["demo", "--compare", "--steps", "2", "--held-out", "2", "--out", str(out)]) == 0
     made = json.loads((out / "compare.json").read_text())
     found = made["ways"]
     single, samples = found["single pass"], found["N samples"]
-    assert list(found) == ["single pass", "N samples", "last turn only", "reasoning kept"]
+    assert list(found) == [way.name for way in WAYS]
     assert samples["losses"] == pytest.approx(single["losses"], rel=1e-4)
     assert samples["held_out_loss"] == pytest.approx(single["held_out_loss"], rel=1e-4)
     assert single["targets"] == samples["targets"] == found["reasoning kept"]["targets"]
     assert found["last turn only"]["targets"] < single["targets"] / 3
+    assert found["last turn only"]["targets"] < found["as the template shows it"]["targets"] < single["targets"]
     assert max(made["apart"]) < 1e-4
     told = capsys.readouterr().out
     assert "held-out answers right" in told

@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 import flexreason as fr
 from flexreason.cli import main
 from flexreason.demo.material import make_tokenizer
-from flexreason.show import paper
+from flexreason.show import example, paper
 from flexreason.show.picture import CELL, colours_of, layout_picture
 from flexreason.show.plain import plain
 from flexreason.show.read import scenes
@@ -598,13 +599,13 @@ def test_texts_are_shortened_in_the_middle():
 # --- pictures
 
 
-def cells_of(svg, x, y, n):
+def cells_of(svg, x, y, n, cell=CELL):
     """The cells that a picture shows in the mask whose corner is at (x, y), with their colours."""
     cells = {}
     for colour, path in re.findall(r'<path class="(\w+)" d="(.*?)"/>', svg):
         for left, top, width in re.findall(r"M([\d.]+) ([\d.]+)h([\d.]+)", path):
-            kv, q = (float(left) - x) / CELL, (float(top) - y) / CELL
-            if float(width) == CELL - 1 and 0 <= kv < n and 0 <= q < n:
+            kv, q = (float(left) - x) / cell, (float(top) - y) / cell
+            if float(width) == cell - 1 and 0 <= kv < n and 0 <= q < n:
                 assert (kv, q) == (int(kv), int(q))
                 cells[int(q), int(kv)] = colour
     return cells
@@ -633,16 +634,34 @@ def test_the_paper_and_ours_are_one_mask_permuted():
     assert sorted(ours) == [tuple(cell) for cell in fr.dense_mask(layout).nonzero().tolist()]
     assert {(order[q], order[kv]): colour for (q, kv), colour in papers.items()} == ours
     names = [name for name, _, _ in paper.segments(layout, paper.in_papers_order(layout))]
-    expected = [f"{s.format(i)}" for i in range(1, 6) for s in ("h{}", "t{}", "r{} in", "r{} out")]
-    expected.remove("r5 in")  # which nothing reads
+    expected = [f"{s.format(i)}" for i in range(5) for s in ("h{}", "t{}", "r{}'", "r{}")]
+    expected.remove("r4'")  # which nothing reads
     assert names == expected
 
 
-def test_the_picture_in_the_docs_is_the_one_that_is_drawn():
-    from pathlib import Path
+@pytest.mark.parametrize(("name", "draw"), [("paper", paper.paper_picture), ("idea", example.example_picture)])
+def test_the_picture_in_the_docs_is_the_one_that_is_drawn(name, draw):
+    committed = Path(__file__).parent.parent / "docs" / f"{name}.svg"
+    assert committed.read_text() == draw().svg()
 
-    committed = Path(__file__).parent.parent / "docs" / "paper.svg"
-    assert committed.read_text() == paper.paper_picture().svg()
+
+def test_the_idea_is_drawn_as_it_is():
+    """Samples as they are taken out of the tree, the tree's branches where they part, and its mask."""
+    layout, picture = example.example_layout(), example.example_picture()
+    samples = [sample.prompt_ids + sample.target_ids for sample in fr.unmerge(layout)]
+    ids = layout.input_ids.tolist()
+    assert [[ids[index] for index in example.path_of(layout, turn)] for turn in range(3)] == samples
+    words = [label for label in picture.labels if label.anchor == "middle"]
+    lines = [[label.text for label in words if label.y == y] for y in sorted({label.y for label in words})]
+    of_samples, (trunk, *branches) = lines[:3], lines[3:]
+    assert of_samples == [[example.WORDS[token] for token in sample] for sample in samples]
+    assert trunk == of_samples[2]
+    assert branches == [of_samples[1][10:], of_samples[0][4:]]
+    at = {label.text: label.x for label in words if label.y == max(label.y for label in words)}
+    assert at["so"] == next(label.x for label in words if label.text == "so")  # below the token that it follows
+    ground = next(square for square in picture.squares if square.colour == "ground")
+    cells = cells_of(picture.svg(), ground.x, ground.y, len(layout), example.CELL)
+    assert sorted(cells) == [tuple(cell) for cell in fr.dense_mask(layout).nonzero().tolist()]
 
 
 def test_the_paper_is_drawn_in_a_terminal_beside_or_below(capsys, monkeypatch, tmp_path):

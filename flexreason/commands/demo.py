@@ -52,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--device", choices=["cpu", "cuda"], default="cpu", help="so small a model needs no other (%(default)s)"
     )
-    parser.add_argument("--compare", action="store_true", help="instead, four ways to train at equal steps and data")
+    parser.add_argument("--compare", action="store_true", help="instead, ways to train at equal steps and data")
     parser.add_argument("--json", action="store_true", help="print one JSON object; what goes on is told on stderr")
 
 

@@ -29,6 +29,7 @@ from flexreason.proof.compare import compare, one_pass
 from flexreason.proof.float64 import true_float64
 from flexreason.show import page
 from flexreason.show.notes import RefusedScene
+from flexreason.show.example import WORDS, example_layout, example_picture
 from flexreason.show.paper import draw_paper, paper_picture
 from flexreason.show.picture import layout_picture
 from flexreason.show.plain import plain
@@ -37,12 +38,6 @@ from flexreason.show.scene import Scene
 from flexreason.show.table import fold_mask, folded
 from flexreason.show.terminal import Terminal, wants_colour
 from flexreason.show.texts import printable
-
-CONVERSATION = [  # (what the user says, what the model thinks, what it answers)
-    ("usr 2+3 ? bot", "so 5 /think", "5 end"),
-    ("usr x4 ? bot", "5 x4 20 /think", "20 end"),
-    ("usr ok bot", "", "bye end"),
-]
 
 SHOWN = 3
 """Conversations that are printed unless more are asked for."""
@@ -270,18 +265,12 @@ def _draw(options: argparse.Namespace, picture: Any) -> None:
 
 
 def _example(options: argparse.Namespace, width: int) -> int:
-    words = list(dict.fromkeys(" ".join(part for turn in CONVERSATION for part in turn).split()))
-
-    def encode(text: str) -> list[int]:
-        return [words.index(word) for word in text.split()]
-
-    layout = fr.lay_out_turns([(encode(h), encode(t), encode(r)) for h, t, r in CONVERSATION])
-
     if options.svg is not None or options.png is not None:
-        _draw(options, layout_picture(layout, [words[token] for token in layout.input_ids.tolist()]))
+        _draw(options, example_picture())
         return 0
 
-    model = _tiny_model(len(words), options.seed)
+    layout = example_layout()
+    model = _tiny_model(len(WORDS), options.seed)
     row = fr.collate([layout], block_size=1)  # no padding: a conversation this small is all there is
     with true_float64():
         samples = oracle.n_samples(model, fr.unmerge(layout))
@@ -295,21 +284,21 @@ def _example(options: argparse.Namespace, width: int) -> int:
     apart = errors.largest()["gradients"]
 
     if options.json:
-        tokenizer = SimpleNamespace(decode=lambda ids, **how: "".join(f"{words[token]} " for token in ids))
+        tokenizer = SimpleNamespace(decode=lambda ids, **how: "".join(f"{WORDS[token]} " for token in ids))
         found = {"targets": n, **passes, "gradients_apart": apart, "exact": errors.is_exact}
         print(json.dumps({"conversations": [plain(Scene(layout, tokenizer))], "more": False, **found}))
         return 0 if errors.is_exact else 1
 
     print("A conversation of three turns, with reasoning in the first two, is three training sequences:\n")
     for i, sample in enumerate(fr.unmerge(layout)):
-        prompt, target = (" ".join(words[t] for t in ids) for ids in (sample.prompt_ids, sample.target_ids))
+        prompt, target = (" ".join(WORDS[t] for t in ids) for ids in (sample.prompt_ids, sample.target_ids))
         print(f"  turn {i}: {prompt}  ->  {target}")
     print("\nflexreason stores every shared token once. The context copy of a response (ctx) stands on the trunk,")
     print("reasoning and the generated copy (resp) on a branch of their own:\n")
-    print(fr.draw_layout(layout, words.__getitem__, width=width))
+    print(fr.draw_layout(layout, WORDS.__getitem__, width=width))
     print("\nEach token sees its ancestors (visible(q, kv) <=> kv <= q < until[kv]):\n")
     for token, line in zip(layout.input_ids.tolist(), fr.draw_mask(layout).splitlines(), strict=True):
-        print(f"{words[token]:>8} {line}")
+        print(f"{WORDS[token]:>8} {line}")
 
     print("\nA tiny Qwen3 with random weights, in fp64:\n")
     print(f"  {'':<12}{'passes':>7}{'tokens':>8}{'targets':>9}   loss")

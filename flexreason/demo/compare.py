@@ -1,4 +1,4 @@
-"""`flexreason demo --compare`: four ways to train, at equal steps on equal conversations, from the same weights.
+"""`flexreason demo --compare`: ways to train, at equal steps on equal conversations, from the same weights.
 
 Each model is then asked the same: to answer as at inference, where reasoning is gone from the history. And the loss of
 each is taken on the true samples of the held-out conversations.
@@ -14,7 +14,7 @@ import torch
 
 import flexreason as fr
 from flexreason.demo import answers, material
-from flexreason.demo.ways import LAST_TURN, LEAKING, N_SAMPLES, SINGLE_PASS, Step, Way, fit
+from flexreason.demo.ways import AS_SHOWN, LAST_TURN, LEAKING, N_SAMPLES, SINGLE_PASS, Step, Way, fit
 from flexreason.tree.draw import draw_table
 
 Say = Callable[[str], None]
@@ -25,7 +25,7 @@ FIRST = 10
 EVERY = 5.0
 """Seconds between two lines of progress."""
 
-WAYS = (SINGLE_PASS, N_SAMPLES, LAST_TURN, LEAKING)
+WAYS = (SINGLE_PASS, N_SAMPLES, LAST_TURN, AS_SHOWN, LEAKING)
 
 
 def compare(out: Path, steps: int, held_out: int, seed: int, device: str, say: Say) -> dict[str, Any]:
@@ -33,7 +33,7 @@ def compare(out: Path, steps: int, held_out: int, seed: int, device: str, say: S
     started = time.perf_counter()
     data = material.make(steps, held_out, seed)
     material.save(out, data)
-    say(f"Four ways to train, {steps} steps each on the same conversations, from the same weights")
+    say(f"{len(WAYS)} ways to train, {steps} steps each on the same conversations, from the same weights")
     results = {way.name: _result(way, data, out, steps, seed, device, say) for way in WAYS}
     lines = [
         [
@@ -64,7 +64,7 @@ def _result(
 ) -> dict[str, Any]:
     """Train a model in one way; what it can do, and what it took."""
     say(f"\n{way.name}: {way.words}\n")
-    batches, model = data.batches(steps, seed, **way.options), material.start(out, seed, device)
+    batches, model = data.batches(steps, seed, way.prepare, **way.options), material.start(out, seed, device)
     done = _watched(fit(model, way, batches), steps, say)
     right, asked = answers.right(answers.answer(model, data.tokenizer, data.held_out), data.held_out)
     say(f"  {right} of {asked} held-out answers right")

@@ -14,7 +14,7 @@ template does what those of reasoning models do: earlier answers stand in a prom
 """
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,12 +61,14 @@ class Material:
     train: list[Messages]
     held_out: list[Messages]
 
-    def batches(self, steps: int, seed: int, **options: Any) -> list[list[fr.Layout]]:
-        """The layouts of each step, by options of `fr.encode`. Whatever these are, the conversations are the same."""
+    def batches(
+        self, steps: int, seed: int, prepare: Callable[[Messages], Messages] = list, **options: Any
+    ) -> list[list[fr.Layout]]:
+        """The layouts of each step, by what `fr.encode` is given. Whatever this is, the conversations are the same."""
         conversations = self.train[: PER_ROW * steps]
         trees = [fr.encode(messages, self.tokenizer) for messages in conversations]
         rows = fr.Rows(trees, ROW, steps=steps, seed=seed)
-        layouts = [fr.encode(messages, self.tokenizer, **options) for messages in conversations] if options else trees
+        layouts = [fr.encode(prepare(messages), self.tokenizer, **options) for messages in conversations]
         return [[layouts[number] for number in rows.documents(row)] for row in range(len(rows))]
 
 

@@ -1,6 +1,6 @@
-"""Four ways to train on conversations: the single pass, the N samples that it stands for, and two shortcuts.
+"""Ways to train on conversations: the single pass, the N samples that it stands for, and three shortcuts.
 
-A way says which samples it makes of a conversation, by options of `fr.encode`, and how a step's layouts become a loss.
+A way says which samples it makes of a conversation, by what `fr.encode` is given, and how a step's layouts become a loss.
 The shortcuts are rows like the single pass. The N samples go through the model as anyone would send them: an ordinary
 padded batch. All else is equal for all ways, in a training loop as small as can be (`fit`): AdamW, a warm-up and a
 cosine, as the demo tells `flexreason train` too.
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 import flexreason as fr
+from flexreason.demo.task import Messages
 
 PER_BATCH = 32
 """Samples of one padded batch. They are sorted by length, so that little of it is padding."""
@@ -37,6 +38,7 @@ class Way:
     backward: Callable[[nn.Module, Sequence[fr.Layout]], float]
     rows: bool = True  # whether it takes a patched model
     options: dict[str, Any] = field(default_factory=dict)  # of fr.encode
+    prepare: Callable[[Messages], Messages] = list  # what becomes of the messages before
 
 
 def one_row(model: nn.Module, layouts: Sequence[fr.Layout]) -> float:
@@ -77,6 +79,12 @@ def _length(sample: fr.Sample) -> int:
     return len(sample.prompt_ids) + len(sample.target_ids)
 
 
+def last_reasoning_only(messages: Messages) -> Messages:
+    """A conversation as the template shows all of it: earlier answers stand there, and are trained, without reasoning."""
+    *earlier, last = messages
+    return [{key: value for key, value in message.items() if key != "reasoning_content"} for message in earlier] + [last]
+
+
 SINGLE_PASS = Way("single pass", "all samples of a conversation as one tree", one_row)
 
 N_SAMPLES = Way("N samples", "each of them by itself", sample_by_sample, rows=False)
@@ -85,6 +93,13 @@ LAST_TURN = Way("last turn only", "the last sample of each conversation", one_ro
 
 LEAKING = Way(
     "reasoning kept", "the conversation as it stands, reasoning and all", one_row, options={"preserve_thinking": True}
+)
+
+AS_SHOWN = Way(
+    "as the template shows it",
+    "the conversation as one text of the template, where all answers but the last are without reasoning",
+    one_row,
+    prepare=last_reasoning_only,
 )
 
 

@@ -1,7 +1,7 @@
 """Five turns in the order of the paper's section 3.1 beside ours: the same mask, permuted.
 
-The paper stores a conversation turn by turn: the prompt h, the reasoning t, the response as later turns see it (r in)
-and as it is generated (r out). Here the trunk comes first, what all later turns see, and then the branches. Each token
+The paper stores a conversation turn by turn: the prompt h, the reasoning t, the response as later turns see it (r', in
+the paper r in) and as it is generated (r, in the paper r out). Here the trunk comes first, what all later turns see, and then the branches. Each token
 sees the same tokens in both; but long stretches of ours see the same, so fewer blocks of the mask are seen in part.
 """
 
@@ -37,7 +37,7 @@ def paper_layout() -> Layout:
 
 
 def in_papers_order(layout: Layout) -> Tensor:
-    """[S] The indices of a layout's tokens in the paper's order: h, t, r in, r out, turn by turn.
+    """[S] The indices of a layout's tokens in the paper's order: h, t, r', r, turn by turn.
 
     >>> in_papers_order(lay_out_turns([([1], [2], [3]), ([4], [5], [6])])).tolist()
     [0, 5, 1, 6, 2, 3, 4]
@@ -63,13 +63,13 @@ def tiles(mask: Tensor, side: int = TILE) -> tuple[int, int]:
 
 
 def segments(layout: Layout, order: Tensor) -> list[tuple[str, int, int]]:
-    """Where each segment begins and ends in an order, and its name in the paper's letters."""
-    names = {Role.PROMPT: "h{}", Role.REASONING: "t{}", Role.CONTEXT: "r{} in", Role.RESPONSE: "r{} out"}
+    """Where each segment begins and ends in an order, and its name: h, t, r' or r, and the turn."""
+    names = {Role.PROMPT: "h{}", Role.REASONING: "t{}", Role.CONTEXT: "r{}'", Role.RESPONSE: "r{}"}
     of_token = list(zip(layout.turn[order].tolist(), layout.role[order].tolist(), strict=True))
     found, at = [], 0
     for (turn, role), group in groupby(of_token):
         end = at + len(list(group))
-        found.append((names[Role(role)].format(turn + 1), at, end))
+        found.append((names[Role(role)].format(turn), at, end))
         at = end
     return found
 
@@ -85,17 +85,17 @@ def paper_picture() -> Picture:
         in_order = [colours[index] for index in order.tolist()]
         picture.labels.append(Label(x, 20, TITLES[number], "ink", size=13, is_strong=True))
         whole, part = tiles(mask)
-        words = f"{int(mask.sum())} cells; blocks of {TILE} x {TILE} seen whole {whole}, in part {part}"
+        words = f"blocks of {TILE} x {TILE}: {whole} seen whole, {part} in part, which cost a look at each cell"
         picture.labels.append(Label(x, 36, words, size=10))
         picture.add_mask(mask, in_order, x, top)
         for name, start, end in segments(layout, order):
             middle = (start + end) * CELL / 2
             picture.labels.append(Label(x - 5, top + middle + 3, name, in_order[start], "end"))
-            short = name.partition(" ")[0]
-            picture.labels.append(Label(x + middle - 0.5, top - 5, short, in_order[start], "middle"))
+            picture.labels.append(Label(x + middle - 0.5, top - 5, name, in_order[start], "middle"))
     y = top + side + 22
     words = (
-        "A row is a token that reads, a column one that is read, in its colour. Every row has the same cells in both."
+        f"A line is a token, and what is coloured in it is what this token sees: the same {int(dense_mask(layout).sum())} "
+        f"cells in both. h is {H} tokens long, t {T}, r {R}."
     )
     picture.labels.append(Label(left, y, words, size=10))
     add_legend(picture, left, y + 22)

@@ -66,12 +66,12 @@ class Picture:
     squares: list[Square] = field(default_factory=list)
     labels: list[Label] = field(default_factory=list)
 
-    def add_mask(self, mask: Tensor, colours: Sequence[str], x: float, y: float) -> None:
+    def add_mask(self, mask: Tensor, colours: Sequence[str], x: float, y: float, cell: int = CELL) -> None:
         """The mask [S, S], each column in the colour of its token, with its upper left corner at (x, y)."""
-        side = len(mask) * CELL
+        side = len(mask) * cell
         self.squares.append(Square(x, y, side, side, "ground"))
         for q, kv in mask.nonzero().tolist():
-            self.squares.append(Square(x + kv * CELL, y + q * CELL, CELL - GAP, CELL - GAP, colours[kv]))
+            self.squares.append(Square(x + kv * cell, y + q * cell, cell - GAP, cell - GAP, colours[kv]))
 
     def svg(self) -> str:
         """As SVG, the squares of one colour and size in one path."""
@@ -83,11 +83,11 @@ class Picture:
             f"<style>{' '.join(rules)} text {{ font-family: system-ui, sans-serif }}</style>",
         ]
         lines.append('<rect class="paper" width="100%" height="100%" rx="6"/>')
-        paths: dict[str, list[str]] = {}
+        paths: dict[str, list[str]] = {"ground": []}  # grounds lie below everything
         for s in self.squares:
             path = f"M{s.x:g} {s.y:g}h{s.width:g}v{s.height:g}h-{s.width:g}z"
             paths.setdefault(s.colour, []).append(path)
-        lines += [f'<path class="{colour}" d="{"".join(d)}"/>' for colour, d in paths.items()]
+        lines += [f'<path class="{colour}" d="{"".join(d)}"/>' for colour, d in paths.items() if d]
         for label in self.labels:
             strong = ' font-weight="600"' if label.is_strong else ""
             lines.append(
