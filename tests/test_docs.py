@@ -21,6 +21,7 @@ from torch.nn import functional as F
 
 import flexreason as fr
 from flexreason.cli import COMMANDS, command, main
+from flexreason.demo import material
 from flexreason.proof.float64 import true_float64
 from models import tiny
 
@@ -131,7 +132,7 @@ def test_the_site_has_every_page():
 
 
 def test_the_loop_of_the_readme_and_what_to_write_instead_have_the_same_gradients():
-    by_loop, by_row = (text for kind, _, text in blocks("README.md") if kind == "python")
+    _, by_loop, by_row = (text for kind, _, text in blocks("README.md") if kind == "python")
     samples = fr.unmerge(fr.lay_out_turns([([1, 2], [10, 11], [20]), ([3], [12], [21, 22]), ([4], [], [23])]))
     pairs = [(sample.prompt_ids, sample.target_ids) for sample in samples]
     found = []
@@ -144,6 +145,24 @@ def test_the_loop_of_the_readme_and_what_to_write_instead_have_the_same_gradient
     assert len(found[0]) > 10
     for name, grad in found[0].items():
         torch.testing.assert_close(found[1][name], grad, rtol=1e-9, atol=1e-12)
+
+
+def test_the_trainer_of_the_readme_trains(tmp_path, monkeypatch):
+    pytest.importorskip("trl")
+    data, seen = material.make(1, 1, 0), []
+    material.save(tmp_path / "model", data)
+    material.start(tmp_path / "model", 0, "cpu").save_pretrained(tmp_path / "model" / "start")
+    material.save_conversations(tmp_path / "chats.jsonl", data.train)
+    text = next(text for kind, _, text in blocks("README.md") if kind == "python")
+    for told, here in (
+        ("Qwen/Qwen3-0.6B", str(tmp_path / "model" / "start")),
+        ('output_dir="runs/sft"', f'output_dir="{tmp_path}", use_cpu=True, max_steps=1, report_to="none"'),
+        ("chats.jsonl", str(tmp_path / "chats.jsonl")),
+    ):
+        assert told in text
+        text = text.replace(told, here)
+    exec(text, seen := {})
+    assert seen["trainer"].state.log_history[-1]["train_loss"] > 1
 
 
 # --- the tutorial
