@@ -28,8 +28,8 @@ from flexreason.proof import oracle
 from flexreason.proof.compare import compare, one_pass
 from flexreason.proof.float64 import true_float64
 from flexreason.show import page
-from flexreason.show.notes import RefusedScene
 from flexreason.show.example import WORDS, example_layout, example_picture
+from flexreason.show.notes import RefusedScene
 from flexreason.show.paper import draw_paper, paper_picture
 from flexreason.show.picture import layout_picture
 from flexreason.show.plain import plain

@@ -37,17 +37,17 @@ def example_picture() -> Picture:
     words = f"{len(paths)} samples: {sum(map(len, paths))} tokens, {len(paths)} passes"
     _add_title(picture, 16, 20, words, "what the model sees, and then writes, at each turn")
     y = 74.0
-    for turn, path in enumerate(paths):
+    for path in paths:
         x = 16.0
         for index in path:
             x = _add_word(picture, x, y, texts[index], colours[index])
         picture.width = max(picture.width, x)
         y += LINE
-    _add_title(picture, 16, y + 22, f"1 tree: {len(layout)} tokens, 1 pass", "what samples begin with alike is stored once")
+    _add_title(picture, 16, y + 22, f"1 tree: {len(layout)} tokens, 1 pass", "what samples begin with is stored once")
     _add_tree(picture, layout, texts, colours, 16, y + 76)
 
     left, top = picture.width + 80, 58
-    _add_title(picture, left, 20, "Who sees whom in the tree", "a token, at the left, sees what is coloured in its line")
+    _add_title(picture, left, 20, "Who sees whom in the tree", "each line: a token, and what it sees")
     picture.add_mask(dense_mask(layout), colours, left, top, CELL)
     for at, word in enumerate(texts):
         picture.labels.append(Label(left - 6, top + at * CELL + 9, word, colours[at], "end", 9.5))

@@ -1,8 +1,9 @@
 """Five turns in the order of the paper's section 3.1 beside ours: the same mask, permuted.
 
-The paper stores a conversation turn by turn: the prompt h, the reasoning t, the response as later turns see it (r', in
-the paper r in) and as it is generated (r, in the paper r out). Here the trunk comes first, what all later turns see, and then the branches. Each token
-sees the same tokens in both; but long stretches of ours see the same, so fewer blocks of the mask are seen in part.
+The paper stores a conversation turn by turn: the prompt h, the reasoning t, the response as later turns see it (r',
+which the paper calls r in) and as it is generated (r, which it calls r out). Here the trunk comes first, what all later
+turns see, and then the branches. Each token sees the same tokens in both; but long stretches of ours see the same, so
+fewer blocks of the mask are seen in part.
 """
 
 from itertools import groupby
@@ -94,8 +95,8 @@ def paper_picture() -> Picture:
             picture.labels.append(Label(x + middle - 0.5, top - 5, name, in_order[start], "middle"))
     y = top + side + 22
     words = (
-        f"A line is a token, and what is coloured in it is what this token sees: the same {int(dense_mask(layout).sum())} "
-        f"cells in both. h is {H} tokens long, t {T}, r {R}."
+        "A line is a token, and what is coloured in it is what this token sees: the same "
+        f"{int(dense_mask(layout).sum())} cells in both. h is {H} tokens long, t {T}, r {R}."
     )
     picture.labels.append(Label(left, y, words, size=10))
     add_legend(picture, left, y + 22)
