@@ -1,9 +1,9 @@
 """Ways to train on conversations: the single pass, the N samples that it stands for, and three shortcuts.
 
 A way says which samples it makes of a conversation, by what `fr.encode` is given, and how a step's layouts become a
-loss. The shortcuts are rows like the single pass. The N samples go through the model as anyone would send them: an ordinary
-padded batch. All else is equal for all ways, in a training loop as small as can be (`fit`): AdamW, a warm-up and a
-cosine, as the demo tells `flexreason train` too.
+loss. The shortcuts are rows like the single pass. The N samples go through the model as anyone would send them: an
+ordinary padded batch. All else is equal for all ways, in a training loop as small as can be (`fit`): AdamW, a warm-up
+and a cosine, as the demo tells `flexreason train` too.
 
 Shapes: B samples of a padded batch, S tokens of its longest.
 """
@@ -80,7 +80,7 @@ def _length(sample: fr.Sample) -> int:
 
 
 def last_reasoning_only(messages: Messages) -> Messages:
-    """A conversation as the template shows it whole: earlier answers stand there without reasoning, and are trained so."""
+    """A conversation as the template shows it whole: earlier answers are without reasoning, and are trained so."""
     *earlier, last = messages
     return [*({key: message[key] for key in message if key != "reasoning_content"} for message in earlier), last]
 
