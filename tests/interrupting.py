@@ -90,7 +90,7 @@ def tells_its_end(name, here, pressed=None):
         here.write_text(str(sum(os.times()[:4])))
         if pressed is not None:
             until(pressed.exists)
-            time.sleep(10)  # one that came while an object was deleted comes again: a moment later, if nothing else runs
+            time.sleep(10)  # one that came while an object was deleted comes again, a moment later
         return code
 
     module.run = run_and_tell
