@@ -19,7 +19,7 @@ from flexreason.show.picture import CELL, colours_of, layout_picture
 from flexreason.show.plain import plain
 from flexreason.show.read import scenes
 from flexreason.show.scene import Scene
-from flexreason.show.table import fold_mask, folded, shortened
+from flexreason.show.table import folded, shortened
 from flexreason.show.terminal import MOST_TURNS, SHARED, Terminal, wants_colour
 from flexreason.show.texts import printable, width_of
 from flexreason.tree.mask import interval_rule
@@ -563,16 +563,7 @@ def test_a_page_holds_what_is_asked_for_and_nothing_from_elsewhere(data, capsys,
     assert len(json.loads(data_of(path.read_text()))["conversations"]) == 2
 
 
-# --- the tree as a table, the mask folded
-
-
-@given(samples())
-def test_the_folded_mask_is_the_mask_folded(found):
-    layout = fr.lay_out(found)
-    for side in (1, 2, 3, 7, len(layout)):
-        width = -(-len(layout) // side)
-        if -(-len(layout) // width) == side:  # `draw_mask` chooses the side by the width
-            assert fold_mask(layout, side) == fr.draw_mask(layout, width=width)
+# --- the tree as a table
 
 
 def test_stretches_hold_every_token_once_and_are_paths():
