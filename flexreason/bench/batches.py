@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
-from flexreason.tree.sample import Role, Sample
+from flexreason.tree.mask import in_papers_order
+from flexreason.tree.sample import Sample
 
 Attend = Callable[..., Tensor]
 """Attention of queries [1, H, L, D] over keys and values [1, G, L, D], with the keywords of a layer: [1, L, H, D]."""
@@ -127,14 +128,7 @@ def in_paper_order(row: dict[str, Tensor]) -> dict[str, Tensor]:
 
     `until` means nothing in this order, and is left out of use: the rule is that of turns and roles.
     """
-    kind = torch.zeros_like(row["role"][0])
-    for number, role in enumerate((Role.PROMPT, Role.REASONING, Role.CONTEXT, Role.RESPONSE)):
-        kind[row["role"][0] == int(role)] = number
-    kind[row["role"][0] == int(Role.CONTEXT | Role.RESPONSE)] = 3
-    document = row["document"][0].long()
-    document = torch.where(document < 0, document.max() + 1, document)  # padding stays behind all documents
-    by = (document * (int(row["turn"].max()) + 2) + row["turn"][0] + 1) * 4 + kind
-    order = torch.argsort(by, stable=True)
+    order = in_papers_order(row)
     new_place = torch.argsort(order)
     moved = {name: x[:, order] for name, x in row.items() if x.dim() == 2 and x.shape[1] == len(order)}
     return {**row, **moved, "target_source": new_place[row["target_source"]]}
