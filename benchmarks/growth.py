@@ -59,7 +59,7 @@ def attention(layout: fr.Layout) -> dict[str, Callable[[], Any]]:
     inputs = [x.requires_grad_() for x in (q, k, v)]
     work = segments.prepare(row)
     samples = [
-        torch.arange(len(sample.prompt_ids) + len(sample.target_ids) - 1) for sample in fr.unmerge(layout)
+        torch.arange(len(sample) - 1) for sample in fr.unmerge(layout)
     ]  # of as many tokens; which ones costs nothing
 
     def one_pass() -> None:
@@ -83,7 +83,7 @@ def attention(layout: fr.Layout) -> dict[str, Callable[[], Any]]:
 
 def growth(turns: int, a_turn: Shape, run: Run, whole_steps: bool) -> dict[str, Any]:
     layout = conversation([a_turn[1:]] * turns)
-    lengths = [len(s.prompt_ids) + len(s.target_ids) for s in fr.unmerge(layout)]
+    lengths = [len(sample) for sample in fr.unmerge(layout)]
     found: dict[str, Any] = {"tokens, one": len(layout), "tokens, N": sum(lengths)}
     found |= {"pairs, one": pairs_of(layout), "pairs, N": sum(n * (n + 1) // 2 for n in lengths)}
     calls = attention(layout)

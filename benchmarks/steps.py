@@ -159,7 +159,7 @@ def work_of(name: str, case: Case, shape: Shape) -> tuple[float | None, float | 
     """A way's work and tokens by those of one pass; none for ways that compute more than anyone must."""
     tree = amount(case.layouts)
     if name.startswith(("N samples", "a loop")) and name not in DENSE:
-        lengths = [len(s.prompt_ids) + len(s.target_ids) for s in case.samples]
+        lengths = [len(sample) for sample in case.samples]
     elif name == "a plain row":
         lengths = [case.row["until"].shape[1]]
     elif "leaking" in name:

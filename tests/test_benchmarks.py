@@ -77,7 +77,7 @@ def test_counts(tmp_path):
     visible = fr.dense_mask(layout)
     blocks = F.pad(visible, (0, -len(layout) % 128, 0, -len(layout) % 128)).unfold(0, 128, 128).unfold(1, 128, 128)
     assert row["flex computes"] == blocks.any(-1).any(-1).sum() * 128**2 / visible.sum()
-    samples = [len(sample.prompt_ids) + len(sample.target_ids) for sample in fr.unmerge(layout)]
+    samples = [len(sample) for sample in fr.unmerge(layout)]
     assert row["tokens"] == sum(samples) / len(layout)
     assert 1 < row["work, 0.6B"] < row["tokens"]
     assert row["flash computes"] > 1
@@ -466,7 +466,7 @@ def test_packed_paths_are_the_samples():
     attention, shared = module("attention"), module("shared")
     layout = shared.conversation([(5, 9, 3), (4, 1, 6), (2, 7, 1)])
     packed = attention.packed_paths(layout, CPU)
-    lengths = [len(s.prompt_ids) + len(s.target_ids) - 1 for s in fr.unmerge(layout)][::-1]
+    lengths = [len(s) - 1 for s in fr.unmerge(layout)][::-1]
     assert packed.begins.diff().tolist() == lengths
     assert packed.pairs == sum(n * (n + 1) // 2 for n in lengths)
     assert len(set(packed.index[packed.owned].tolist())) == int(packed.owned.sum()) == len(layout) - 3

@@ -40,38 +40,34 @@ def pack(samples: Sequence[Sample], length: int, device: torch.device) -> list[B
     packs: list[list[Sample]] = [[]]
     free = length
     for sample in samples:
-        if length_of(sample) > free and packs[-1]:
+        if len(sample) > free and packs[-1]:
             packs.append([])
             free = length
         packs[-1].append(sample)
-        free -= length_of(sample)
+        free -= len(sample)
     return [packed_batch(some, device) for some in packs]
 
 
-def length_of(sample: Sample) -> int:
-    return len(sample.prompt_ids) + len(sample.target_ids)
-
-
 def padded_batch(samples: Sequence[Sample], device: torch.device) -> Batch:
-    longest = max(map(length_of, samples))
+    longest = max(map(len, samples))
     ids = torch.zeros(len(samples), longest, dtype=torch.long)
     for n, sample in enumerate(samples):
-        ids[n, : length_of(sample)] = torch.tensor([*sample.prompt_ids, *sample.target_ids])
+        ids[n, : len(sample)] = torch.tensor([*sample.prompt_ids, *sample.target_ids])
     starts = [n * longest for n in range(len(samples))]
     return Batch(ids.to(device), _sources(samples, starts).to(device), _labels(samples).to(device))
 
 
 def packed_batch(samples: Sequence[Sample], device: torch.device) -> Batch:
     ids = [token for sample in samples for token in (*sample.prompt_ids, *sample.target_ids)]
-    positions = torch.cat([torch.arange(length_of(sample)) for sample in samples])
-    starts = [0, *accumulate(map(length_of, samples))][:-1]
+    positions = torch.cat([torch.arange(len(sample)) for sample in samples])
+    starts = [0, *accumulate(map(len, samples))][:-1]
     places = _sources(samples, starts).to(device), _labels(samples).to(device)
     return Batch(torch.tensor([ids], device=device), *places, positions[None].to(device))
 
 
 def _sources(samples: Sequence[Sample], starts: Sequence[int]) -> Tensor:
     """The token before a target predicts it."""
-    ends = [start + length_of(sample) for start, sample in zip(starts, samples, strict=True)]
+    ends = [start + len(sample) for start, sample in zip(starts, samples, strict=True)]
     ranges = [
         torch.arange(end - 1 - len(sample.target_ids), end - 1) for end, sample in zip(ends, samples, strict=True)
     ]

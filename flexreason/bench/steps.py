@@ -28,7 +28,6 @@ from flexreason.bench.batches import (
     Batch,
     attending,
     in_paper_order,
-    length_of,
     pack,
     padded_batch,
     side_by_side,
@@ -101,8 +100,8 @@ def padded(case: Case) -> Way:
     """
     groups: list[list[Sample]] = []
     most = case.row["until"].shape[1]
-    for sample in sorted(case.samples, key=length_of, reverse=True):
-        if not groups or (len(groups[-1]) + 1) * length_of(groups[-1][0]) > most:
+    for sample in sorted(case.samples, key=len, reverse=True):
+        if not groups or (len(groups[-1]) + 1) * len(groups[-1][0]) > most:
             groups.append([])
         groups[-1].append(sample)
     return plain(case, "N samples, padded", [padded_batch(group, case.device) for group in groups])

@@ -49,7 +49,7 @@ def one_row(model: nn.Module, layouts: Sequence[fr.Layout]) -> float:
 
 def sample_by_sample(model: nn.Module, layouts: Sequence[fr.Layout]) -> float:
     """The same mean and gradients from every sample as a sequence of its own, in padded batches."""
-    samples = sorted((sample for layout in layouts for sample in fr.unmerge(layout)), key=_length)
+    samples = sorted((sample for layout in layouts for sample in fr.unmerge(layout)), key=len)
     n_targets = sum(len(sample.target_ids) for sample in samples)
     total, device = 0.0, next(model.parameters()).device
     for first in range(0, len(samples), PER_BATCH):
@@ -64,17 +64,13 @@ def sample_by_sample(model: nn.Module, layouts: Sequence[fr.Layout]) -> float:
 
 def _padded(samples: Sequence[fr.Sample]) -> tuple[Tensor, Tensor]:
     """Ids and labels [B, S]; labels of prompts and padding are ignored."""
-    ids = torch.zeros(len(samples), max(map(_length, samples)), dtype=torch.int64)
+    ids = torch.zeros(len(samples), max(map(len, samples)), dtype=torch.int64)
     labels = torch.full_like(ids, -100)
     for number, sample in enumerate(samples):
-        length, n_prompt = _length(sample), len(sample.prompt_ids)
+        length, n_prompt = len(sample), len(sample.prompt_ids)
         ids[number, :length] = torch.tensor([*sample.prompt_ids, *sample.target_ids])
         labels[number, n_prompt:length] = ids[number, n_prompt:length]
     return ids, labels
-
-
-def _length(sample: fr.Sample) -> int:
-    return len(sample.prompt_ids) + len(sample.target_ids)
 
 
 SINGLE_PASS = Way("single pass", "all samples of a conversation as one tree", one_row)
