@@ -172,13 +172,7 @@ def passes_of(layout: fr.Layout, turns: list[tuple[int, int, int]]) -> dict[str,
         predicting += range(len(plain) - 1, len(plain) - 1 + len(sample.target_ids))
         plain += sample.target_ids
     single = Pass(layout.input_ids, layout.position_ids, fr.dense_mask(layout), layout.target_source, layout.target_ids)
-    shifted = layout.target_source.clone()
-    for turn in range(len(turns) - 1):  # where a copy of the response stands before it
-        response, context = (
-            ((layout.turn == turn) & (layout.role == int(role))).nonzero().squeeze(1)
-            for role in (fr.Role.RESPONSE, fr.Role.CONTEXT)
-        )
-        shifted[layout.target_source == response[0] - 1] = context[-1]
+    shifted = ways.with_shifted_labels(layout).target_source
     return {
         "N passes": [causal(ids, list(range(a, len(ids) - 1))) for ids, a in zip(whole, starts, strict=True)],
         "one plain pass": [causal(plain, predicting)],
