@@ -33,9 +33,10 @@ import flexreason as fr
 from flexreason.attention import segments
 from flexreason.bench import steps as ways
 from flexreason.bench.measure import interleaved, measure, peak
+from flexreason.bench.report import amount
 from flexreason.bench.steps import Case
 from flexreason.proof.float64 import relative_l2, true_float64
-from shared import Run, Shape, conversation, logarithmic, pairs_of, shape
+from shared import Run, Shape, conversation, logarithmic, shape
 from steps import model
 
 HEADS, SIZE = 4, 64
@@ -85,7 +86,7 @@ def growth(turns: int, a_turn: Shape, run: Run, whole_steps: bool) -> dict[str, 
     layout = conversation([a_turn[1:]] * turns)
     lengths = [len(sample) for sample in fr.unmerge(layout)]
     found: dict[str, Any] = {"tokens, one": len(layout), "tokens, N": sum(lengths)}
-    found |= {"pairs, one": pairs_of(layout), "pairs, N": sum(n * (n + 1) // 2 for n in lengths)}
+    found |= {"pairs, one": amount([layout]).pairs, "pairs, N": sum(n * (n + 1) // 2 for n in lengths)}
     calls = attention(layout)
     for call in calls.values():
         call()
@@ -275,8 +276,8 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         rows = []
         for turns in options.turns:
             a_turn = shape(f"{turns} x {lengths_of_turns}")
-            make = lambda n=turns, s=a_turn: growth(n, s, run, n <= options.steps_to)  # noqa: E731
-            rows.append(run.cell({"turns": turns, "lengths": lengths_of_turns}, make))
+            about = {"turns": turns, "lengths": lengths_of_turns}
+            rows.append(run.cell(about, growth, turns, a_turn, run, turns <= options.steps_to))
         grown[lengths_of_turns], slopes[lengths_of_turns] = rows, exponents(rows)
         run.table(f"growth, turns of {lengths_of_turns}", rows, hidden=["lengths"])
         run.table(f"exponents over N >= {FROM}, turns of {lengths_of_turns}", slopes[lengths_of_turns])
