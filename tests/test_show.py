@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -499,21 +500,21 @@ def test_messages_without_a_tokenizer_are_refused(data, capsys):
 
 
 def test_colours_are_for_terminals(monkeypatch):
-    class Stream:
-        def __init__(self, is_terminal):
-            self.isatty = lambda: is_terminal
+    def wanted(is_terminal):
+        monkeypatch.setattr("sys.stdout", SimpleNamespace(isatty=lambda: is_terminal))
+        return wants_colour()
 
     for name in ("NO_COLOR", "FORCE_COLOR"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("TERM", "xterm")
-    assert wants_colour(Stream(True))
-    assert not wants_colour(Stream(False))
+    assert wanted(True)
+    assert not wanted(False)
     monkeypatch.setenv("TERM", "dumb")
-    assert not wants_colour(Stream(True))
+    assert not wanted(True)
     monkeypatch.setenv("FORCE_COLOR", "1")
-    assert wants_colour(Stream(False))
+    assert wanted(False)
     monkeypatch.setenv("NO_COLOR", "1")
-    assert not wants_colour(Stream(True))
+    assert not wanted(True)
 
 
 def test_whoever_stops_reading_breaks_nothing(data):

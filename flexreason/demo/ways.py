@@ -8,7 +8,6 @@ cosine, as the demo tells `flexreason train` too.
 Shapes: B samples of a padded batch, S tokens of its longest.
 """
 
-import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -16,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import get_cosine_schedule_with_warmup
 
 import flexreason as fr
 
@@ -97,7 +97,7 @@ def fit(model: nn.Module, way: Way, batches: Sequence[Sequence[fr.Layout]]) -> I
     if way.rows:
         fr.patch(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, BETA2), weight_decay=WEIGHT_DECAY)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, len(batches)))
+    schedule = get_cosine_schedule_with_warmup(optimizer, WARM_UP, len(batches))
     model.train()
     for layouts in batches:
         started = time.perf_counter()
@@ -108,10 +108,3 @@ def fit(model: nn.Module, way: Way, batches: Sequence[Sequence[fr.Layout]]) -> I
         optimizer.zero_grad()
         yield Step(loss, time.perf_counter() - started)
     fr.unpatch(model)
-
-
-def _rate(step: int, steps: int) -> float:
-    """The learning rate of a step, as a share of the highest: it rises, and then falls to 0 along a cosine."""
-    if step < WARM_UP:
-        return step / WARM_UP
-    return 0.5 + 0.5 * math.cos(math.pi * (step - WARM_UP) / max(1, steps - WARM_UP))
