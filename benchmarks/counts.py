@@ -66,7 +66,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         of_length = []
         for name in options.shapes:
             turns = shape(name).grown(length)
-            of_length.append(run.cell({"row": in_tokens(length), "turns": name}, lambda turns=turns: counted(turns)))
+            of_length.append(run.cell({"row": in_tokens(length), "turns": name}, counted, turns))
         run.table(f"conversations grown to a row of {length:,} tokens", of_length, hidden=["row"])
         rows += of_length
     return run.finish(rows=rows)

@@ -219,16 +219,16 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     tables: dict[str, list[dict[str, Any]]] = {"encode": [], "lay_out": [], "split": [], "pack": []}
     for kind, sizes in (("chat", options.turns), ("agent", options.steps)):
         for n in sizes:
-            make = lambda k=kind, n=n: encode(k, n, tokenizer, repeats)  # noqa: E731
-            tables["encode"].append(run.cell({"encode": kind, "turns": n, "tokenizer": which}, make))
+            about = {"encode": kind, "turns": n, "tokenizer": which}
+            tables["encode"].append(run.cell(about, encode, kind, n, tokenizer, repeats))
     for n in options.tokens:
-        tables["lay_out"].append(run.cell({"tree tokens": n}, lambda n=n: lay_out(n, repeats)))
+        tables["lay_out"].append(run.cell({"tree tokens": n}, lay_out, n, repeats))
     for text, length in (("30 x 150/60/30", 6144), ("60 x 300/150/50", 24576), ("10 x 64/1024/64", 4096)):
         about = {"split": text, "row": length}
-        tables["split"].append(run.cell(about, lambda x=text, n=length: split(shape(x), n, repeats)))
+        tables["split"].append(run.cell(about, split, shape(text), length, repeats))
     for length in (4096, 16384):
         about = {"pack": options.documents, "row": length}
-        tables["pack"].append(run.cell(about, lambda n=length: pack(options.documents, n, min(3, repeats))))
+        tables["pack"].append(run.cell(about, pack, options.documents, length, min(3, repeats)))
     for name, rows in tables.items():
         run.table(f"{name}, {which}" if name == "encode" else name, rows, hidden=["tokenizer"])
     done = [row for row in tables["lay_out"] if "ms" in row]

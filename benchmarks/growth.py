@@ -33,9 +33,10 @@ import flexreason as fr
 from flexreason.attention import segments
 from flexreason.bench import steps as ways
 from flexreason.bench.measure import interleaved, measure, peak
+from flexreason.bench.report import amount
 from flexreason.bench.steps import Case
 from flexreason.proof.float64 import relative_l2, true_float64
-from shared import Run, Shape, conversation, logarithmic, pairs_of, shape
+from shared import Run, Shape, conversation, logarithmic, shape
 from steps import model
 
 HEADS, SIZE = 4, 64
@@ -59,7 +60,7 @@ def attention(layout: fr.Layout) -> dict[str, Callable[[], Any]]:
     inputs = [x.requires_grad_() for x in (q, k, v)]
     work = segments.prepare(row)
     samples = [
-        torch.arange(len(sample.prompt_ids) + len(sample.target_ids) - 1) for sample in fr.unmerge(layout)
+        torch.arange(len(sample) - 1) for sample in fr.unmerge(layout)
     ]  # of as many tokens; which ones costs nothing
 
     def one_pass() -> None:
@@ -83,9 +84,9 @@ def attention(layout: fr.Layout) -> dict[str, Callable[[], Any]]:
 
 def growth(turns: int, a_turn: Shape, run: Run, whole_steps: bool) -> dict[str, Any]:
     layout = conversation([a_turn[1:]] * turns)
-    lengths = [len(s.prompt_ids) + len(s.target_ids) for s in fr.unmerge(layout)]
+    lengths = [len(sample) for sample in fr.unmerge(layout)]
     found: dict[str, Any] = {"tokens, one": len(layout), "tokens, N": sum(lengths)}
-    found |= {"pairs, one": pairs_of(layout), "pairs, N": sum(n * (n + 1) // 2 for n in lengths)}
+    found |= {"pairs, one": amount([layout]).pairs, "pairs, N": sum(n * (n + 1) // 2 for n in lengths)}
     calls = attention(layout)
     for call in calls.values():
         call()
@@ -172,13 +173,7 @@ def passes_of(layout: fr.Layout, turns: list[tuple[int, int, int]]) -> dict[str,
         predicting += range(len(plain) - 1, len(plain) - 1 + len(sample.target_ids))
         plain += sample.target_ids
     single = Pass(layout.input_ids, layout.position_ids, fr.dense_mask(layout), layout.target_source, layout.target_ids)
-    shifted = layout.target_source.clone()
-    for turn in range(len(turns) - 1):  # where a copy of the response stands before it
-        response, context = (
-            ((layout.turn == turn) & (layout.role == int(role))).nonzero().squeeze(1)
-            for role in (fr.Role.RESPONSE, fr.Role.CONTEXT)
-        )
-        shifted[layout.target_source == response[0] - 1] = context[-1]
+    shifted = ways.with_shifted_labels(layout).target_source
     return {
         "N passes": [causal(ids, list(range(a, len(ids) - 1))) for ids, a in zip(whole, starts, strict=True)],
         "one plain pass": [causal(plain, predicting)],
@@ -281,8 +276,8 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         rows = []
         for turns in options.turns:
             a_turn = shape(f"{turns} x {lengths_of_turns}")
-            make = lambda n=turns, s=a_turn: growth(n, s, run, n <= options.steps_to)  # noqa: E731
-            rows.append(run.cell({"turns": turns, "lengths": lengths_of_turns}, make))
+            about = {"turns": turns, "lengths": lengths_of_turns}
+            rows.append(run.cell(about, growth, turns, a_turn, run, turns <= options.steps_to))
         grown[lengths_of_turns], slopes[lengths_of_turns] = rows, exponents(rows)
         run.table(f"growth, turns of {lengths_of_turns}", rows, hidden=["lengths"])
         run.table(f"exponents over N >= {FROM}, turns of {lengths_of_turns}", slopes[lengths_of_turns])

@@ -21,9 +21,10 @@ from torch import Tensor
 import flexreason as fr
 from flexreason.bench import steps as ways
 from flexreason.bench.measure import ALIKE, SAME, gradients, peak, seconds_of
+from flexreason.bench.report import amount
 from flexreason.bench.steps import Case
 from flexreason.proof.float64 import relative_l2
-from shared import Run, conversation, in_tokens, logarithmic, pairs_of, shape
+from shared import Run, conversation, in_tokens, logarithmic, shape
 from steps import CONFIGS, model
 
 LENGTHS = (2**15, 2**17)
@@ -58,7 +59,7 @@ def cell(case: Case, with_samples: bool) -> dict[str, Any]:
     found: dict[str, Any] = {
         "turns": layout.n_samples,
         "sample tokens": layout.sample_tokens,
-        "pairs": pairs_of(layout),
+        "pairs": amount([layout]).pairs,
     }
     if with_samples:
         start = time.perf_counter()

@@ -35,9 +35,10 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 import flexreason as fr
 from flexreason.bench.batches import in_paper_order
 from flexreason.bench.measure import interleaved, peak
+from flexreason.bench.report import amount
 from flexreason.memory import available_bytes
 from flexreason.proof.float64 import relative_l2
-from shared import SHAPES, Run, conversation, in_tokens, logarithmic, pairs_of, paths, shape
+from shared import SHAPES, Run, conversation, in_tokens, logarithmic, paths, shape
 
 LENGTHS, LISTS = [2**n for n in range(10, 16)], [2**n for n in range(16, 21)]
 
@@ -157,7 +158,7 @@ def cell(run: Run, name: str, tokens: int, with_attention: bool) -> dict[str, An
     """All ways for one conversation."""
     layout = conversation(shape(name).filling(tokens))
     row = {key: x.to(run.device) for key, x in fr.collate([layout], length=tokens).items()}
-    pairs, repeats = pairs_of(layout), run.options.repeats
+    pairs, repeats = amount([layout]).pairs, run.options.repeats
     torch._dynamo.reset()
     ways = makers(row, torch.compile(create_block_mask, dynamic=False))
     found: dict[str, dict[str, Any]] = {way: {} for way in ways}
@@ -258,8 +259,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     for tokens in [*options.lengths, *options.lists]:
         for name in options.shapes if tokens in options.lengths else options.shapes[:1]:
             about = {"conversation": f"{name} ({'/'.join(map(str, shape(name)[1:]))})", "tokens": tokens}
-            make = lambda n=name, t=tokens: cell(run, n, t, t in options.lengths)  # noqa: E731
-            cells.append(run.cell(about, make))
+            cells.append(run.cell(about, cell, run, name, tokens, tokens in options.lengths))
     rows = flat(cells)
     for name in dict.fromkeys(row["conversation"] for row in rows):
         shown = [{**row, "tokens": in_tokens(row["tokens"])} for row in rows if row["conversation"] == name]

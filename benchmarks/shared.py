@@ -17,13 +17,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
 import flexreason as fr
+from flexreason.talk.versions import version_of
 
 ROOT = Path(__file__).parents[1]
 HERE = Path(__file__).parent
@@ -88,11 +88,6 @@ def conversation(turns: Sequence[tuple[int, int, int]], vocabulary: int = 2048, 
     """Random tokens."""
     draw = torch.Generator().manual_seed(seed)
     return fr.lay_out_turns([tuple(torch.randint(0, vocabulary, (n,), generator=draw) for n in turn) for turn in turns])
-
-
-def pairs_of(layout: fr.Layout) -> int:
-    """Of tokens, one of which sees the other: a token's ancestors and itself."""
-    return int((layout.position_ids + 1).sum())
 
 
 def paths(layout: fr.Layout, most: int = 8) -> list[torch.Tensor]:
@@ -168,13 +163,13 @@ class Run:
             name: value for name, value in self.machine.items() if name != "date"
         }
 
-    def cell(self, conditions: dict[str, Any], make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """The conditions with what was found under them, now or earlier."""
+    def cell(self, conditions: dict[str, Any], measure: Callable[..., dict[str, Any]], *about: Any) -> dict[str, Any]:
+        """The conditions with what `measure(*about)` found under them, now or earlier."""
         key = json.dumps(conditions)
         if key not in self.known:
             if time.monotonic() > self.end:
                 return {**conditions, "left out": "no time left"}
-            found = json.loads(json.dumps(make()))  # what is not kept in JSON would differ the next time
+            found = json.loads(json.dumps(measure(*about)))  # what is not kept in JSON would differ the next time
             self.known[key] = found
             if self.options.out:
                 with self._kept.open("a") as file:
@@ -264,14 +259,14 @@ def machine() -> dict[str, Any]:
         "allocator": shlex.join(f"{name}={value}" for name, value in tuned.items()) or "the default",
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "transformers": _version("transformers"),
+        "transformers": version_of("transformers"),
     }
     if torch.cuda.is_available():
         found |= {
             "card": torch.cuda.get_device_name(),
             "driver": _driver(),
             "CUDA": torch.version.cuda,
-            "triton": _version("triton"),
+            "triton": version_of("triton"),
         }
     return found
 
@@ -285,13 +280,6 @@ def _driver() -> str | None:
     except (OSError, subprocess.TimeoutExpired):
         return None
     return lines[0].strip() if lines else None
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
 
 
 def _processor() -> str:

@@ -159,7 +159,7 @@ def work_of(name: str, case: Case, shape: Shape) -> tuple[float | None, float | 
     """A way's work and tokens by those of one pass; none for ways that compute more than anyone must."""
     tree = amount(case.layouts)
     if name.startswith(("N samples", "a loop")) and name not in DENSE:
-        lengths = [len(s.prompt_ids) + len(s.target_ids) for s in case.samples]
+        lengths = [len(sample) for sample in case.samples]
     elif name == "a plain row":
         lengths = [case.row["until"].shape[1]]
     elif "leaking" in name:
@@ -265,11 +265,8 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         layout = conversation([one[1:]] * one.turns, made.config.vocab_size)
         about = {"conversation": str(one), "model": options.model, "loss": options.loss}
         about |= {"ways": names, "backends": options.backends}
-
-        def make(layout: fr.Layout = layout) -> dict[str, Any]:
-            return cell(Case(made, [layout], options.loss), counted, names, options.backends, options.repeats)
-
-        cells.append(run.cell(about, make))
+        case = Case(made, [layout], options.loss)
+        cells.append(run.cell(about, cell, case, counted, names, options.backends, options.repeats))
     for one in cells:
         title = f"{one['conversation']}, {one.get('tokens')} tokens for {one.get('sample tokens')}, {options.model}"
         run.table(title, one.get("ways", [one]))

@@ -126,7 +126,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     for text in options.shapes:
         layout = conversation([shape(text)[1:]] * shape(text).turns, made.config.vocab_size)
         about = {"conversation": text, "model": options.model}
-        cells.append(run.cell(about, lambda x=layout: cell(Case(made, [x]), options.repeats)))
+        cells.append(run.cell(about, cell, Case(made, [layout]), options.repeats))
     done = [one for one in cells if "parts" in one]
     for one in done:
         run.table(f"{one['conversation']}, {one['tokens']:,} tokens, model {options.model}", one["parts"])

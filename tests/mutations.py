@@ -841,7 +841,7 @@ def each_token_is_decoded_by_itself(original, self, ids):
 
 @mutation(
     "the paper's mask and ours are one mask, permuted",
-    "flexreason.show.in_papers_order",
+    "flexreason.tree.in_papers_order",
     "test_show.py::test_the_paper_and_ours_are_one_mask_permuted",
 )
 def the_papers_order_begins_with_the_last_turn(original, layout):

@@ -9,14 +9,8 @@ import sys
 import threading
 import time
 from dataclasses import dataclass
-from pathlib import Path
 
-import flexreason
-
-
-def environment():
-    """For commands: the same package as here, and one thread."""
-    return {**os.environ, "PYTHONPATH": str(Path(flexreason.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+from training import environment
 
 
 @dataclass

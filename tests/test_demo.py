@@ -11,9 +11,10 @@ from exact import plain_pass
 from flexreason.chat.encode import Encoder
 from flexreason.chat.facts import describe
 from flexreason.cli import main
-from flexreason.commands.demo import claim, judge
+from flexreason.commands.demo import claim
 from flexreason.demo import answers, material, task, ways
 from flexreason.demo.compare import WAYS
+from flexreason.demo.learn import judge
 from flexreason.demo.material import start
 from flexreason.demo.ways import fit
 from flexreason.proof import oracle

@@ -90,6 +90,17 @@ def test_appending_a_turn_changes_nothing_that_earlier_turns_see(conversation, s
     assert all(seen(before, turn) == seen(after, turn) for turn in range(len(conversation)))
 
 
+@settings(max_examples=30)
+@given(st.lists(samples(length=st.integers(1, 4)), min_size=1, max_size=2), st.sampled_from([1, 2, 7, 16, 64]))
+def test_a_drawn_mask_is_the_dense_mask_in_squares(documents, width):
+    row = fr.collate([fr.lay_out(document) for document in documents], block_size=16)
+    dense = fr.dense_mask(row)
+    side = -(-len(dense) // width)
+    squares = [[square.float().mean() for square in band.split(side, dim=1)] for band in dense.split(side)]
+    lines = ["".join("·" if seen == 0 else "█" if seen == 1 else "▒" for seen in line) for line in squares]
+    assert fr.draw_mask(row, width=width).splitlines() == lines
+
+
 def test_unknown_masks_and_limits_are_refused():
     layout = fr.lay_out([Sample([1], [2])])
     with pytest.raises(ValueError, match="mask: expected one of 'interval', 'turn_role', found 'causal'"):

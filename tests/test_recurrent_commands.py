@@ -62,7 +62,7 @@ def test_report_estimates_the_work_of_a_hybrid(hybrid, capsys):
     model, data = hybrid
     found = printed(capsys, "report", "--data", data, "--tokenizer", model, "--model", model)
     layouts = layouts_of(model, data)
-    lengths = [len(one.prompt_ids) + len(one.target_ids) for layout in layouts for one in unmerge(layout)]
+    lengths = [len(sample) for layout in layouts for sample in unmerge(layout)]
     targets = sum(len(layout.target_ids) for layout in layouts)
     tree = Amount(sum(map(len, layouts)), sum(int((one.position_ids + 1).sum()) for one in layouts), targets)
     samples = Amount(sum(lengths), sum(n * (n + 1) // 2 for n in lengths), targets)

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ from flexreason.show.picture import CELL, colours_of, layout_picture
 from flexreason.show.plain import plain
 from flexreason.show.read import scenes
 from flexreason.show.scene import Scene
-from flexreason.show.table import fold_mask, folded, shortened
+from flexreason.show.table import folded, shortened
 from flexreason.show.terminal import MOST_TURNS, SHARED, Terminal, wants_colour
 from flexreason.show.texts import printable, width_of
 from flexreason.tree.mask import interval_rule
@@ -500,21 +501,21 @@ def test_messages_without_a_tokenizer_are_refused(data, capsys):
 
 
 def test_colours_are_for_terminals(monkeypatch):
-    class Stream:
-        def __init__(self, is_terminal):
-            self.isatty = lambda: is_terminal
+    def wanted(is_terminal):
+        monkeypatch.setattr("sys.stdout", SimpleNamespace(isatty=lambda: is_terminal))
+        return wants_colour()
 
     for name in ("NO_COLOR", "FORCE_COLOR"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("TERM", "xterm")
-    assert wants_colour(Stream(True))
-    assert not wants_colour(Stream(False))
+    assert wanted(True)
+    assert not wanted(False)
     monkeypatch.setenv("TERM", "dumb")
-    assert not wants_colour(Stream(True))
+    assert not wanted(True)
     monkeypatch.setenv("FORCE_COLOR", "1")
-    assert wants_colour(Stream(False))
+    assert wanted(False)
     monkeypatch.setenv("NO_COLOR", "1")
-    assert not wants_colour(Stream(True))
+    assert not wanted(True)
 
 
 def test_whoever_stops_reading_breaks_nothing(data):
@@ -564,16 +565,7 @@ def test_a_page_holds_what_is_asked_for_and_nothing_from_elsewhere(data, capsys,
     assert len(json.loads(data_of(path.read_text()))["conversations"]) == 2
 
 
-# --- the tree as a table, the mask folded
-
-
-@given(samples())
-def test_the_folded_mask_is_the_mask_folded(found):
-    layout = fr.lay_out(found)
-    for side in (1, 2, 3, 7, len(layout)):
-        width = -(-len(layout) // side)
-        if -(-len(layout) // width) == side:  # `draw_mask` chooses the side by the width
-            assert fold_mask(layout, side) == fr.draw_mask(layout, width=width)
+# --- the tree as a table
 
 
 def test_stretches_hold_every_token_once_and_are_paths():

@@ -156,7 +156,7 @@ def test_the_oracle_leaves_the_models_gradients_alone_and_sums():
     assert all(p.grad is None for p in model.parameters())
     parts = [oracle.n_samples(model, [s]) for s in samples]
     assert whole.loss_sum == pytest.approx(sum(p.loss_sum for p in parts), rel=1e-5)
-    assert whole.tokens == sum(len(s.prompt_ids) + len(s.target_ids) for s in samples)
+    assert whole.tokens == sum(len(s) for s in samples)
     name, gradient = next(iter(whole.gradients.items()))
     assert relative_l2([sum(p.gradients[name] for p in parts)], [gradient]) < 1e-5
     assert oracle.n_samples(model, samples, gradients=False).gradients == {}

@@ -35,10 +35,11 @@ from torch.nn.attention.varlen import varlen_attn
 import flexreason as fr
 from flexreason.attention import flex, segments
 from flexreason.bench.measure import interleaved
+from flexreason.bench.report import amount
 from flexreason.proof.float64 import relative_l2
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from shared import Run, conversation, in_tokens, pairs_of, paths, shape
+from shared import Run, conversation, in_tokens, paths, shape
 
 PACKED_PAIRS = 10**9
 
@@ -142,7 +143,7 @@ class Bench:
         one = shape(cell.shape).grown(cell.length)
         self.layout = conversation([one[1:]] * one.turns)
         self.row = {name: x.to(device) for name, x in fr.collate([self.layout], length=cell.length).items()}
-        self.pairs, self.packed = pairs_of(self.layout), packed_paths(self.layout, device)
+        self.pairs, self.packed = amount([self.layout]).pairs, packed_paths(self.layout, device)
         self.inputs = self.heads(cell.length)
         self.upstream = self.random(cell.length, cell.heads)
         self.expected = self.reference()
@@ -310,8 +311,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         else:  # whose kernels are others
             rungs = [{"name": one["name"]} for one in rungs[:1]]
         about = {"cell": cell.name, "rungs": [one["name"] for one in rungs]}
-        make = lambda cell=cell, rungs=rungs: table(cell, run.device, options.repeats, rungs)  # noqa: E731
-        cells.append(run.cell(about, make))
+        cells.append(run.cell(about, table, cell, run.device, options.repeats, rungs))
         run.table(cell.name, cells[-1].get("ways", [cells[-1]]), hidden=["pairs", "cell", "rungs"])
     return run.finish(cells=cells)
 

@@ -98,7 +98,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     rows = []
     for backend in ("flex", "segments"):
         about = {"backend": backend, "tokens": options.length, "model": options.model}
-        rows.append(run.cell(about, lambda x=backend: steps(x, cases, options.repeats)))
+        rows.append(run.cell(about, steps, backend, cases, options.repeats))
     run.table("steps with new trees, and what they cost beside arithmetic", rows)
     return run.finish(steps=rows)
 

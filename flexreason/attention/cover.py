@@ -23,7 +23,7 @@ from functools import cache
 from itertools import pairwise
 from typing import NamedTuple
 
-from flexreason.tree.chains import Chain, chains
+from flexreason.tree.chains import Chain, chains, upwards
 
 TILE = 128
 
@@ -103,18 +103,9 @@ def paths(
             lowest = 0 if window is None else start + shift - window + 1
             if chunk is not None:
                 lowest = max(lowest, (start + shift) // chunk * chunk)
-            stretches.append(((start, stop), tuple(reversed([*_upwards(in_storage, chain, stop, lowest)]))))
+            path = [(first, last) for _, first, last in upwards(in_storage, chain, stop, lowest)]
+            stretches.append(((start, stop), tuple(reversed(path))))
     return stretches
-
-
-def _upwards(in_storage: list[Chain], chain: Chain, stop: int, lowest: int) -> Iterator[Span]:
-    """The path to the token before `stop`, from its end up to position `lowest`, in stretches of storage."""
-    while True:
-        yield max(chain.start, lowest + chain.start - chain.position), stop
-        if chain.position <= lowest or chain.parent < 0:
-            return
-        stop = chain.fork
-        chain = in_storage[chain.parent]
 
 
 def _staircase(chain: Chain) -> Iterator[Rectangle]:
@@ -189,17 +180,11 @@ def _limited(in_storage: list[Chain], chain: Chain, window: int | None, chunk: i
         if chunk is not None:
             lowest = max(lowest, (q_start + shift) // chunk * chunk)
         tile = q_start // TILE * TILE
-        above: Chain | None = chain
-        k_stop = tile
-        while above is not None:
+        for above, low, k_stop in upwards(in_storage, chain, tile, lowest):
+            k_stop = min(k_stop, tile)
             offset = above.start - above.position
-            low = max(above.start, lowest + offset)
             cut = min(max(low, all_see + offset), k_stop)
             if low < cut and window is not None:  # of the queries, those that see its last key at least
                 yield Rectangle(q_start, min(q_stop, cut - 1 - offset + window - shift), low, cut, edge=True)
             if cut < k_stop:
                 yield Rectangle(q_start, q_stop, max(cut, low), k_stop)
-            if above.position <= lowest or above.parent < 0:
-                break
-            k_stop = min(above.fork, tile)
-            above = in_storage[above.parent]

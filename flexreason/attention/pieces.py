@@ -76,7 +76,7 @@ def merge(out: Tensor, lse: Tensor, more_out: Tensor, more_lse: Tensor) -> None:
 
 
 def _tiled_forward(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, score: Score) -> tuple[Tensor, Tensor]:
-    high = torch.float64 if q.dtype == torch.float64 else torch.float32
+    high = torch.promote_types(q.dtype, torch.float32)
     out = q.new_empty(*q.shape[:3], v.shape[-1], dtype=high)
     lse = q.new_empty(q.shape[:3], dtype=high)
     for b, r, tiles in _tiles(q, k):
@@ -100,7 +100,7 @@ def _tiled_forward(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, score: 
 def _tiled_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, mask: Tensor | None, score: Score
 ) -> tuple[Tensor, Tensor, Tensor]:
-    high = torch.float64 if q.dtype == torch.float64 else torch.float32
+    high = torch.promote_types(q.dtype, torch.float32)
     dq, dk, dv = (torch.zeros_like(x, dtype=high) for x in (q, k, v))
     delta = (grad.to(high) * out.to(high)).sum(-1)
     for b, r, tiles in _tiles(q, k):

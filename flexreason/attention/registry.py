@@ -303,8 +303,7 @@ def _tree_attention(
         raise ValueError(f"row: {name} is not causal{INSTEAD}")
     if q.shape[2] != tree.length or k.shape[2] != tree.length:
         raise ValueError(
-            f"row: {name} has {q.shape[2]} queries and {k.shape[2]} keys for {tree.length} tokens; train on "
-            "the N samples"
+            f"row: {name} has {q.shape[2]} queries and {k.shape[2]} keys for {tree.length} tokens{INSTEAD}"
         )
     if q.dtype != v.dtype:  # under autocast, norms behind the projections leave q and k in float32
         q, k = q.to(v.dtype), k.to(v.dtype)

@@ -147,7 +147,7 @@ def _forward_tiles(
     how: str, q: Tensor, k: Tensor, v: Tensor, work: Segments, score: pieces.Score
 ) -> tuple[Tensor, Tensor]:
     """Output [1, H, S, E] and log-sum-exp [1, H, S], in high precision."""
-    high = torch.float64 if q.dtype == torch.float64 else torch.float32
+    high = torch.promote_types(q.dtype, torch.float32)
     tiles = []
     for part, mask in work.masks(q.dtype):
         q_, k_, v_ = (_tiled(x, part) for x in (q, k, v))

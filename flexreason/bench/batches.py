@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
-from flexreason.tree.sample import Role, Sample
+from flexreason.tree.mask import in_papers_order
+from flexreason.tree.sample import Sample
 
 Attend = Callable[..., Tensor]
 """Attention of queries [1, H, L, D] over keys and values [1, G, L, D], with the keywords of a layer: [1, L, H, D]."""
@@ -39,38 +40,34 @@ def pack(samples: Sequence[Sample], length: int, device: torch.device) -> list[B
     packs: list[list[Sample]] = [[]]
     free = length
     for sample in samples:
-        if length_of(sample) > free and packs[-1]:
+        if len(sample) > free and packs[-1]:
             packs.append([])
             free = length
         packs[-1].append(sample)
-        free -= length_of(sample)
+        free -= len(sample)
     return [packed_batch(some, device) for some in packs]
 
 
-def length_of(sample: Sample) -> int:
-    return len(sample.prompt_ids) + len(sample.target_ids)
-
-
 def padded_batch(samples: Sequence[Sample], device: torch.device) -> Batch:
-    longest = max(map(length_of, samples))
+    longest = max(map(len, samples))
     ids = torch.zeros(len(samples), longest, dtype=torch.long)
     for n, sample in enumerate(samples):
-        ids[n, : length_of(sample)] = torch.tensor([*sample.prompt_ids, *sample.target_ids])
+        ids[n, : len(sample)] = torch.tensor([*sample.prompt_ids, *sample.target_ids])
     starts = [n * longest for n in range(len(samples))]
     return Batch(ids.to(device), _sources(samples, starts).to(device), _labels(samples).to(device))
 
 
 def packed_batch(samples: Sequence[Sample], device: torch.device) -> Batch:
     ids = [token for sample in samples for token in (*sample.prompt_ids, *sample.target_ids)]
-    positions = torch.cat([torch.arange(length_of(sample)) for sample in samples])
-    starts = [0, *accumulate(map(length_of, samples))][:-1]
+    positions = torch.cat([torch.arange(len(sample)) for sample in samples])
+    starts = [0, *accumulate(map(len, samples))][:-1]
     places = _sources(samples, starts).to(device), _labels(samples).to(device)
     return Batch(torch.tensor([ids], device=device), *places, positions[None].to(device))
 
 
 def _sources(samples: Sequence[Sample], starts: Sequence[int]) -> Tensor:
     """The token before a target predicts it."""
-    ends = [start + length_of(sample) for start, sample in zip(starts, samples, strict=True)]
+    ends = [start + len(sample) for start, sample in zip(starts, samples, strict=True)]
     ranges = [
         torch.arange(end - 1 - len(sample.target_ids), end - 1) for end, sample in zip(ends, samples, strict=True)
     ]
@@ -127,14 +124,7 @@ def in_paper_order(row: dict[str, Tensor]) -> dict[str, Tensor]:
 
     `until` means nothing in this order, and is left out of use: the rule is that of turns and roles.
     """
-    kind = torch.zeros_like(row["role"][0])
-    for number, role in enumerate((Role.PROMPT, Role.REASONING, Role.CONTEXT, Role.RESPONSE)):
-        kind[row["role"][0] == int(role)] = number
-    kind[row["role"][0] == int(Role.CONTEXT | Role.RESPONSE)] = 3
-    document = row["document"][0].long()
-    document = torch.where(document < 0, document.max() + 1, document)  # padding stays behind all documents
-    by = (document * (int(row["turn"].max()) + 2) + row["turn"][0] + 1) * 4 + kind
-    order = torch.argsort(by, stable=True)
+    order = in_papers_order(row)
     new_place = torch.argsort(order)
     moved = {name: x[:, order] for name, x in row.items() if x.dim() == 2 and x.shape[1] == len(order)}
     return {**row, **moved, "target_source": new_place[row["target_source"]]}

@@ -28,7 +28,6 @@ from flexreason.bench.batches import (
     Batch,
     attending,
     in_paper_order,
-    length_of,
     pack,
     padded_batch,
     side_by_side,
@@ -101,8 +100,8 @@ def padded(case: Case) -> Way:
     """
     groups: list[list[Sample]] = []
     most = case.row["until"].shape[1]
-    for sample in sorted(case.samples, key=length_of, reverse=True):
-        if not groups or (len(groups[-1]) + 1) * length_of(groups[-1][0]) > most:
+    for sample in sorted(case.samples, key=len, reverse=True):
+        if not groups or (len(groups[-1]) + 1) * len(groups[-1][0]) > most:
             groups.append([])
         groups[-1].append(sample)
     return plain(case, "N samples, padded", [padded_batch(group, case.device) for group in groups])
@@ -128,7 +127,7 @@ def one_pass(case: Case, backend: str = "auto") -> Way:
     """All samples in one row. On a CPU flex has no backward: forward alone."""
     chosen = choose_backend(backend, case.device, case.root.dtype)
     trains = chosen != "flex" or case.device.type != "cpu"
-    return Way(f"one pass, {chosen}", _over_row(case, case.row, chosen, trains), trains)
+    return Way(f"one pass, {chosen}", _over_row(case, chosen, trains), trains)
 
 
 def interleaved(case: Case) -> Way:
@@ -180,13 +179,13 @@ def leaking(case: Case) -> Way:
 def shifted_labels(case: Case, backend: str = "auto") -> Way:
     """The tree with labels shifted in the paper's order: r_in stands before r_out, and so predicts its first token."""
     _check_roles(case)
-    row = collate([_shifted(layout) for layout in case.layouts])
+    shifted = replace(case, layouts=[with_shifted_labels(layout) for layout in case.layouts])
     chosen = choose_backend(backend, case.device, case.root.dtype)
-    row = {name: tensor.to(case.device) for name, tensor in row.items()}
-    return Way("one pass, labels shifted", _over_row(case, row, chosen, True), exact=False)
+    return Way("one pass, labels shifted", _over_row(shifted, chosen, True), exact=False)
 
 
-def _shifted(layout: Layout) -> Layout:
+def with_shifted_labels(layout: Layout) -> Layout:
+    """A layout of `lay_out_turns` in which the last context token of a response predicts its first generated one."""
     source = layout.target_source.clone()
     for turn in range(layout.n_samples):
         response, context = (
@@ -235,13 +234,13 @@ def plain(case: Case, name: str, batches: Sequence[Batch], trains: bool = True, 
     return Way(name, step, trains, exact)
 
 
-def _over_row(case: Case, row: dict[str, Tensor], backend: str, trains: bool) -> Callable[[], float]:
+def _over_row(case: Case, backend: str, trains: bool) -> Callable[[], float]:
     def step() -> float:
         ours = find_patch(case.model)
         assert ours is not None, "the model is not patched"
         ours.backend = backend
         with torch.set_grad_enabled(trains):
-            loss = case.model(**row).loss
+            loss = case.model(**case.row).loss
             if trains:
                 loss.backward()
         return float(loss.detach())

@@ -41,7 +41,6 @@ SHAPE = "8 x 64/256/64"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("model", help="a name, a folder, or a config.json (random weights)")
     parser.add_argument("--backend", nargs="+", default=["auto"], help="one or several of auto, segments, flex, dense")
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(HONEST), help="%(default)s if not given")

@@ -24,7 +24,6 @@ from flexreason.tree.blocks import BLOCK
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     files = parser.add_argument("data", nargs="+", action="extend", metavar="FILE", help="the same as --data FILE")
     files.required = False  # nargs="*" would not take files that stand behind options
     of_data.add_arguments(parser, limit="the most to read of each FILE; all if not given", tokenizer=of_data.NEEDED)

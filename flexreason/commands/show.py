@@ -35,7 +35,7 @@ from flexreason.show.picture import layout_picture
 from flexreason.show.plain import plain
 from flexreason.show.read import scenes
 from flexreason.show.scene import Scene
-from flexreason.show.table import fold_mask, folded
+from flexreason.show.table import folded
 from flexreason.show.terminal import Terminal, wants_colour
 from flexreason.show.texts import printable
 
@@ -61,7 +61,6 @@ Shown = list[Scene | RefusedScene]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     files = parser.add_argument("data", nargs="+", action="extend", metavar="FILE", help="the same as --data FILE")
     files.required = False  # nargs="*" would not take files that stand behind options
     of_data.add_arguments(
@@ -200,12 +199,13 @@ def _tree_and_mask(options: argparse.Namespace, scene: Scene, width: int) -> Ite
         if len(lines) > len(kept):
             yield f"… {len(lines) - len(kept):,} stretches more; --all prints them, --html FILE draws the tree"
     if options.mask:
-        side = -(-len(scene.layout) // max(16, min(len(scene.layout), width - 10)))
+        cells = max(16, width - 10)
+        side = -(-len(scene.layout) // cells)
         yield from ("", "Each token sees its ancestors (visible(q, kv) <=> kv <= q < until[kv]):")
         if side > 1:
             yield f"a cell is {side} x {side} tokens: █ all visible, ▒ some, · none"
         yield ""
-        for index, line in enumerate(fold_mask(scene.layout, side).splitlines()):
+        for index, line in enumerate(fr.draw_mask(scene.layout, width=cells).splitlines()):
             yield f"{index * side:>8} {line}"
 
 

@@ -30,7 +30,6 @@ EXAMPLE = [
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("tokenizer", metavar="TOKENIZER_OR_JINJA", help="a tokenizer's folder, file or name; or .jinja")
     of_data.add_encoding(parser)
     of_data.add_source(parser)

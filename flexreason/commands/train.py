@@ -17,7 +17,6 @@ from flexreason.train.settings import add_options, from_options
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("config", nargs="?", help="a YAML file of settings")
     add_options(parser)
     parser.add_argument(

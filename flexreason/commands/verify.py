@@ -24,7 +24,6 @@ from flexreason.tree.merge import lay_out
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("model", help="a name, a folder, or a config.json (random weights)")
     parser.add_argument("--backend", default="auto", help="auto, segments, flex, dense")
     parser.add_argument("--loss", default="model", help="model, chunked")

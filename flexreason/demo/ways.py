@@ -8,7 +8,6 @@ and a cosine, as the demo tells `flexreason train` too.
 Shapes: B samples of a padded batch, S tokens of its longest.
 """
 
-import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -16,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import get_cosine_schedule_with_warmup
 
 import flexreason as fr
 from flexreason.demo.task import Messages
@@ -51,7 +51,7 @@ def one_row(model: nn.Module, layouts: Sequence[fr.Layout]) -> float:
 
 def sample_by_sample(model: nn.Module, layouts: Sequence[fr.Layout]) -> float:
     """The same mean and gradients from every sample as a sequence of its own, in padded batches."""
-    samples = sorted((sample for layout in layouts for sample in fr.unmerge(layout)), key=_length)
+    samples = sorted((sample for layout in layouts for sample in fr.unmerge(layout)), key=len)
     n_targets = sum(len(sample.target_ids) for sample in samples)
     total, device = 0.0, next(model.parameters()).device
     for first in range(0, len(samples), PER_BATCH):
@@ -66,17 +66,13 @@ def sample_by_sample(model: nn.Module, layouts: Sequence[fr.Layout]) -> float:
 
 def _padded(samples: Sequence[fr.Sample]) -> tuple[Tensor, Tensor]:
     """Ids and labels [B, S]; labels of prompts and padding are ignored."""
-    ids = torch.zeros(len(samples), max(map(_length, samples)), dtype=torch.int64)
+    ids = torch.zeros(len(samples), max(map(len, samples)), dtype=torch.int64)
     labels = torch.full_like(ids, -100)
     for number, sample in enumerate(samples):
-        length, n_prompt = _length(sample), len(sample.prompt_ids)
+        length, n_prompt = len(sample), len(sample.prompt_ids)
         ids[number, :length] = torch.tensor([*sample.prompt_ids, *sample.target_ids])
         labels[number, n_prompt:length] = ids[number, n_prompt:length]
     return ids, labels
-
-
-def _length(sample: fr.Sample) -> int:
-    return len(sample.prompt_ids) + len(sample.target_ids)
 
 
 def last_reasoning_only(messages: Messages) -> Messages:
@@ -116,7 +112,7 @@ def fit(model: nn.Module, way: Way, batches: Sequence[Sequence[fr.Layout]]) -> I
     if way.rows:
         fr.patch(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, BETA2), weight_decay=WEIGHT_DECAY)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, len(batches)))
+    schedule = get_cosine_schedule_with_warmup(optimizer, WARM_UP, len(batches))
     model.train()
     for layouts in batches:
         started = time.perf_counter()
@@ -127,10 +123,3 @@ def fit(model: nn.Module, way: Way, batches: Sequence[Sequence[fr.Layout]]) -> I
         optimizer.zero_grad()
         yield Step(loss, time.perf_counter() - started)
     fr.unpatch(model)
-
-
-def _rate(step: int, steps: int) -> float:
-    """The learning rate of a step, as a share of the highest: it rises, and then falls to 0 along a cosine."""
-    if step < WARM_UP:
-        return step / WARM_UP
-    return 0.5 + 0.5 * math.cos(math.pi * (step - WARM_UP) / max(1, steps - WARM_UP))

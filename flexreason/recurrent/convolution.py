@@ -22,6 +22,7 @@ from torch import Tensor
 
 from flexreason.attention.registry import TreeRow
 from flexreason.recurrent.plan import Plan, plan_of
+from flexreason.tree.chains import upwards
 
 
 class Beginnings(NamedTuple):
@@ -79,10 +80,8 @@ def _beginnings(plan: Plan, reach: int) -> Beginnings | None:
         if chain.start == 0 or not reach:  # before the first token of storage the convolution has zeros, as it should
             continue
         path: list[int] = []
-        above = chain
-        while len(path) < reach and above.parent >= 0:
-            above, stop = plan.chains[above.parent], above.fork
-            path = [*range(max(above.start, stop - reach + len(path)), stop), *path]
+        for _, start, stop in upwards(plan.chains, chain, chain.start, chain.position - reach):
+            path = [*range(start, stop), *path]
         own = [*range(chain.start, min(chain.start + reach, chain.stop))]
         before, behind = reach - len(path), reach - len(own)
         index.append([0] * before + path + own + [0] * behind)

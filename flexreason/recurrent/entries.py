@@ -120,29 +120,25 @@ def finding(stock: Callable, name: str, entry: Entry, handed: bool = False) -> C
     Args:
         handed: whether the layer that calls it has no keywords, so that the tree is the one that was handed down.
     """
-    if getattr(stock, "finds_trees", False):
-        return stock
 
-    @functools.wraps(stock)
-    def find(*args: Any, **kwargs: Any) -> Any:
+    def find(stock: Callable, *args: Any, **kwargs: Any) -> Any:
         tree = kwargs.pop(TREE, None) or (handed_down() if handed else None)
         return stock(*args, **kwargs) if tree is None else _over(tree, name, entry, stock, *args, **kwargs)
 
-    find.finds_trees = True  # type: ignore[attr-defined]
-    return find
+    return around(stock, find)
 
 
-def around(stock: Callable, ours: Callable) -> Callable:
-    """A function that finds out by itself whether there is a tree, and is handed `stock`."""
+def around(stock: Callable, find: Callable) -> Callable:
+    """A function that calls `find` with `stock` before its arguments, to find a tree; `stock` itself if it is one."""
     if getattr(stock, "finds_trees", False):
         return stock
 
     @functools.wraps(stock)
-    def find(*args: Any, **kwargs: Any) -> Any:
-        return ours(stock, *args, **kwargs)
+    def finder(*args: Any, **kwargs: Any) -> Any:
+        return find(stock, *args, **kwargs)
 
-    find.finds_trees = True  # type: ignore[attr-defined]
-    return find
+    finder.finds_trees = True  # type: ignore[attr-defined]
+    return finder
 
 
 @torch.compiler.disable  # the count is not a compiler's business, and what follows goes by the row's plan

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flexreason.attention.registry import TREE, TreeRow
+from flexreason.attention.registry import INSTEAD, TREE, TreeRow
 from flexreason.recurrent.convolution import near_ancestors
 from flexreason.recurrent.decay import decayed
 from flexreason.recurrent.plan import Call, scan
@@ -61,7 +61,6 @@ def zaya_projection(
         return stock(layer, hidden_states, cache, conv_mask)
     if layer.q_proj.bias is not None:
         raise ValueError(
-            "row: ZayaCCAProjection has biases, which are no zeros before a document's first token; train on the N "
-            "samples"
+            f"row: ZayaCCAProjection has biases, which are no zeros before a document's first token{INSTEAD}"
         )
     return near_ancestors(lambda x: stock(layer, x, None, None), row, hidden_states, layer.conv_kernel_size, dim=1)

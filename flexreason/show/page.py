@@ -25,11 +25,11 @@ from flexreason.tree.layout import Layout, begins_stretch
 HERE = Path(__file__).parent
 
 
-def page(scenes: Sequence[Scene | RefusedScene], title: str = "What is trained on") -> str:
+def page(scenes: Sequence[Scene | RefusedScene]) -> str:
     """The page, as HTML."""
     conversations = [_refused(scene) if isinstance(scene, RefusedScene) else _conversation(scene) for scene in scenes]
     script = "".join((HERE / name).read_text() for name in ("tokens.js", "views.js", "mask.js", "frame.js"))
-    return fill(title, (HERE / "show.html").read_text(), {"conversations": conversations}, script)
+    return fill("What is trained on", (HERE / "show.html").read_text(), {"conversations": conversations}, script)
 
 
 def fill(title: str, body: str, data: Any, script: str, more_style: str = "") -> str:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from flexreason.show.picture import CELL, Label, Picture, add_legend, colours_of
 from flexreason.tree.layout import Layout, lay_out_turns
-from flexreason.tree.mask import dense_mask
+from flexreason.tree.mask import dense_mask, in_papers_order
 from flexreason.tree.sample import Role
 
 N_TURNS, H, T, R = 5, 2, 3, 2
@@ -21,8 +21,6 @@ N_TURNS, H, T, R = 5, 2, 3, 2
 
 TILE = 4
 """Tokens of a block whose cells are counted."""
-
-ORDER = (Role.PROMPT, Role.REASONING, Role.CONTEXT, Role.RESPONSE)
 
 TITLES = ("The paper's order: turn by turn", "Ours: the trunk first, then the branches")
 
@@ -35,19 +33,6 @@ def paper_layout() -> Layout:
         return [next(ids) for _ in range(n)]
 
     return lay_out_turns([(some(H), some(T), some(R)) for _ in range(N_TURNS)])
-
-
-def in_papers_order(layout: Layout) -> Tensor:
-    """[S] The indices of a layout's tokens in the paper's order: h, t, r', r, turn by turn.
-
-    >>> in_papers_order(lay_out_turns([([1], [2], [3]), ([4], [5], [6])])).tolist()
-    [0, 5, 1, 6, 2, 3, 4]
-    """
-    rank = torch.zeros_like(layout.role)
-    for number, role in enumerate(ORDER):
-        rank[(layout.role & int(role)) != 0] = number
-    keys = (layout.turn.long() * len(ORDER) + rank) * len(layout) + layout.position_ids
-    return keys.argsort()
 
 
 def orders(layout: Layout) -> list[tuple[Tensor, Tensor]]:

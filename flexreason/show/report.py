@@ -22,7 +22,7 @@ def report_page(made: Mapping[str, Any]) -> str:
     """The page, as HTML.
 
     Args:
-        made: What `flexreason report --json` prints.
+        made: What `flexreason report --json` prints, before it is JSON: the bins of histograms are numbers.
     """
     body = (HERE / "report.html").read_text().replace("{sections}", "\n".join(_sections(made)))
     return fill("What is in the data", body, made, THEME, more_style=(HERE / "report.css").read_text())
@@ -72,8 +72,7 @@ def _savings(whole: Mapping[str, Any]) -> Iterator[str]:
     if by_turns and len(by_turns[-1]) > 1:
         name = list(whole["speed_up_by_turns"])[-1]
         yield f"<p>By turns of a conversation, for a model of {escape(name)}:</p>"
-        bins = {int(at): value for at, value in by_turns[-1].items()}
-        yield _chart({"speed-up": bins}, whole["histograms"]["turns"], unit="turns")
+        yield _chart({"speed-up": by_turns[-1]}, whole["histograms"]["turns"], unit="turns")
 
 
 def _lengths(whole: Mapping[str, Any]) -> Iterator[str]:
@@ -82,11 +81,7 @@ def _lengths(whole: Mapping[str, Any]) -> Iterator[str]:
         f"<p>The longest sample has {whole['longest_sample']['tokens']:,} tokens "
         f"({escape(whole['longest_sample']['where'])}), the longest tree {whole['longest_tree']['tokens']:,}.</p>"
     )
-    histograms = whole["histograms"]
-    series = {
-        "longest sample": {int(at): n for at, n in histograms["longest_sample"].items()},
-        "tree": {int(at): n for at, n in histograms["tree"].items()},
-    }
+    series = {"longest sample": whole["histograms"]["longest_sample"], "tree": whole["histograms"]["tree"]}
     yield _chart(series, unit="tokens", mark=(whole["length"], f"a row, {whole['length']:,}"))
 
 
@@ -166,7 +161,7 @@ def _bars(values: Mapping[str, float], form: str, name: str = "") -> str:
 
 def _chart(
     series: Mapping[str, Mapping[int, float]],
-    counts: Mapping[Any, int] | None = None,
+    counts: Mapping[int, int] | None = None,
     *,
     unit: str,
     mark: tuple[int, str] | None = None,
@@ -187,7 +182,7 @@ def _chart(
             high = values.get(at, 0) / top * (floor - 24)
             x = LEFT + place * step + step * 0.1 + number * width
             about = f"{name}, {unit} from {at:,}: {values.get(at, 0):,.2f}".removesuffix(".00")
-            about += f" ({counts.get(at, counts.get(str(at), 0)):,} conversations)" if counts else ""
+            about += f" ({counts.get(at, 0):,} conversations)" if counts else ""
             shapes.append(
                 f'<rect class="{("one", "two")[number % 2]}" x="{x:.1f}" y="{floor - high:.1f}" width="{width:.1f}" '
                 f'height="{high:.1f}"><title>{escape(about)}</title></rect>'

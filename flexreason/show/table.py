@@ -1,7 +1,4 @@
-"""A layout as a table with a line a stretch, and its mask folded: what a terminal can show of any layout.
-
-Shapes: S tokens.
-"""
+"""A layout as a table with a line a stretch: what a terminal can show of any layout, however large."""
 
 from collections.abc import Callable
 from itertools import pairwise
@@ -38,29 +35,3 @@ def folded(layout: Layout, decode: Callable[[list[int]], str], width: int = 100)
         lines.append([str(cell) for cell in cells])
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)][:-1]
     return "\n".join("  ".join([*map(str.rjust, line, widths), line[-1]]) for line in lines)
-
-
-def fold_mask(layout: Layout, side: int) -> str:
-    """What `draw_mask` draws, a cell for side x side tokens, without the S x S mask: from each block's least and
-    largest `until`.
-
-    >>> from flexreason import lay_out_turns
-    >>> layout = lay_out_turns([([1], [2], [3]), ([4], [5], [6])])
-    >>> print(fold_mask(layout, 2))
-    ▒···
-    █▒··
-    ▒▒▒·
-    ▒·▒█
-    """
-    blocks = layout.until.split(side)
-    least, largest = [int(block.min()) for block in blocks], [int(block.max()) for block in blocks]
-
-    def cell(i: int, j: int) -> str:  # queries i, keys j
-        start, end = i * side, min((i + 1) * side, len(layout))
-        if j > i:
-            return "·"
-        if least[j] >= end and (j < i or end - start == 1):
-            return "█"
-        return "▒" if j == i or largest[j] > start else "·"
-
-    return "\n".join("".join(cell(i, j) for j in range(len(blocks))) for i in range(len(blocks)))

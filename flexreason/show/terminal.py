@@ -15,7 +15,6 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby, pairwise
-from typing import TextIO
 
 from flexreason.show.notes import RefusedScene
 from flexreason.show.scene import KINDS, Part, Scene, Turn
@@ -49,13 +48,13 @@ MOST_LINES = 400
 BREAK, BAR, MARK = "↵", "│", "▌"
 
 
-def wants_colour(stream: TextIO | None = None) -> bool:
-    """Whether a stream is a terminal that shows colours; NO_COLOR and FORCE_COLOR say otherwise."""
+def wants_colour() -> bool:
+    """Whether stdout is a terminal that shows colours; NO_COLOR and FORCE_COLOR say otherwise."""
     if os.environ.get("NO_COLOR"):
         return False
     if os.environ.get("FORCE_COLOR"):
         return True
-    return (stream or sys.stdout).isatty() and os.environ.get("TERM") != "dumb"
+    return sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
 
 
 @dataclass(frozen=True)
@@ -95,7 +94,7 @@ class Terminal:
         yield from self._folded_words(scene.sizes, "dim")
         for remark in scene.remarks:
             words = f"{remark.where}: {remark.words}" if remark.where else remark.words
-            yield from (self.painted(line, "refused") for line in _words(f"! {printable(words)}", self.width))
+            yield from self._folded_words(f"! {printable(words)}", "refused")
         chosen = self._chosen(len(scene.turns)) if only is None else list(only)
         before = -1
         for number in chosen:
@@ -135,7 +134,7 @@ class Terminal:
         lines[-1] += " " + "─" * (self.width - width_of(lines[-1]) - 1)
         yield from (self.painted(line, "strong") for line in lines)
         for remark in scene.remarks_of(turn.number):
-            yield from (self.painted(line, "refused") for line in _words(f"! {printable(remark.words)}", self.width))
+            yield from self._folded_words(f"! {printable(remark.words)}", "refused")
         shared_parts = [part for part in turn.parts if part.shared]
         yield from self._shared(scene, turn, shared_parts)
         for part in turn.parts[len(shared_parts) :]:

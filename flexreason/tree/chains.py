@@ -12,7 +12,7 @@ token is the one stored before it, except for the first token of a chain, whose 
 6 9 0 2
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -48,3 +48,21 @@ def chains(until: Sequence[int], position: Sequence[int]) -> list[Chain]:
         path.append(len(in_storage))
         in_storage.append(Chain(start, stop, position[start], until[start], parent, fork))
     return in_storage
+
+
+def upwards(in_storage: Sequence[Chain], chain: Chain, stop: int, lowest: int) -> Iterator[tuple[Chain, int, int]]:
+    """The path that ends before index `stop` of a chain, up to position `lowest`: chains, and start and stop of the
+    stretch of storage that the path has of each. The root's comes last.
+
+    >>> import flexreason as fr
+    >>> layout = fr.lay_out_turns([([1, 2], [10, 11], [20]), ([3], [12], [21])])
+    >>> trunk, branch = in_storage = chains(layout.until.tolist(), layout.position_ids.tolist())
+    >>> [(start, stop) for _, start, stop in upwards(in_storage, branch, branch.stop, lowest=1)]
+    [(6, 9), (1, 2)]
+    """
+    while True:
+        yield chain, max(chain.start, lowest + chain.start - chain.position), stop
+        if chain.position <= lowest or chain.parent < 0:
+            return
+        stop = chain.fork
+        chain = in_storage[chain.parent]

@@ -1,14 +1,9 @@
-"""Layouts, masks and tables as text, to look at.
-
-Shapes: S tokens.
-"""
+"""Layouts, masks and tables as text, to look at."""
 
 from collections.abc import Callable, Sequence
 
-from torch import Tensor
-
 from flexreason.tree.layout import Layout
-from flexreason.tree.mask import Tree, dense_mask
+from flexreason.tree.mask import Tree, per_token
 from flexreason.tree.sample import Role
 
 SHORT = {Role.PROMPT: "prompt", Role.REASONING: "think", Role.CONTEXT: "ctx", Role.RESPONSE: "resp", Role.PAD: "pad"}
@@ -71,10 +66,12 @@ def role_name(role: int) -> str:
 def draw_mask(tree: Tree, *, width: int = 64) -> str:
     """The mask of a layout or row: a line a query, "█" where it sees a key, "·" where it does not.
 
-    Above `width` tokens one cell stands for a square of them: "█" all visible, "▒" some, "·" none.
+    Above `width` tokens one cell stands for a square of them: "█" all visible, "▒" some, "·" none. The mask itself is
+    not made: the least and the largest `until` of a block of keys tell which queries see all and some of it.
 
     >>> from flexreason import lay_out_turns
-    >>> print(draw_mask(lay_out_turns([([1], [2], [3]), ([4], [5], [6])])))
+    >>> layout = lay_out_turns([([1], [2], [3]), ([4], [5], [6])])
+    >>> print(draw_mask(layout))
     █······
     ██·····
     ███····
@@ -82,14 +79,27 @@ def draw_mask(tree: Tree, *, width: int = 64) -> str:
     █████··
     █····█·
     █····██
+    >>> print(draw_mask(layout, width=4))
+    ▒···
+    █▒··
+    ▒▒▒·
+    ▒·▒█
     """
-    mask = dense_mask(tree)
-    side = -(-len(mask) // width)
-    return "\n".join("".join(_cell(square) for square in band.split(side, dim=1)) for band in mask.split(side))
+    until = per_token(tree, "until")
+    side = -(-len(until) // width)
+    blocks = until.split(side)
+    least, largest = [int(block.min()) for block in blocks], [int(block.max()) for block in blocks]
 
+    def cell(queries: int, keys: int) -> str:
+        start, end = queries * side, min((queries + 1) * side, len(until))
+        if keys > queries:
+            return "·"
+        if least[keys] >= end and (keys < queries or end - start == 1):
+            return "█"
+        return "▒" if keys == queries or largest[keys] > start else "·"
 
-def _cell(square: Tensor) -> str:
-    return "█" if bool(square.all()) else "▒" if bool(square.any()) else "·"
+    numbers = range(len(blocks))
+    return "\n".join("".join(cell(queries, keys) for keys in numbers) for queries in numbers)
 
 
 def draw_table(rows: Sequence[Sequence[str]]) -> str:

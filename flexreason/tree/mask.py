@@ -77,6 +77,28 @@ def turn_role_rule(turn: Tensor, role: Tensor, document: Tensor) -> MaskMod:
     return visible
 
 
+PAPERS_ORDER = (Role.PROMPT, Role.REASONING, Role.CONTEXT, Role.RESPONSE)
+"""The segments of a turn, as the paper stores them."""
+
+
+def in_papers_order(tree: Tree) -> Tensor:
+    """[S] The indices of the tokens in the paper's order: h, t, r_in, r_out, turn by turn and document by document.
+
+    For layouts of `lay_out_turns`, and rows of them. Padding stands behind all documents.
+
+    >>> from flexreason import lay_out_turns
+    >>> in_papers_order(lay_out_turns([([1], [2], [3]), ([4], [5], [6])])).tolist()
+    [0, 5, 1, 6, 2, 3, 4]
+    """
+    turn, role, document = (per_token(tree, name).long() for name in ("turn", "role", "document"))
+    segment = torch.zeros_like(role)
+    for number, flag in enumerate(PAPERS_ORDER):
+        segment[(role & int(flag)) != 0] = number
+    document = torch.where(document < 0, document.max() + 1, document)
+    keys = (document * (turn.max() + 2) + turn + 1) * len(PAPERS_ORDER) + segment
+    return torch.argsort(keys, stable=True)
+
+
 def near(position: Tensor, window: int | None, chunk: int | None) -> MaskMod:
     """The layer's own limits, in positions: less than `window` apart, in the same chunk of `chunk`.
 

@@ -64,8 +64,8 @@ def lay_out(samples: Sequence[Sample]) -> Layout:
     if not isinstance(samples, Sequence) or not samples:
         raise ValueError("lay_out: expected at least one sample, found none")
     checked = [_check(i, sample) for i, sample in enumerate(samples)]
-    leaves = _grow(checked)
-    stored = _store(leaves)
+    root, leaves = _grow(checked)
+    stored = _store(root)
 
     lengths = [branch.end - branch.depth for branch in stored]
     index = np.arange(sum(lengths))
@@ -142,8 +142,9 @@ def _check(i: int, sample: Sample) -> _Checked:
     )
 
 
-def _grow(samples: list[_Checked]) -> list[_Branch]:
-    """The branch on which each sample ends. Samples are added in sorted order, each at the tree's right edge."""
+def _grow(samples: list[_Checked]) -> tuple[_Branch, list[_Branch]]:
+    """The root, which holds no token, and the branch on which each sample ends. Samples are added in sorted order, each
+    at the tree's right edge."""
     # Big-endian bytes sort as the non-negative numbers they spell, and a prefix sorts before what it begins.
     keys = [sample.ids.astype(">i4").tobytes() for sample in samples]
     in_order = sorted(range(len(samples)), key=keys.__getitem__)
@@ -165,7 +166,7 @@ def _grow(samples: list[_Checked]) -> list[_Branch]:
     for branch in _preorder(edge[0]):
         for i in branch.ending:
             leaves[i] = branch
-    return leaves
+    return edge[0], leaves
 
 
 def _shared(a: np.ndarray, b: np.ndarray) -> int:
@@ -184,9 +185,8 @@ def _split(branch: _Branch, depth: int) -> None:
     branch.end, branch.children, branch.ending = depth, [lower], []
 
 
-def _store(leaves: list[_Branch]) -> list[_Branch]:
-    """All branches in storage order, each told where it starts."""
-    root = next(_from_root(leaves[0], with_root=True))
+def _store(root: _Branch) -> list[_Branch]:
+    """All branches below the root in storage order, each told where it starts."""
     for branch in reversed(list(_preorder(root))):  # children before parents
         below = branch.children
         branch.n_samples = len(branch.ending) + sum(child.n_samples for child in below)
@@ -208,11 +208,10 @@ def _preorder(root: _Branch) -> Iterator[_Branch]:
         waiting.extend(reversed(branch.children))
 
 
-def _from_root(leaf: _Branch, *, with_root: bool = False) -> Iterator[_Branch]:
-    line: list[_Branch] = []
-    branch: _Branch | None = leaf
-    while branch is not None:
-        if branch.parent is not None or with_root:
-            line.append(branch)
+def _from_root(leaf: _Branch) -> Iterator[_Branch]:
+    """The branches from below the root to this one."""
+    line, branch = [], leaf
+    while branch.parent is not None:
+        line.append(branch)
         branch = branch.parent
     return reversed(line)

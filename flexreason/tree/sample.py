@@ -43,10 +43,13 @@ SAMPLE_ROLES = Role.PROMPT | Role.REASONING | Role.CONTEXT | Role.RESPONSE
 
 @dataclass(frozen=True)
 class Sample:
-    """One plain training sequence.
+    """One plain training sequence; its length is that of prompt and target together.
 
-    >>> Sample(prompt_ids=[5, 6], target_ids=[7])
+    >>> sample = Sample(prompt_ids=[5, 6], target_ids=[7])
+    >>> sample
     Sample(prompt_ids=[5, 6], target_ids=[7], prompt_roles=None, target_roles=None, prompt_turns=None)
+    >>> len(sample)
+    3
 
     Roles and turns are for reading a layout, and for the paper's own mask rule; they never change what is
     computed for a sample. Unsaid prompts are `Role.PROMPT`, unsaid targets `Role.RESPONSE`; in
@@ -59,6 +62,9 @@ class Sample:
     prompt_roles: Ids | None = None
     target_roles: Ids | None = None
     prompt_turns: Ids | None = None
+
+    def __len__(self) -> int:
+        return len(self.prompt_ids) + len(self.target_ids)
 
 
 def as_ids(ids: Any, owner: str, *, lowest: int = 0) -> Tensor:
