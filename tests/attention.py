@@ -1,7 +1,5 @@
 """Attention written out with a matrix, what is put into it, and rows to try it on."""
 
-from functools import cache
-
 import torch
 
 import flexreason as fr
@@ -28,7 +26,6 @@ def inputs(length, heads=4, groups=2, size=8, value_size=None, dtype=torch.float
     return [x.requires_grad_() for x in made]
 
 
-@cache
 def rows():
     paper = fr.lay_out_turns(random_turns([(61, 150, 67), (30, 0, 20), (64, 64, 64)]))
     return {
