@@ -16,7 +16,7 @@ CONVERSATION = [  # (what the user says, what the model thinks, what it answers)
 WORDS = list(dict.fromkeys(" ".join(part for turn in CONVERSATION for part in turn).split()))
 """The vocabulary: a token's id is its word's place here."""
 
-CELL, LINE, LETTER = 12, 32, 6.2
+CELL, LINE, LETTER = 12, 32, 6.8
 """In pixels: from one square of the mask to the next, from one line of words to the next, and a letter's width."""
 
 
@@ -50,7 +50,7 @@ def example_picture() -> Picture:
     _add_title(picture, left, 20, "Who sees whom in the tree", "each line: a token, and what it sees")
     picture.add_mask(dense_mask(layout), colours, left, top, CELL)
     for at, word in enumerate(texts):
-        picture.labels.append(Label(left - 6, top + at * CELL + 9, word, colours[at], "end", 9.5))
+        picture.labels.append(Label(left - 6, top + at * CELL + 9, word, colours[at], "end", 10))
     picture.width, picture.height = left + len(layout) * CELL + 16, top + len(layout) * CELL + 44
     add_legend(picture, 16, picture.height - 14)
     return picture
@@ -99,6 +99,6 @@ def _add_title(picture: Picture, x: float, y: float, title: str, words: str) -> 
 def _add_word(picture: Picture, x: float, y: float, word: str, colour: str) -> float:
     """A word over a line of its colour; where the next one begins."""
     width = round(LETTER * len(word)) + 6
-    picture.labels.append(Label(x + width / 2 - 1, y, word, "ink", "middle", 10.5))
+    picture.labels.append(Label(x + width / 2 - 1, y, word, "ink", "middle", 11.5))
     picture.squares.append(Square(x, y + 4, width - 2, 3, colour))
     return x + width
