@@ -33,7 +33,7 @@ from transformers import NemotronHForCausalLM, PreTrainedModel, Qwen3_5ForCausal
 
 import flexreason as fr
 from flexreason.bench import steps as ways
-from flexreason.bench.measure import Found, measure, ratio, wrong
+from flexreason.bench.measure import Measured, measure, ratio, wrong
 from flexreason.bench.report import amount
 from flexreason.bench.steps import Case, Way
 from flexreason.data.figures import Amount, Shape, dense, shape_of_model
@@ -182,7 +182,7 @@ def counting_faults(way: Way, faults: list[int]) -> Way:
     return replace(way, step=step)
 
 
-def row_of(one: Found, case: Case, found: list[Found], shape: Shape, faults: list[int]) -> dict[str, Any]:
+def row_of(one: Measured, case: Case, found: list[Measured], shape: Shape, faults: list[int]) -> dict[str, Any]:
     usual = f"one pass, {'flex' if case.device.type == 'cuda' else 'segments'}"
     ours = next((way for way in found if way.name == usual and way.ms), None)
     shown: dict[str, Any] = {"way": one.name, "forward alone": None if one.trains else "yes"}

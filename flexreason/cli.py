@@ -117,7 +117,7 @@ def parse(words: list[str], name: str | None) -> argparse.Namespace:
     )
     parser.add_argument("--version", action=_Versions, help="show what a report of a fault needs, and exit")
     parsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    of_commands = {one: parsers.add_parser(one, help=purpose) for one, purpose in COMMANDS.items()}
+    of_commands = {known: parsers.add_parser(known, help=purpose) for known, purpose in COMMANDS.items()}
     if name is None:
         if wrong := next((word for word in words if not word.startswith("-")), None):
             parser.error(f"unknown command {wrong!r}{did_you_mean(wrong, COMMANDS)}")

@@ -181,16 +181,16 @@ def calls(
 
 def rounds(rectangles: Sequence[Rectangle]) -> list[list[Rectangle]]:
     """Rectangles by how many others their queries lie in, each list in storage order."""
-    found: list[list[Rectangle]] = []
+    by_depth: list[list[Rectangle]] = []
     around: list[int] = []  # where the queries end of those that are around
     for r in sorted(rectangles, key=lambda r: (r.q_start, -r.q_stop)):
         while around and around[-1] <= r.q_start:
             around.pop()
-        if len(around) == len(found):
-            found.append([])
-        found[len(around)].append(r)
+        if len(around) == len(by_depth):
+            by_depth.append([])
+        by_depth[len(around)].append(r)
         around.append(r.q_stop)
-    return found
+    return by_depth
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, work: Calls | None, scale: float) -> tuple[Tensor, Tensor]:
@@ -295,12 +295,12 @@ def _fault(device: torch.device, dtype: torch.dtype, size: int, heads: int, wind
         work = calls(layout.until.tolist(), layout.position_ids.tolist(), window, None, device)
         with torch.no_grad():
             out, lse = forward(q, k, v, work, scale)
-            found = [out, *backward(grad, q, k, v, out, lse, work, scale)]
+            results = [out, *backward(grad, q, k, v, out, lse, work, scale)]
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # whatever kernels raise that are not made for this device
         return f"flash attention here raised {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-    for a, b in zip(found, expected, strict=True):
+    for a, b in zip(results, expected, strict=True):
         if not (a - b).norm() <= CLOSE * b.norm():
             return "flash attention here computes something else"
     return ""

@@ -87,13 +87,13 @@ def unfit_to_pack(root: PreTrainedModel) -> str:
     return ""
 
 
-def side_by_side(one: Batch) -> Callable[[], Attend]:
+def side_by_side(batch: Batch) -> Callable[[], Attend]:
     """Attention within each sequence of a pack, backward included."""
     from torch.nn.attention.varlen import varlen_attn
 
-    assert one.positions is not None
-    starts = (one.positions[0] == 0).nonzero().squeeze(1)
-    offsets = torch.cat([starts, starts.new_tensor([one.positions.shape[1]])]).to(torch.int32)
+    assert batch.positions is not None
+    starts = (batch.positions[0] == 0).nonzero().squeeze(1)
+    offsets = torch.cat([starts, starts.new_tensor([batch.positions.shape[1]])]).to(torch.int32)
     longest = int(offsets.diff().max())
     # Until torch 2.12 groups of heads are taken as they come; since then they are announced.
     more: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}

@@ -31,7 +31,7 @@ SAMPLED = 4096
 
 
 @dataclass(frozen=True)
-class Found:
+class Measured:
     """What a way took, or why it took nothing."""
 
     name: str
@@ -157,24 +157,24 @@ def gradients(model: nn.Module) -> list[Tensor]:
     return kept
 
 
-def measure(case: Case, ways: Sequence[Way], repeats: int) -> list[Found]:
+def measure(case: Case, ways: Sequence[Way], repeats: int) -> list[Measured]:
     """Every way once for its loss and gradients, once for its memory, and then those that are right in turn.
 
     The first that runs is what the others are held against. A way that is not `exact` is timed whatever it computes.
     """
     root, expected = case.root, None
-    found = {}
+    measured = {}
     for way in ways:
         with stage(f"{way.name}, once for its gradients and once for its memory"):
-            found[way.name], made = _tried(way, case, expected)
-        if expected is None and made and way.exact:
-            expected = made
-    able = [way for way in ways if not found[way.name].failed]
+            measured[way.name], grads = _tried(way, case, expected)
+        if expected is None and grads and way.exact:
+            expected = grads
+    able = [way for way in ways if not measured[way.name].failed]
     with stage("timing all ways in turn", repeats * len(able), "steps") as going:
         timed = {way.name: _counted(way.step, going) for way in able}
         times = interleaved(timed, repeats, case.device, before=root.zero_grad)
     root.zero_grad()
-    return [replace(one, ms=tuple(1e3 * t for t in times.get(name, ()))) for name, one in found.items()]
+    return [replace(way, ms=tuple(1e3 * t for t in times.get(name, ()))) for name, way in measured.items()]
 
 
 def _counted(step: Callable[[], Any], going: Stage) -> Callable[[], Any]:
@@ -185,17 +185,17 @@ def _counted(step: Callable[[], Any], going: Stage) -> Callable[[], Any]:
     return call
 
 
-def _tried(way: Way, case: Case, expected: list[Tensor] | None) -> tuple[Found, list[Tensor] | None]:
-    root, bare = case.root, Found(way.name, trains=way.trains, exact=way.exact)
+def _tried(way: Way, case: Case, expected: list[Tensor] | None) -> tuple[Measured, list[Tensor] | None]:
+    root, bare = case.root, Measured(way.name, trains=way.trains, exact=way.exact)
     try:
         root.zero_grad()
         loss = way.step()
-        made = gradients(root) if way.trains else None
-        error = relative_l2(made, expected) if made and expected else None
+        grads = gradients(root) if way.trains else None
+        error = relative_l2(grads, expected) if grads and expected else None
         root.zero_grad()
         total, added = peak(way.step, case.device)
         known = memory_is_known(case.device)
-        return replace(bare, loss=loss, gradient_error=error, peak=total, added=added if known else None), made
+        return replace(bare, loss=loss, gradient_error=error, peak=total, added=added if known else None), grads
     except (RuntimeError, ValueError) as failure:  # out of memory, or kernels not made for this model or device
         text = str(failure).splitlines()[0] if str(failure) else ""
         return replace(bare, failed=f"{type(failure).__name__}: {text}"), None
@@ -203,10 +203,10 @@ def _tried(way: Way, case: Case, expected: list[Tensor] | None) -> tuple[Found, 
         root.zero_grad()
 
 
-def wrong(one: Found, ways: Sequence[Found], dtype: torch.dtype) -> bool:
+def wrong(way: Measured, ways: Sequence[Measured], dtype: torch.dtype) -> bool:
     """Whether a way has another loss than the first that ran, or other gradients."""
     losses = [way.loss for way in ways if way.loss is not None and way.exact]
-    if one.loss is None or not losses:
+    if way.loss is None or not losses:
         return False
-    off = abs(one.loss / losses[0] - 1) > SAME[dtype]
-    return off or (one.gradient_error or 0.0) > ALIKE[dtype]
+    off = abs(way.loss / losses[0] - 1) > SAME[dtype]
+    return off or (way.gradient_error or 0.0) > ALIKE[dtype]

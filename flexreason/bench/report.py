@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from flexreason.bench.measure import Found, Ratio, ratio, wrong
+from flexreason.bench.measure import Measured, Ratio, ratio, wrong
 from flexreason.data.figures import Amount, Shape, advice
 from flexreason.tree.draw import draw_table
 from flexreason.tree.layout import Layout
@@ -28,7 +28,7 @@ class Report:
     tree: Amount
     samples: Amount
     shape: Shape | None
-    ways: list[Found]
+    ways: list[Measured]
     notes: list[str]
 
     @property
@@ -39,32 +39,32 @@ class Report:
     def work_ratio(self) -> float | None:
         return None if self.shape is None else self.shape.work(self.samples) / self.shape.work(self.tree)
 
-    def differs(self, one: Found) -> bool:
+    def differs(self, way: Measured) -> bool:
         """Whether a way is not the first that ran, which are the N samples one by one if they fit."""
-        return wrong(one, self.ways, getattr(torch, self.dtype))
+        return wrong(way, self.ways, getattr(torch, self.dtype))
 
     @property
-    def reference(self) -> Found | None:
+    def reference(self) -> Measured | None:
         """The N samples, as whoever does without us would compute them best: the faster way of those that ran."""
-        ran = [one for one in self.ways if one.ms and one.name.startswith("N samples") and not self.differs(one)]
-        return min(ran, key=lambda one: one.median, default=None)
+        ran = [way for way in self.ways if way.ms and way.name.startswith("N samples") and not self.differs(way)]
+        return min(ran, key=lambda way: way.median, default=None)
 
     @property
     def ok(self) -> bool:
         """Whether one pass ran, forward and backward, with the samples' loss and gradients wherever it did."""
-        ran = [one for one in self.ways if one.ms and one.name.startswith("one pass") and one.exact]
-        return any(one.trains for one in ran) and not any(map(self.differs, ran))
+        ran = [way for way in self.ways if way.ms and way.name.startswith("one pass") and way.exact]
+        return any(way.trains for way in ran) and not any(map(self.differs, ran))
 
-    def speed_up(self, one: Found) -> Ratio | None:
+    def speed_up(self, way: Measured) -> Ratio | None:
         """By the N samples, repeat by repeat; none for forward alone."""
-        if (reference := self.reference) is None or not one.ms or not one.trains:
+        if (reference := self.reference) is None or not way.ms or not way.trains:
             return None
-        return ratio(reference.ms, one.ms)
+        return ratio(reference.ms, way.ms)
 
     def _on_the_speed_up(self) -> list[str]:
         """Where one pass gains nothing, and where it gains more than the ratio of work says."""
-        ours = [one for one in self.ways if one.name.startswith("one pass") and one.exact]
-        gains = [speed_up.median for one in ours if (speed_up := self.speed_up(one))]
+        ours = [way for way in self.ways if way.name.startswith("one pass") and way.exact]
+        gains = [speed_up.median for way in ours if (speed_up := self.speed_up(way))]
         if not gains:
             return []
         notes = [words] if (words := advice(max(gains))) else []
@@ -75,11 +75,11 @@ class Report:
 
     def as_json(self) -> dict[str, Any]:
         ways = []
-        for one in self.ways:
-            faster = self.speed_up(one)
-            shown: dict[str, Any] = {"median_ms": one.median if one.ms else None, "differs": self.differs(one)}
+        for way in self.ways:
+            faster = self.speed_up(way)
+            shown: dict[str, Any] = {"median_ms": way.median if way.ms else None, "differs": self.differs(way)}
             shown |= {"speed_up": faster and faster.median, "speed_up_range": faster and faster[1:]}
-            ways.append({**asdict(one), **shown})
+            ways.append({**asdict(way), **shown})
         ratios = {"token_ratio": self.token_ratio, "work_ratio": self.work_ratio, "ok": self.ok}
         named = {"tree": self.tree._asdict(), "samples": self.samples._asdict(), "ways": ways}
         named |= {"notes": [*self.notes, *self._on_the_speed_up()]}
@@ -87,17 +87,17 @@ class Report:
 
     def __str__(self) -> str:
         rows = [["", "ms", "speed-up", "of what work says", "memory", "loss"]]
-        for one in self.ways:
-            if not one.ms:
-                rows.append([one.name, "", "", "", "", one.failed])
+        for way in self.ways:
+            if not way.ms:
+                rows.append([way.name, "", "", "", "", way.failed])
                 continue
-            faster, share = self.speed_up(one), ""
-            if faster and self.work_ratio and one.name.startswith("one pass") and one.exact:
+            faster, share = self.speed_up(way), ""
+            if faster and self.work_ratio and way.name.startswith("one pass") and way.exact:
                 share = f"{faster.median / self.work_ratio:.0%}"
-            memory = f"{(one.peak or 0) / 2**30:.2f} GiB"
-            loss = f"{one.loss:.6f}" + (", which is another" if self.differs(one) else "")
-            loss += "" if one.trains else ", forward alone"
-            rows.append([one.name, f"{one.median:,.0f}", str(faster or ""), share, memory, loss])
+            memory = f"{(way.peak or 0) / 2**30:.2f} GiB"
+            loss = f"{way.loss:.6f}" + (", which is another" if self.differs(way) else "")
+            loss += "" if way.trains else ", forward alone"
+            rows.append([way.name, f"{way.median:,.0f}", str(faster or ""), share, memory, loss])
         more = f"{self.token_ratio:.2f} times as many tokens"
         more += f", {self.work_ratio:.2f} times as much work" if self.work_ratio else ""
         lines = [

@@ -112,7 +112,7 @@ def packed(case: Case) -> Way:
     if why := unfit_to_pack(case.root):
         raise UnfitError(why)
     packs = pack(case.samples, case.row["until"].shape[1], case.device)
-    return plain(case, "N samples, packed", [replace(one, attention=side_by_side(one)) for one in packs])
+    return plain(case, "N samples, packed", [replace(batch, attention=side_by_side(batch)) for batch in packs])
 
 
 def packed_dense(case: Case) -> Way:
@@ -221,11 +221,11 @@ def plain(case: Case, name: str, batches: Sequence[Batch], trains: bool = True, 
     def step() -> float:
         root, total = case.root, torch.zeros((), device=case.device)
         with suspended(root), torch.set_grad_enabled(trains):
-            for one in batches:
-                with attending(root, one.attention):
-                    output = find_decoder(root)(input_ids=one.ids, position_ids=one.positions, use_cache=False)
-                    states = output[0].flatten(0, 1)[one.sources]
-                    share = _share(Head(root, output), states, one.labels, case)
+            for batch in batches:
+                with attending(root, batch.attention):
+                    output = find_decoder(root)(input_ids=batch.ids, position_ids=batch.positions, use_cache=False)
+                    states = output[0].flatten(0, 1)[batch.sources]
+                    share = _share(Head(root, output), states, batch.labels, case)
                     if trains:
                         share.backward()
                     total += share.detach()
@@ -278,7 +278,7 @@ def chosen(case: Case, names: Sequence[str], backends: Sequence[str], notes: lis
     """Ways by name, one pass under each backend; of what cannot be gone here, a note."""
     ways = []
     for name in names:
-        for more in [{"backend": one} for one in backends] if name == "one-pass" else [{}]:
+        for more in [{"backend": backend} for backend in backends] if name == "one-pass" else [{}]:
             try:
                 ways.append(WAYS[name](case, **more))
             except UnfitError as why:

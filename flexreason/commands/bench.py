@@ -66,8 +66,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     of_data.check(options)
     for name in ("length", "repeats"):
-        if (given := getattr(options, name)) is not None and given < 1:
-            raise ValueError(f"--{name}: expected at least 1, found {given}")
+        if (value := getattr(options, name)) is not None and value < 1:
+            raise ValueError(f"--{name}: expected at least 1, found {value}")
     if options.data is not None and options.shape:
         raise ValueError("--shape is of random conversations; leave --data out, or --shape")
     model, notes = load_model(options.model, options.dtype, options.device, options.seed, options.trust_remote_code)
@@ -88,7 +88,7 @@ def run(options: argparse.Namespace) -> int:
         model = patch(model, backend, loss=options.loss)
     with without_dropout(model.train(), notes):
         case = Case(model, layouts, options.loss)
-        found = measure(case, chosen(case, options.ways, options.backend, notes), options.repeats)
+        measured = measure(case, chosen(case, options.ways, options.backend, notes), options.repeats)
     report = Report(
         model=options.model,
         device=_name(root.device),
@@ -99,7 +99,7 @@ def run(options: argparse.Namespace) -> int:
         tree=amount(layouts),
         samples=amount([lay_out([sample]) for layout in layouts for sample in unmerge(layout)]),
         shape=shape,
-        ways=found,
+        ways=measured,
         notes=notes,
     )
     print(json.dumps(report.as_json()) if options.json else report)
@@ -108,9 +108,9 @@ def run(options: argparse.Namespace) -> int:
 
 def random_conversations(options: argparse.Namespace, vocabulary: int, tokens: int) -> list[list[Sample]]:
     """As many as fill the row, at least one, all of the same lengths."""
-    if not (given := re.fullmatch(r"(\d+) *x *(\d+)/(\d+)/(\d+)", options.shape or SHAPE)):
+    if not (parts := re.fullmatch(r"(\d+) *x *(\d+)/(\d+)/(\d+)", options.shape or SHAPE)):
         raise ValueError(f"--shape: expected turns and tokens as {SHAPE!r}, found {options.shape!r}")
-    turns, h, t, r = map(int, given.groups())
+    turns, h, t, r = map(int, parts.groups())
     if not turns or not h or not r:
         raise ValueError(f"--shape: expected turns in which something is said and answered, found {options.shape}")
     draw = random.Random(options.seed)

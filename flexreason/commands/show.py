@@ -111,17 +111,17 @@ def _check(options: argparse.Namespace) -> None:
 def _yours(options: argparse.Namespace, width: int) -> int:
     tokenizer, notes = (None, []) if options.tokenizer is None else load_tokenizer(options.tokenizer)
     encoder = of_data.encoder_of(options, tokenizer)
-    found = scenes(_chosen(options, tokenizer), encoder)
+    all_scenes = scenes(_chosen(options, tokenizer), encoder)
     for note in notes:
         print(f"{options.tokenizer}: {note}", file=sys.stderr)
     if options.html is not None:
-        shown = _as_page(options, found)
+        shown = _as_page(options, all_scenes)
     elif options.svg is not None or options.png is not None:
-        shown = _as_picture(options, found)
+        shown = _as_picture(options, all_scenes)
     elif options.json:
-        shown = _as_json(options, found)
+        shown = _as_json(options, all_scenes)
     else:
-        shown = _in_terminal(options, found, width)
+        shown = _in_terminal(options, all_scenes, width)
     if not shown:
         of_data.raise_no_such_conversation(options)
     refused = [scene for scene in shown if isinstance(scene, RefusedScene)]
@@ -140,19 +140,19 @@ def _chosen(options: argparse.Namespace, tokenizer: Any) -> Iterator[Conversatio
         yield conversation
 
 
-def _as_json(options: argparse.Namespace, found: Iterator[Scene | RefusedScene]) -> Shown:
-    shown = list(islice(found, options.limit or SHOWN))
+def _as_json(options: argparse.Namespace, all_scenes: Iterator[Scene | RefusedScene]) -> Shown:
+    shown = list(islice(all_scenes, options.limit or SHOWN))
     if shown:
         conversations = [plain(scene, _turns_of(options, scene)) for scene in shown]
-        more = options.conversation is None and next(found, None) is not None
+        more = options.conversation is None and next(all_scenes, None) is not None
         print(json.dumps({"conversations": conversations, "more": more}, ensure_ascii=False))
     return shown
 
 
-def _in_terminal(options: argparse.Namespace, found: Iterator[Scene | RefusedScene], width: int) -> Shown:
+def _in_terminal(options: argparse.Namespace, all_scenes: Iterator[Scene | RefusedScene], width: int) -> Shown:
     terminal = Terminal(width, wants_colour(), everything=options.all)
     limit = options.limit or SHOWN
-    shown = list(islice(found, limit))
+    shown = list(islice(all_scenes, limit))
     if any(isinstance(scene, Scene) for scene in shown) and not (options.tree or options.mask):
         print(terminal.legend(), end="\n\n")
     for number, scene in enumerate(shown):
@@ -166,7 +166,7 @@ def _in_terminal(options: argparse.Namespace, found: Iterator[Scene | RefusedSce
             lines = terminal.draw(scene, _turns_of(options, scene))
         for line in lines:
             print(line)
-    if options.conversation is None and next(found, None) is not None:
+    if options.conversation is None and next(all_scenes, None) is not None:
         print(f"\nMore follow: --limit N shows more than {limit}, --conversation N one, --html FILE a page of them.")
     return shown
 
@@ -209,10 +209,10 @@ def _tree_and_mask(options: argparse.Namespace, scene: Scene, width: int) -> Ite
             yield f"{index * side:>8} {line}"
 
 
-def _as_page(options: argparse.Namespace, found: Iterator[Scene | RefusedScene]) -> Shown:
+def _as_page(options: argparse.Namespace, all_scenes: Iterator[Scene | RefusedScene]) -> Shown:
     shown: Shown = []
     n_tokens, more = 0, False
-    for scene in found:
+    for scene in all_scenes:
         if len(shown) == options.limit or (options.limit is None and n_tokens >= PAGE_TOKENS):
             more = True
             break
@@ -238,8 +238,8 @@ def _as_page(options: argparse.Namespace, found: Iterator[Scene | RefusedScene])
 # --- pictures
 
 
-def _as_picture(options: argparse.Namespace, found: Iterator[Scene | RefusedScene]) -> Shown:
-    shown = list(islice(found, 1))
+def _as_picture(options: argparse.Namespace, all_scenes: Iterator[Scene | RefusedScene]) -> Shown:
+    shown = list(islice(all_scenes, 1))
     for scene in shown:
         if isinstance(scene, Scene):
             _draw(options, layout_picture(scene.layout, scene.texts))
@@ -285,8 +285,8 @@ def _example(options: argparse.Namespace, width: int) -> int:
 
     if options.json:
         tokenizer = SimpleNamespace(decode=lambda ids, **how: "".join(f"{WORDS[token]} " for token in ids))
-        found = {"targets": n, **passes, "gradients_apart": apart, "exact": errors.is_exact}
-        print(json.dumps({"conversations": [plain(Scene(layout, tokenizer))], "more": False, **found}))
+        figures = {"targets": n, **passes, "gradients_apart": apart, "exact": errors.is_exact}
+        print(json.dumps({"conversations": [plain(Scene(layout, tokenizer))], "more": False, **figures}))
         return 0 if errors.is_exact else 1
 
     print("A conversation of three turns, with reasoning in the first two, is three training sequences:\n")

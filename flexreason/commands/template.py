@@ -64,8 +64,8 @@ def _chosen(options: argparse.Namespace) -> Conversation | BadInput:
     """The conversation that is shown."""
     if options.data is None:
         return Conversation(EXAMPLE, None, 0, "the example", "messages")
-    found = next(of_data.chosen(options), None)
-    return of_data.raise_no_such_conversation(options) if found is None else found
+    conversation = next(of_data.chosen(options), None)
+    return of_data.raise_no_such_conversation(options) if conversation is None else conversation
 
 
 def _guesses(template: Template) -> list[str]:

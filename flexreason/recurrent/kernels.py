@@ -54,10 +54,10 @@ def reason_against_kernels(called: set[str], from_hub: bool) -> tuple[str, str] 
 def version_of(package: str) -> tuple[int, ...] | None:
     """The first three numbers of an installed version, or None."""
     try:
-        found = importlib.metadata.version(package)
+        version = importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
-    return tuple(int(number) for number in re.findall(r"\d+", found.partition("+")[0])[:3])
+    return tuple(int(number) for number in re.findall(r"\d+", version.partition("+")[0])[:3])
 
 
 def said(version: tuple[int, ...]) -> str:

@@ -21,9 +21,9 @@ LONG = 80
 """Characters of reasoning from which on it is looked at whether its last sentence ends."""
 
 
-def scenes(found: Iterable[Conversation | BadInput], encoder: EntryEncoder) -> Iterator[Scene | RefusedScene]:
+def scenes(conversations: Iterable[Conversation | BadInput], encoder: EntryEncoder) -> Iterator[Scene | RefusedScene]:
     """A scene for each conversation, in order."""
-    for conversation in found:
+    for conversation in conversations:
         try:
             if isinstance(conversation, BadInput):
                 raise conversation

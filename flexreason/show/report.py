@@ -18,39 +18,39 @@ THEME = """document.getElementById("theme").onclick = () => {
 };"""
 
 
-def report_page(made: Mapping[str, Any]) -> str:
+def report_page(report: Mapping[str, Any]) -> str:
     """The page, as HTML.
 
     Args:
-        made: What `flexreason report --json` prints, before it is JSON: the bins of histograms are numbers.
+        report: What `flexreason report --json` prints, before it is JSON: the bins of histograms are numbers.
     """
-    body = (HERE / "report.html").read_text().replace("{sections}", "\n".join(_sections(made)))
-    return fill("What is in the data", body, made, THEME, more_style=(HERE / "report.css").read_text())
+    body = (HERE / "report.html").read_text().replace("{sections}", "\n".join(_sections(report)))
+    return fill("What is in the data", body, report, THEME, more_style=(HERE / "report.css").read_text())
 
 
-def _sections(made: Mapping[str, Any]) -> Iterator[str]:
-    whole, refused = made["all"], made["refused"]
-    yield f"<p>{escape(', '.join(source['source'] for source in made['sources']))}</p>"
-    yield _facts(made)
+def _sections(report: Mapping[str, Any]) -> Iterator[str]:
+    whole, refused = report["all"], report["refused"]
+    yield f"<p>{escape(', '.join(source['source'] for source in report['sources']))}</p>"
+    yield _facts(report)
     if whole["conversations"]:
         yield from _savings(whole)
         yield from _lengths(whole)
         yield from _packing(whole)
-    yield from _refused(made, refused)
-    if len(made["sources"]) > 1:
-        yield from _sources(made)
+    yield from _refused(report, refused)
+    if len(report["sources"]) > 1:
+        yield from _sources(report)
 
 
-def _facts(made: Mapping[str, Any]) -> str:
-    whole, refused = made["all"], made["refused"]
+def _facts(report: Mapping[str, Any]) -> str:
+    whole, refused = report["all"], report["refused"]
     full = whole["rows"]["full"] or whole["rows"]["last_full"]
-    wrong = refused["number"] + len(refused["files"]) + len(made["empty"])
+    wrong = refused["number"] + len(refused["files"]) + len(report["empty"])
     facts = [
         (f"{whole['conversations']:,}", f"conversations, {whole['turns']:,} turns", False),
         (f"{whole['ratio']:.2f} to 1", "tokens in samples to tokens stored once", False),
         (f"{whole['targets']['all']:,}", f"targets, {_share(whole['targets'])} of them reasoning", False),
         (f"{full:.1%}", f"of rows of {whole['length']:,} tokens are full", False),
-        (f"{refused['number']:,}", f"of {made['read']:,} conversations refused", bool(wrong)),
+        (f"{refused['number']:,}", f"of {report['read']:,} conversations refused", bool(wrong)),
     ]
     cells = (f"<div{' class=wrong' * w}><b>{escape(b)}</b><span>{escape(t)}</span></div>" for b, t, w in facts)
     return f'<div class="facts">{"".join(cells)}</div>'
@@ -102,7 +102,7 @@ def _packing(whole: Mapping[str, Any]) -> Iterator[str]:
         yield _list(too_long["examples"])
 
 
-def _refused(made: Mapping[str, Any], refused: Mapping[str, Any]) -> Iterator[str]:
+def _refused(report: Mapping[str, Any], refused: Mapping[str, Any]) -> Iterator[str]:
     yield "<h2>What is refused</h2>"
     if not refused["number"]:
         yield "<p>No conversation is refused.</p>"
@@ -115,22 +115,22 @@ def _refused(made: Mapping[str, Any], refused: Mapping[str, Any]) -> Iterator[st
         yield "<p>Dirty answers, by kind:</p>"
         rows = [(kind, f"{n['refused']:,}", f"{n['accepted']:,}") for kind, n in refused["dirty"].items()]
         yield _table(("", "refused", "trained as written"), rows)
-    if passed := [*refused["files"], *(f"{name}: nothing in it" for name in made["empty"])]:
+    if passed := [*refused["files"], *(f"{name}: nothing in it" for name in report["empty"])]:
         yield "<p>Files that are not read, or not to the end:</p>" + _list(passed)
 
 
-def _sources(made: Mapping[str, Any]) -> Iterator[str]:
+def _sources(report: Mapping[str, Any]) -> Iterator[str]:
     yield "<h2>By source</h2>"
     yield _table(
         ("", "kind", "read", "refused", "turns", "tokens in samples", "stored once"),
         [
             (
-                one["source"],
-                one["format"],
-                *(f"{n:,}" for n in (one["read"], one["refused"], one["turns"])),
-                *(f"{one[what]['tokens']:,}" for what in ("samples", "trees")),
+                source["source"],
+                source["format"],
+                *(f"{n:,}" for n in (source["read"], source["refused"], source["turns"])),
+                *(f"{source[what]['tokens']:,}" for what in ("samples", "trees")),
             )
-            for one in made["sources"]
+            for source in report["sources"]
         ],
     )
 

@@ -97,9 +97,9 @@ def near_file(path: str | Path) -> str:
 
 def _hint(name: str, folder: Path) -> str:
     try:
-        there = [one.name for one in folder.iterdir()]
+        there = [path.name for path in folder.iterdir()]
     except OSError:
         return ""
     near = difflib.get_close_matches(name, there, n=1)
-    near = near or [one for one in there if Path(one).stem == Path(name).stem][:1]
+    near = near or [other for other in there if Path(other).stem == Path(name).stem][:1]
     return f"; did you mean {folder / near[0]}?" if near else ""

@@ -77,8 +77,8 @@ def class_like(name: str) -> str | None:
 
     by_kind = {plain(kind): cls for kind, cls in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items() if isinstance(cls, str)}
     known = by_kind | {plain(cls): cls for cls in by_kind.values()}
-    found = nearest(plain(name), known, closeness=0.85)
-    return known[found] if found else None
+    meant = nearest(plain(name), known, closeness=0.85)
+    return known[meant] if meant else None
 
 
 def is_cached(name: str) -> bool:
@@ -100,7 +100,7 @@ def is_cached_set(name: str) -> bool:
     except ImportError:
         return False
     folder, kept = Path(config.HF_DATASETS_CACHE), name.replace("/", "___").lower()
-    return folder.is_dir() and any(one.name.lower() == kept for one in folder.iterdir())
+    return folder.is_dir() and any(path.name.lower() == kept for path in folder.iterdir())
 
 
 def unreachable() -> str:

@@ -86,7 +86,7 @@ def lay_out(samples: Sequence[Sample]) -> Layout:
 
     targets = [sample.ids[sample.n_prompt :] for sample in checked]
     turns = np.repeat(np.arange(len(checked)), [len(ids) for ids in targets])
-    made = {
+    arrays = {
         "input_ids": np.concatenate([checked[b.sample].ids[b.depth : b.end] for b in stored]),
         "position_ids": index - shift,
         "until": until,
@@ -99,7 +99,7 @@ def lay_out(samples: Sequence[Sample]) -> Layout:
     }
     kinds = {torch.int32: np.int32, torch.int64: np.int64, torch.float32: np.float32}
     dtypes = {**PER_TOKEN, **PER_TARGET}
-    return Layout(**{name: torch.from_numpy(x.astype(kinds[dtypes[name]], copy=False)) for name, x in made.items()})
+    return Layout(**{name: torch.from_numpy(x.astype(kinds[dtypes[name]], copy=False)) for name, x in arrays.items()})
 
 
 def _check(i: int, sample: Sample) -> _Checked:

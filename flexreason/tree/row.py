@@ -112,13 +112,13 @@ class NoMask(Tensor):
                 raise IndexError("a mask of no tokens is cut to the keys")  # who does so is about to use it
             if func in SIZE and _asker() in MAKERS:
                 raise RuntimeError("a mask of no tokens is taken for one of all tokens; call fr.patch(model) first")
-            made = super().__torch_function__(func, types, args, kwargs or {})
+            result = super().__torch_function__(func, types, args, kwargs or {})
         except (RuntimeError, ValueError, IndexError) as error:
             raise RuntimeError(
                 "row: this model is not patched, or no longer, and takes no rows: call fr.patch(model) first "
                 f"({type(error).__name__}: {error})"
             ) from error
-        return made.plain() if type(made) is cls and (made.dim() != 4 or made.numel()) else made
+        return result.plain() if type(result) is cls and (result.dim() != 4 or result.numel()) else result
 
     def __copy__(self) -> Tensor:
         return self.clone()
