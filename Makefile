@@ -12,7 +12,7 @@ demo: $(READY)  ## see what it does
 	$(BIN)/flexreason demo
 
 test: $(READY)  ## what CI runs, with lint and test-browser; it says what it skips
-	$(BIN)/pytest -q -n 2 -rs
+	$(BIN)/pytest -q -n 2 --dist worksteal -rs
 
 test-browser: $(READY)  ## pages in a real headless Chromium: Debian's, which is installed where it is missing
 	@command -v chromium > /dev/null || { apt-get update -qq && DEBIAN_FRONTEND=noninteractive \

@@ -15,7 +15,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from transformers import PreTrainedTokenizerFast
 
 from flexreason import Sample
-from flexreason.chat.encode import Encoder
+from flexreason.chat.encode import encoder_of
 
 TRL = Path(importlib.util.find_spec("trl").origin).parent / "chat_templates"
 
@@ -143,7 +143,7 @@ def samples_of(encoder, messages, tools=None, turns=None):
 
 def encode_samples(messages, tokenizer, tools=None, *, turns=None, **options):
     """The samples that `encode` lays out."""
-    return samples_of(Encoder(tokenizer, **options), messages, tools, turns)
+    return samples_of(encoder_of(tokenizer, **options), messages, tools, turns)
 
 
 def user(text):
