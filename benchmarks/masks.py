@@ -33,7 +33,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 import flexreason as fr
-from flexreason.bench.batches import in_paper_order
+from flexreason.bench.batches import row_in_papers_order
 from flexreason.bench.measure import interleaved, peak
 from flexreason.bench.report import amount
 from flexreason.memory import available_bytes
@@ -60,7 +60,7 @@ WRONG = {torch.float32: 1e-4, torch.bfloat16: 0.02}
 def makers(row: dict[str, Tensor], compiled: Callable[..., BlockMask]) -> dict[str, Callable[[], Any]]:
     """Every way to make the mask of a row, by name."""
     size, device = row["until"].shape[1], str(row["until"].device)
-    paper = in_paper_order(row)
+    paper = row_in_papers_order(row)
     rules = {
         "turn/role, interleaved": fr.mask_mod(paper, mask="turn_role"),
         "turn/role": fr.mask_mod(row, mask="turn_role"),
@@ -111,7 +111,7 @@ class Attention:
         self.inputs, self.upstream = [x.requires_grad_(self.trains) for x in made[:3]], made[3]
         self.paths = [path.to(self.device) for path in paths(layout)]
         names = ("document", "turn", "role", "position_ids", "until")
-        paper = in_paper_order({**row, "place": torch.arange(len(layout), device=self.device)[None]})
+        paper = row_in_papers_order({**row, "place": torch.arange(len(layout), device=self.device)[None]})
         self.order = paper["place"][0]
         assert all(torch.equal(row[name][0, self.order], paper[name][0]) for name in names)
 

@@ -309,7 +309,7 @@ def test_the_papers_order_is_the_same_tree(turns):
     """Segment by segment, written out here; and its rule sees what the tree sees."""
     layouts = case_of(tiny("Qwen3"), [turns, CONVERSATIONS[0]]).layouts
     row = fr.collate(layouts)
-    moved = batches.in_paper_order(row)
+    moved = batches.row_in_papers_order(row)
     at = [(0, i, k) for i, turn in enumerate(turns) for k in kinds(turn, i == len(turns) - 1)]
     at += [(1, i, k) for i, turn in enumerate(CONVERSATIONS[0]) for k in kinds(CONVERSATIONS[0][i], i == 2)]
     found = list(zip(*(moved[name][0].tolist() for name in ("document", "turn", "role")), strict=True))

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from flexreason.talk import telling
-from terminal import ERASE, command_of, in_pipe, in_terminal
+from terminal import ERASE, in_pipe, in_terminal
 from training import write_data, write_model
 
 SCRIPT = """
@@ -58,7 +58,12 @@ def test_elsewhere_it_is_plain_lines_ever_further_apart():
     assert 2 <= len(counting) <= 3  # of two seconds: half a second after what was told before, and once twice as long
     assert set(lines) == {lines[0], "a line of its own", *counting}
     assert not set(told.errors) & {"\r", "\x1b"}
-    assert in_pipe(script(), TERM="dumb").errors.count("\r") == 0
+
+
+def test_a_terminal_that_can_do_nothing_is_told_in_plain_lines():
+    told = in_terminal(script(patience=0.2, scale=0.1), TERM="dumb")
+    assert ERASE not in told.errors
+    assert [line for line in told.errors.split("\r\n") if re.match(r"a command: counting, \d+ of 40 numbers", line)]
 
 
 def test_nothing_is_said_of_what_is_quick():
@@ -68,8 +73,10 @@ def test_nothing_is_said_of_what_is_quick():
 
 
 def test_nothing_is_said_by_other_ranks_nor_where_it_is_switched_off():
+    quick = script(patience=0.2, scale=0.1)
+    assert in_pipe(quick).errors != "a line of its own\n"  # so that the test can fail
     for more in ({"RANK": "1"}, {"FLEXREASON_PROGRESS": "off"}):
-        assert in_pipe(script(), **more).errors == "a line of its own\n"
+        assert in_pipe(quick, **more).errors == "a line of its own\n"
 
 
 def test_who_reads_no_more_does_not_stop_the_work():
@@ -100,31 +107,37 @@ def test_stages_end_with_their_blocks_whatever_ends_these():
 
 # --- commands
 
+IMPATIENT = "import sys; from flexreason import cli; cli.telling.PATIENCE = 0.5; sys.exit(cli.main(sys.argv[1:]))"
+
+
+def impatient(*words):
+    """A command that tells of what takes half a second, so that a test need not wait for two."""
+    return [sys.executable, "-c", IMPATIENT, *map(str, words)]
+
 
 @pytest.fixture(scope="module")
 def slow_model(tmp_path_factory):
     """A model that takes seconds, its tokenizer, and data."""
     folder = tmp_path_factory.mktemp("slow")
-    write_model(folder / "model", hidden_size=512, intermediate_size=2048, num_hidden_layers=8)
+    write_model(folder / "model", hidden_size=512, intermediate_size=2048, num_hidden_layers=4)
     write_data(folder / "data.jsonl")
     return folder
 
 
 @pytest.mark.parametrize("run", [in_pipe, in_terminal])
 def test_verify_says_what_it_is_doing(run, slow_model):
-    told = run(command_of(["verify", str(slow_model / "model"), "--data", str(slow_model / "data.jsonl")]))
+    told = run(impatient("verify", slow_model / "model", "--data", slow_model / "data.jsonl"))
     assert told.code == 0, told.errors
     assert "flexreason verify: the samples one by one in float64" in told.errors
     assert re.search(r"[\d,]+ of [\d,]+ tokens, 0:\d\d, 0:\d\d left", told.errors)
 
 
 def test_report_and_train_say_how_far_they_are(slow_model, tmp_path):
-    data = write_data(tmp_path / "many.jsonl", n=4000)
-    told = in_pipe(command_of(["report", str(data), "--tokenizer", str(slow_model / "model")]))
+    model, data = slow_model / "model", write_data(tmp_path / "many.jsonl", n=2500)
+    told = in_pipe(impatient("report", data, "--tokenizer", model))
     assert told.code == 0, told.errors
-    assert re.search(r"flexreason report: encoding, [\d,]+ of 4,000 conversations, 0:\d\d, 0:\d\d left", told.errors)
-    words = ["train", "--model", str(slow_model / "model"), "--data", str(slow_model / "data.jsonl"), "--steps", "12"]
-    more = ["--output", str(tmp_path / "run"), "--length", "512", "--log-every", "4"]
-    told = in_pipe(command_of([*words, *more]))
+    assert re.search(r"flexreason report: encoding, [\d,]+ of 2,500 conversations, 0:\d\d, 0:\d\d left", told.errors)
+    words = ["train", "--model", model, "--data", slow_model / "data.jsonl", "--steps", 12, "--length", 512]
+    told = in_pipe(impatient(*words, "--output", tmp_path / "run", "--log-every", 4))
     assert told.code == 0, told.errors
     assert re.search(r"^step +8/12 .* tokens/s, .* of samples  0:\d\d left$", told.errors, re.MULTILINE)

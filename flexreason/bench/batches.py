@@ -119,7 +119,7 @@ def side_by_side(batch: Batch) -> Callable[[], Attend]:
     return lambda: attend
 
 
-def in_paper_order(row: dict[str, Tensor]) -> dict[str, Tensor]:
+def row_in_papers_order(row: dict[str, Tensor]) -> dict[str, Tensor]:
     """A row of `lay_out_turns` layouts, permuted: document by document, turn by turn, h t r_in r_out.
 
     `until` means nothing in this order, and is left out of use: the rule is that of turns and roles.

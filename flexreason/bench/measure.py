@@ -26,6 +26,8 @@ SAME = {torch.float64: 1e-6, torch.float32: 1e-3, torch.bfloat16: 0.03, torch.fl
 ALIKE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.1}
 """How far gradients may be: those under a wrong mask are off by more than half."""
 
+CPU = torch.device("cpu")
+
 SAMPLED = 4096
 """Elements of a parameter's gradient that are kept to be compared."""
 
@@ -89,7 +91,7 @@ def seconds_of(call: Callable[[], Any], device: torch.device, inside: int = 1) -
 def interleaved(
     calls: dict[str, Callable[[], Any]],
     repeats: int,
-    device: torch.device | None = None,
+    device: torch.device = CPU,
     before: Callable[[], Any] = lambda: None,
     least_seconds: float = 0.0,
 ) -> dict[str, list[float]]:
@@ -98,7 +100,6 @@ def interleaved(
     `before` is called before each, outside its time. Calls shorter than `least_seconds` are repeated inside one
     measurement.
     """
-    device = device or torch.device("cpu")
     inside = dict.fromkeys(calls, 1)
     if least_seconds:
         inside = {name: max(1, round(least_seconds / seconds_of(call, device))) for name, call in calls.items()}
@@ -120,9 +121,8 @@ class Peak(NamedTuple):
     added: int
 
 
-def peak(call: Callable[[], Any], device: torch.device | None = None) -> Peak:
+def peak(call: Callable[[], Any], device: torch.device = CPU) -> Peak:
     """Of a device, or of this process on a CPU. Where a process's peak cannot be forgotten, it is that of its life."""
-    device = device or torch.device("cpu")
     gc.collect()
     if device.type == "cuda":
         torch.cuda.synchronize(device)

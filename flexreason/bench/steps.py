@@ -27,9 +27,9 @@ from flexreason.bench.batches import (
     Attend,
     Batch,
     attending,
-    in_paper_order,
     pack,
     padded_batch,
+    row_in_papers_order,
     side_by_side,
     unfit_to_pack,
 )
@@ -136,7 +136,7 @@ def interleaved(case: Case) -> Way:
     Its lists are made as users make them: by `create_block_mask`, from the rule, for every row.
     """
     _check_roles(case)
-    row = in_paper_order(case.row)
+    row = row_in_papers_order(case.row)
     length = row["until"].shape[1]
     trains = case.device.type != "cpu"
 
@@ -166,7 +166,7 @@ def leaking(case: Case) -> Way:
     _check_roles(case)
     batches = []
     for layout in case.layouts:
-        row = in_paper_order(collate([layout], length=len(layout), block_size=1))
+        row = row_in_papers_order(collate([layout], length=len(layout), block_size=1))
         role = row["role"][0]
         once = role != int(Role.CONTEXT)
         ids, role = row["input_ids"][0, once], role[once]

@@ -181,13 +181,13 @@ class Terminal:
         """Lines with what their part is in front."""
         label = ("=" if part.shared and not self.colour else "") + part.kind
         label = (LETTERS[part.kind] if label == part.kind else "=") if self.label == 1 else label
-        style = "dim" if part.shared else part.kind
-        bar = self.painted(MARK if part.trained else BAR, style)
-        labels = [label, *[""] * (len(lines) - 1)]
-        return [
-            f"{self.painted(f'{name:>{self.label}}', style)} {bar} {line}"
-            for name, line in zip(labels, lines, strict=True)
-        ]
+        return self._labelled(label, lines, MARK if part.trained else BAR, "dim" if part.shared else part.kind)
+
+    def _labelled(self, label: str, lines: Sequence[str], bar: str = BAR, style: str = "") -> list[str]:
+        """Lines behind a bar; the label stands in front of the first."""
+        margins = [f"{name:>{self.label}}" for name in (label, *[""] * (len(lines) - 1))]
+        bar = self.painted(bar, style)
+        return [f"{self.painted(margin, style)} {bar} {line}" for margin, line in zip(margins, lines, strict=True)]
 
     # --- lines
 
@@ -214,17 +214,15 @@ class Terminal:
             blamed = message.number == scene.message
             shown = lines if self.everything else self._middle_out(lines, 12 if blamed else 3, "--all shows them")
             label = f"{message.number} {message.role}"[: self.label] if self.label > 1 else message.role[:1]
-            labels = [label, *[""] * (len(shown) - 1)]
-            yield from (f"{name:>{self.label}} {BAR} {line}" for name, line in zip(labels, shown, strict=True))
+            yield from self._labelled(label, shown)
             if blamed:
                 yield from self._refusal(refusal.pop())
         for words in refusal:
             yield from self._refusal(words)
 
     def _refusal(self, words: str) -> Iterator[str]:
-        for at, line in enumerate(_words(printable(words), self.room)):
-            margin = f"{'✗' if at == 0 else '':>{self.label}} {BAR} "
-            yield self.painted(margin + line, "refused")
+        lines = self._labelled("✗", list(_words(printable(words), self.room)))
+        return (self.painted(line, "refused") for line in lines)
 
 
 def _broken(text: str, room: int) -> Iterator[tuple[int, int, bool]]:
