@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 from transformers import Qwen3ForCausalLM
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.qwen3 import modeling_qwen3
 from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP
 
@@ -74,6 +75,52 @@ def test_a_function_put_into_a_module_is_an_edit_too(monkeypatch):
     with pytest.raises(ValueError, match=NOT_THE_SAMPLES):
         fr.patch(tiny("Qwen3"))
     monkeypatch.setattr(modeling_qwen3, "apply_rotary_pos_emb", lambda *args, **kwargs: plain(*args, **kwargs))
+    fr.patch(tiny("Qwen3"))
+
+
+class Rotary:
+    def __call__(self, *args, **kwargs):
+        return modeling_qwen3.rotate_half(*args, **kwargs)
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        functools.partial,
+        functools.lru_cache,
+        functools.singledispatch,
+        functools.partialmethod,
+        torch.jit.script_if_tracing,
+        lambda function: Rotary(),
+        lambda function: Rotary().__call__,
+        lambda function: torch.compile(function, backend="eager"),
+        lambda function: torch.jit.script(nn.functional.relu),
+    ],
+)
+def test_whatever_calls_somebodys_code_is_an_edit(wrap, monkeypatch):
+    cls, config = Qwen3ForCausalLM, tiny("Qwen3").config
+    structure = evidence.structure_of(config, cls)
+    source.source_of(cls, config, structure)
+    assert not source.replaced_in_memory(cls, structure)
+    monkeypatch.setattr(modeling_qwen3, "rotate_half", wrap(shift))
+    monkeypatch.setattr(Qwen3MLP, "forward", functools.partialmethod(shift))
+    replaced = source.replaced_in_memory(cls, structure)
+    assert set(replaced) == {f"{modeling_qwen3.__name__}.{name}" for name in ("rotate_half", "Qwen3MLP")}
+
+
+def warmer(stock):
+    return lambda module, query, *args, **kwargs: stock(module, query * 1.3, *args, **kwargs)
+
+
+def test_attention_that_somebody_put_there_is_an_edit(monkeypatch):
+    """Rows do not go through it, and samples do."""
+    with monkeypatch.context() as patched:
+        patched.setitem(ALL_ATTENTION_FUNCTIONS, "sdpa", warmer(ALL_ATTENTION_FUNCTIONS["sdpa"]))
+        with pytest.raises(ValueError, match=r"; somebody replaced attention 'sdpa' in this process"):
+            fr.patch(tiny("Qwen3"))
+    monkeypatch.setattr(modeling_qwen3, "eager_attention_forward", warmer(modeling_qwen3.eager_attention_forward))
+    with pytest.raises(ValueError, match=NOT_THE_SAMPLES):
+        fr.patch(tiny("Qwen3", attn_implementation="eager"))
     fr.patch(tiny("Qwen3"))
 
 

@@ -10,6 +10,7 @@ where they differ, or where no tiny one can be built, only `fr.verify` on the mo
 """
 
 import copy
+import dataclasses
 import hashlib
 import json
 import logging
@@ -24,12 +25,13 @@ import transformers
 from packaging.version import Version
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from flexreason.attention.registry import attention_of
 from flexreason.model.refuse import SAMPLES, Reason, model_class
 from flexreason.proof import kept, selftest
 from flexreason.proof.identity import identity
 from flexreason.proof.parts import Part, parts_of
 from flexreason.proof.selftest import UNTESTED, Result
-from flexreason.proof.source import replaced_in_memory, source_of
+from flexreason.proof.source import replaced_attention, replaced_in_memory, source_of
 from flexreason.proof.tiny import shrink
 
 LIST = Path(__file__).parent / "models.json"
@@ -111,13 +113,17 @@ def evidence_of_class(
     """
     structure = structure_of(config, cls)
     source = source_of(cls, config, structure) if _is_transformers(cls) else ""
-    replaced = replaced_in_memory(cls, structure) if source else {}
+    replaced = replaced_attention(config) | (replaced_in_memory(cls, structure) if source else {})
     entry = listed()["models"].get(cls.__name__) if source and not edited and not replaced else None
     if entry and (entry.get("structure"), entry.get("source")) == (structure, source) and _is_listed_torch():
         return Result(cls.__name__, **{key: entry[key] for key in Result.__dataclass_fields__ if key in entry})
     changed = edited, identity(replaced)
     source = "" if edited or replaced else source  # else the files do not say what runs
-    return _tested(cls, config, structure, source, changed, "dense" if backend == "dense" else "segments")
+    result = _tested(cls, config, structure, source, changed, "dense" if backend == "dense" else "segments")
+    if replaced and result.verdict == "refused":
+        others = f"{result.reason}; somebody replaced {', '.join(replaced)} in this process"
+        result = dataclasses.replace(result, reason=others)
+    return result
 
 
 def since_the_list(listed_version: str | None = None) -> str:
@@ -185,9 +191,11 @@ def _tested(
         )
         return selftest.check(config, cls, (backend,))
 
-    key = (identity(cls), structure, changed, backend)
+    attention = "eager" if attention_of(config) == "eager" else ""  # which is the class's own code
+    key = (identity(cls), structure, changed, backend, attention)
     if key not in _results:
         about = {"name": cls.__name__, "source": source, "structure": structure, "backend": backend}
+        about["attention"] = attention
         _results[key] = kept.recall(about, test) if source else test()
     return _results[key]
 

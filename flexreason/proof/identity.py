@@ -125,7 +125,7 @@ def _slots(base: type) -> list[str]:
 
 
 def _values_of(module: nn.Module) -> dict[str, Any]:
-    """What somebody's own module holds beside modules and weights; those of libraries hold much that changes nothing."""
+    """What somebody's own module holds beside modules and weights; a library's holds much that changes nothing."""
     own = is_own(type(module).__module__)
     return {name: value for name, value in vars(module).items() if name not in BARE} if own else {}
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from flexreason.attention.registry import INSTEAD, TreeRow, find_decoder
+from flexreason.attention.registry import INSTEAD, TreeRow, attention_of, find_decoder
 from flexreason.model import head
 from flexreason.model.hooks import apply_patch, find_patch, unpatch
 from flexreason.model.refuse import (
@@ -113,7 +113,7 @@ def check(what: Any, cls: type[PreTrainedModel] | None = None, backends: Sequenc
             return Result(name, "refused", layers)
         is_own = cls.__module__.partition(".")[0] != "transformers"
         small = shrink(what, every_layer=is_own)
-        if getattr(small, SOFTCAP, None):
+        if getattr(small, SOFTCAP, None) or attention_of(what) == "eager":
             small._attn_implementation = "eager"  # by default it is sdpa below transformers 5.21, which has no softcap
         model = build(small, cls)
         in_float64(model)
