@@ -78,6 +78,7 @@ from flexreason.model.refuse_rows import (
     replaced_by,
     warn_of_dropout,
 )
+from flexreason.model.strangers import Strangers
 from flexreason.model.views import Views
 from flexreason.recurrent import entries
 from flexreason.tree.mask import MASK_KEYS, MASKS
@@ -163,10 +164,11 @@ class Patch:
     awaited: bool = False  # whether a row is on its way through the model, and nobody has looked at its loss yet
     own_loss: bool = False  # whether the last row's loss did not come from our loss function
     views: Views = field(init=False)
+    strangers: Strangers = field(init=False)
     row_loss: TreeLoss = field(init=False)
 
     def __post_init__(self) -> None:
-        self.views = Views(self.root)
+        self.views, self.strangers = Views(self.root), Strangers(self.root)
 
     def apply(self, holders: Sequence[nn.Module] = ()) -> None:
         """Put everything in its place; `holders` are the modules that hold the model."""
@@ -183,6 +185,7 @@ class Patch:
         for holder in holders:
             self.held_by(holder)
         self.look()
+        self.strangers.look()
         listen()
 
     def take_divisor(self) -> None:
@@ -214,17 +217,19 @@ class Patch:
         ]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "answers": {}}  # what is asked is asked again
+        self.strangers.leave()
+        return {**self.__dict__, "answers": {}, "strangers": None}  # what is asked is asked again
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """A copy of a patched model is patched too, and so is one that another process wrote."""
         self.__dict__.update(state)
-        self.views.looked = -1
+        self.views.looked, self.strangers = -1, Strangers(self.root)
         listen()
 
     def undo(self) -> None:
         """Take everything away again."""
         self.views.undo()
+        self.strangers.leave()
         for hook in self.hooks:
             hook.remove()
         self.row_loss.undo()
@@ -260,6 +265,9 @@ class Patch:
         kwargs = {REQUEST: Request(), **kwargs}
         kwargs[REQUEST].root, self.row_loss.took, self.awaited = self.root, None, True
         _handed.set(kwargs)
+        if not torch.compiler.is_compiling() and not kwargs[REQUEST].is_known:
+            kwargs[REQUEST].is_known = True  # what holds the model comes here too, and first
+            self.strangers.meet(kwargs, self.views.are_old())
         if not torch.compiler.is_compiling() and "target_document" in kwargs and replaced_by(self.root):
             document = kwargs["target_document"]  # what replaced the forward may keep the labels to itself
             kwargs["target_document"] = document.where(real_targets(kwargs), NOBODY)
@@ -408,6 +416,7 @@ class Patch:
         if "target_source" not in kwargs or kwargs[REQUEST].root is not self.root:
             return
         took, self.row_loss.took = self.row_loss.took, None
+        self.strangers.leave()
         if self.awaited and kwargs.get("labels") is not None:
             self.refuse_other_loss(kwargs, took)
         self.awaited = False  # what holds the model comes here too, and has nothing to add
