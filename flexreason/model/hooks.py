@@ -72,6 +72,7 @@ from flexreason.model.refuse_losses import (
 from flexreason.model.refuse_rows import (
     real_targets,
     refuse_call,
+    refuse_noise,
     refuse_other_layouts,
     refuse_row,
     refuse_states,
@@ -287,6 +288,7 @@ class Patch:
             return None
         refuse_row(decoder, given, ROW_KEYS | {"position_ids"})
         refuse_embeddings(self.root, given)
+        refuse_noise(self.root)
         self.as_it_is_now(decoder)
         refuse_weights(self.root, given, self.runs_head(given))
         if self.loss == "chunked" and REQUEST not in kwargs:
