@@ -164,6 +164,15 @@ def test_a_class_that_is_edited_later_is_asked(monkeypatch):
         model(**ROW)
 
 
+def test_another_module_of_a_class_that_has_answered_is_asked_too():
+    model = fr.patch(tiny("Qwen3"))
+    a_module(model, doubled)
+    model(**ROW)
+    around_attention(model, shift)
+    with pytest.raises(ValueError, match="gives tokens something else in a row"):
+        model(**ROW)
+
+
 def test_a_module_of_torch_that_mixes_tokens_is_asked():
     model = fr.patch(tiny("Qwen3"))
     model.model.layers[0].mlp = nn.Sequential(model.model.layers[0].mlp, nn.AvgPool2d((3, 1), 1, (1, 0)))

@@ -105,8 +105,8 @@ def refuse_noise(root: PreTrainedModel) -> None:
     embeddings: Any = root.get_input_embeddings()
     if getattr(embeddings, "neftune_noise_alpha", None) and embeddings.training:
         raise ValueError(
-            "row: neftune_noise_alpha scales its noise by the length of what a model is given, which is that of a row and "
-            "not of its samples; leave it out"
+            "row: neftune_noise_alpha scales its noise by the length of what a model is given, which is that of a row "
+            "and not of its samples; leave it out"
         )
 
 

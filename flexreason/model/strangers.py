@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -42,22 +43,22 @@ class Strangers:
     def __init__(self, root: PreTrainedModel) -> None:
         self.root = root
         self.modules: list[nn.Module] = []
-        self.known: set[Any] | None = None  # the code that was there before, which is not asked
+        self.known: WeakKeyDictionary[nn.Module, set[Any]] | None = None  # its code that is not asked, or has answered
+        self.met: set[Any] = set()  # the hooks that have answered
         self.seen: list[tuple] = []
-        self.met: set[Any] = set()  # those that have answered
         self.row: Mapping[str, Tensor] = {}
         self.leaving: list[Callable[[], Any]] = []
 
     def look(self) -> None:
         self.modules = list(self.root.modules())
         if self.known is None:
-            self.known = {code for module in self.modules for code in code_of(module)}
+            self.known = WeakKeyDictionary({module: set(code_of(module)) for module in self.modules})
 
     def meet(self, row: Mapping[str, Tensor], anew: bool) -> None:
         """Wait for those that have not been asked, where a row comes to them; `anew` is whether modules were put
         somewhere since."""
         self.leave()
-        if anew or self.known is None:
+        if anew or self.known is None:  # a copy of a model
             self.look()
         now = [_state(module) for module in self.modules]
         if now == self.seen or is_verifying():
@@ -73,15 +74,14 @@ class Strangers:
         self.row = row
 
     def wait_at(self, module: nn.Module) -> None:
-        known = self.met | _verified
-        new = [code for code in code_of(module) if code not in known and code not in (self.known or ())]
-        new += [code for code in _of_accelerate(module) if code not in known]
-        if new:
+        known = set[Any]() if self.known is None else self.known.get(module, set())
+        codes = [*code_of(module), *_of_accelerate(module)]
+        if new := [code for code in codes if code not in known and code not in _verified]:
             hook = module.register_forward_hook(partial(self.module_came, new), with_kwargs=True, prepend=True)
             self.leaving.append(hook.remove)
         for hooks in (getattr(module, name) for name in HOOKS):
             for number, hook in list(hooks.items()):
-                if _is_strange(hook) and hook not in known:
+                if _is_strange(hook) and hook not in self.met and hook not in _verified:
                     hooks[number] = partial(self.hook_came, hook)
                     self.leaving.append(partial(_put_back, hooks, number, hook))
 
@@ -96,7 +96,8 @@ class Strangers:
         what = f"{_named(new[0])}{where}, which was put into the model,"
         with _without_dropout(module):
             if self.ask(lambda given: module.forward(*given[0], **given[1]), (args, kwargs), output, what):
-                self.met.update(new)
+                assert self.known is not None
+                self.known.setdefault(module, set()).update(new)
 
     def hook_came(self, hook: Any, module: nn.Module, *given: Any) -> Any:
         """In the place of a hook: it does what it does, and is asked if that changes something."""
