@@ -134,8 +134,10 @@ def _reason_against_layer(module: nn.Module) -> Reason | None:
     if mixes:
         return f"its adapter ({name}) lets each token see all others of the batch", "train a LoRA"
     if _mixes_gradients(module, base, width):
-        remedy = 'train a LoRA, or a VeLoRA with init_type="random"'
-        return f"its adapter ({name}) makes the gradient of a token from all tokens of the batch", remedy
+        return (
+            f"its adapter ({name}) makes the gradient of a token from all tokens of the batch",
+            'train a LoRA, or a VeLoRA with init_type="random"',
+        )
     return None
 
 
