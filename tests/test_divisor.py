@@ -270,6 +270,10 @@ def by_neighbours(logits, labels, vocab_size, shift_labels=None, **kwargs):
     return (nll * torch.arange(1, len(nll) + 1)).mean()
 
 
+def divides_by_lines(logits, labels, vocab_size, shift_labels=None, **kwargs):
+    return nn.functional.cross_entropy(logits[0], shift_labels[0], reduction="none").mean()
+
+
 def with_loss(loss, kind=None):
     model = made() if kind is None else made(kind)
     model.loss_function = loss
@@ -282,7 +286,7 @@ class Focal(nn.Module):
         return ((1 - (-nll).exp()) ** 2 * nll).sum() / num_items_in_batch
 
 
-@pytest.mark.parametrize("loss", [shifts, drops_the_first, counts_all, by_neighbours])
+@pytest.mark.parametrize("loss", [shifts, drops_the_first, counts_all, by_neighbours, divides_by_lines])
 def test_a_loss_function_that_takes_other_lines_is_refused(loss):
     model = apply_patch(with_loss(loss))
     for _ in range(2):

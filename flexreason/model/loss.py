@@ -113,7 +113,7 @@ class TreeLoss:
             self.refuse_previous(logits, labels, *args, **kwargs)
             return self.previous(logits, labels, *args, **kwargs)
         nll = nn.functional.cross_entropy(
-            logits[0].float(), labels[0].to(logits.device), ignore_index=IGNORED, reduction="none"
+            logits[0].float(), labels[0].to(logits.device, torch.int64), ignore_index=IGNORED, reduction="none"
         )
         if request.loss:
             request.logprobs = -nll.detach()
