@@ -145,8 +145,9 @@ def test_what_looks_at_others_or_goes_by_places_is_refused(put, change):
     for _ in range(2):
         with pytest.raises(ValueError, match=r"row: .* gives tokens something else in a row than in their samples"):
             model(**ROW).loss.backward()
-    model.requires_grad_(False)
-    model(input_ids=ROW["input_ids"])  # which is nobody's business
+    with torch.no_grad(), pytest.raises(ValueError, match="vocabulary"):
+        model(**{**ROW, "input_ids": ROW["input_ids"] + 1000})
+    model(input_ids=ROW["input_ids"]).logits.sum().backward()  # an ordinary batch is nobody's business
 
 
 def test_a_hook_that_edits_in_place_is_asked_as_well():
@@ -161,6 +162,19 @@ def test_a_class_that_is_edited_later_is_asked(monkeypatch):
     model(**ROW)
     monkeypatch.setattr(Qwen3MLP, "forward", lambda self, x: plain(self, shift(x)))
     with pytest.raises(ValueError, match="gives tokens something else in a row"):
+        model(**ROW)
+
+
+def test_a_method_that_is_put_in_is_asked():
+    model = fr.patch(tiny("Qwen3Moe", num_experts=2, num_experts_per_tok=2, moe_intermediate_size=8))
+    model(**ROW)
+    experts = model.model.layers[0].mlp.experts
+    plain = experts._apply_gate
+    experts._apply_gate = lambda states: plain(states) * 2
+    model(**ROW)
+    del experts._apply_gate
+    model.model.layers[0].mlp.experts._apply_gate = lambda states: plain(states) * len(states)
+    with pytest.raises(ValueError, match=r"in Qwen3MoeExperts, which was put into the model, gives tokens something"):
         model(**ROW)
 
 
@@ -187,11 +201,10 @@ class LongOnly(nn.Module):
         return x
 
 
-def test_what_cannot_be_asked_is_refused_until_it_is_verified(monkeypatch):
-    monkeypatch.setattr(strangers, "_verified", set())
+def test_what_cannot_be_asked_is_refused_until_it_is_verified():
     model = fr.patch(tiny("Qwen3"))
     model.model.layers[0].mlp = nn.Sequential(model.model.layers[0].mlp, LongOnly())
-    with pytest.raises(ValueError, match=r"LongOnly.* cannot be asked .*not for so few.*; run fr.verify on it"):
+    with pytest.raises(ValueError, match=r"LongOnly.* cannot be asked .*not for so few.*; run fr.verify on the model"):
         model(**ROW)
     strangers.note_verified_code(model)
     model(**ROW)

@@ -5,11 +5,11 @@ import inspect
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial, partialmethod
+from functools import cache, partial, partialmethod
 from typing import Any
 
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import GenerationMixin, PreTrainedModel
 
 from flexreason.attention.registry import find_decoder
 
@@ -105,6 +105,19 @@ def links_of(function: Any) -> Iterator[Any]:
             yield link
         if (wrapped := getattr(link, "__wrapped__", None)) is not None:
             links.append(wrapped)
+
+
+def put_in_place(module: nn.Module) -> dict[str, Any]:
+    """What stands in a module in the place of functions of its class, `forward` among them, by name."""
+    kind: Any = type(module)
+    return {name: vars(module)[name] for name in _functions_of(kind) & vars(module).keys()}
+
+
+@cache
+def _functions_of(kind: Any) -> set[str]:
+    """The names of the functions of a class that its forward may call."""
+    callables = {name for base in kind.__mro__ for name, value in vars(base).items() if callable(value)}
+    return callables - set(dir(PreTrainedModel)) - set(dir(GenerationMixin)) | {"forward"}
 
 
 def packages_of(cls: type) -> set[str]:

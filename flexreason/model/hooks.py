@@ -257,6 +257,8 @@ class Patch:
     def called(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
         """Before the model, or what holds it, is called: give the row a request, unless it came with one."""
         if "target_source" not in kwargs:
+            if not torch.compiler.is_compiling():
+                self.strangers.leave()  # whom a row that raised has left waiting
             return None
         refuse_call(kwargs)
         if self.expected:

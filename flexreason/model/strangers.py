@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from transformers import PreTrainedModel
 
 from flexreason.attention.registry import Asked, TreeRow
-from flexreason.model.find import home_of, is_of, links_of
+from flexreason.model.find import home_of, is_of, links_of, put_in_place
 from flexreason.model.holders import KNOWN, is_verifying
 
 FAMILIAR = (*KNOWN, "flexreason", "builtins")
@@ -33,55 +33,57 @@ PLAIN = (nn.Linear, nn.Embedding, nn.Identity, nn.Dropout, nn.ModuleList, nn.Mod
 
 HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
-_verified: set[Any] = set()
-"""The code of models that `fr.verify` passed on."""
+_verified: WeakKeyDictionary[nn.Module, set[Any]] = WeakKeyDictionary()
+"""The code in modules of models that `fr.verify` passed on."""
 
-REMEDY = "run fr.verify on it: once that has passed, it is taken until the process ends"
+PLACES = ("until", "position_ids", "document")
+"""What tells a row's paths."""
+
+REMEDY = "run fr.verify on the model: once that has passed, it is taken"
 
 
 class Strangers:
     def __init__(self, root: PreTrainedModel) -> None:
         self.root = root
         self.modules: list[nn.Module] = []
-        self.known: WeakKeyDictionary[nn.Module, set[Any]] | None = None  # its code that is not asked, or has answered
+        self.known: WeakKeyDictionary[nn.Module, set[Any]] = WeakKeyDictionary()  # code not to be asked, or that was
         self.met: set[Any] = set()  # the hooks that have answered
         self.seen: list[tuple] = []
         self.row: Mapping[str, Tensor] = {}
         self.leaving: list[Callable[[], Any]] = []
 
     def look(self) -> None:
-        self.modules = list(self.root.modules())
-        if self.known is None:
-            self.known = WeakKeyDictionary({module: set(code_of(module)) for module in self.modules})
+        """Look at what modules there are. The code that they have when they are first looked at is not asked."""
+        first, self.modules = not self.modules, list(self.root.modules())
+        if first:
+            self.known.update({module: set(code_of(module)) for module in self.modules})
 
     def meet(self, row: Mapping[str, Tensor], anew: bool) -> None:
         """Wait for those that have not been asked, where a row comes to them; `anew` is whether modules were put
         somewhere since."""
         self.leave()
-        if anew or self.known is None:  # a copy of a model
+        if anew or not self.modules:  # which a copy of a model has not looked at
             self.look()
         now = [_state(module) for module in self.modules]
         if now == self.seen or is_verifying():
             return
-        within = {part for module in self.modules if isinstance(module, ParametrizationList) for part in module}
+        inside = (part for module in self.modules if isinstance(module, ParametrizationList) for part in module)
+        left_out = {self.root, *inside}  # asking.py asks the one, and the others work on weights
         for module in self.modules:
-            if (
-                module is not self.root and module not in within
-            ):  # asking.py asks the one, and the others work on weights
+            if module not in left_out:
                 self.wait_at(module)
         if not self.leaving:
             self.seen = now
-        self.row = row
+        self.row = {key: row[key] for key in PLACES if key in row}
 
     def wait_at(self, module: nn.Module) -> None:
-        known = set[Any]() if self.known is None else self.known.get(module, set())
-        codes = [*code_of(module), *_of_accelerate(module)]
-        if new := [code for code in codes if code not in known and code not in _verified]:
+        known = {*self.known.get(module, ()), *_verified.get(module, ()), *self.met}
+        if new := [code for code in (*code_of(module), *_of_accelerate(module)) if code not in known]:
             hook = module.register_forward_hook(partial(self.module_came, new), with_kwargs=True, prepend=True)
             self.leaving.append(hook.remove)
         for hooks in (getattr(module, name) for name in HOOKS):
             for number, hook in list(hooks.items()):
-                if _is_strange(hook) and hook not in self.met and hook not in _verified:
+                if _is_strange(hook) and hook not in known:
                     hooks[number] = partial(self.hook_came, hook)
                     self.leaving.append(partial(_put_back, hooks, number, hook))
 
@@ -96,7 +98,6 @@ class Strangers:
         what = f"{_named(new[0])}{where}, which was put into the model,"
         with _without_dropout(module):
             if self.ask(lambda given: module.forward(*given[0], **given[1]), (args, kwargs), output, what):
-                assert self.known is not None
                 self.known.setdefault(module, set()).update(new)
 
     def hook_came(self, hook: Any, module: nn.Module, *given: Any) -> Any:
@@ -145,10 +146,11 @@ class Strangers:
 
 
 def note_verified_code(root: nn.Module) -> None:
-    """The code in a model is taken until the process ends."""
+    """The code in a model is taken from now on."""
     for module in root.modules():
-        _verified.update(code_of(module), _of_accelerate(module))
-        _verified.update(hook for name in HOOKS for hook in getattr(module, name).values() if _is_strange(hook))
+        hooks = [hook for name in HOOKS for hook in getattr(module, name).values() if _is_strange(hook)]
+        if codes := {*code_of(module), *_of_accelerate(module), *hooks}:
+            _verified[module] = codes
 
 
 def code_of(module: nn.Module) -> Iterator[Any]:
@@ -156,9 +158,10 @@ def code_of(module: nn.Module) -> Iterator[Any]:
     kind = type(module)
     if not is_of(kind.__module__, FAMILIAR) or (is_of(kind.__module__, ("torch.nn.modules",)) and kind not in PLAIN):
         yield kind
-    for link in links_of(getattr(module, "forward", None)):
-        if not is_of(home_of(link), FAMILIAR):
-            yield getattr(link, "__func__", link)
+    for function in (getattr(kind, "forward", None), *put_in_place(module).values()):
+        for link in links_of(function):
+            if not is_of(home_of(link), FAMILIAR):
+                yield getattr(link, "__func__", link)
 
 
 def _of_accelerate(module: nn.Module) -> Iterator[Any]:
@@ -177,7 +180,8 @@ def _state(module: nn.Module) -> tuple:
     """What tells whether code was put into a module since."""
     kind: Any = type(module)
     hooks = [number for name in HOOKS for number in getattr(module, name)]
-    return vars(module).get("forward"), getattr(kind, "forward", None), vars(module).get("_hf_hook"), *hooks
+    held = vars(module)
+    return held.get("forward"), getattr(kind, "forward", None), held.get("_hf_hook"), len(held), *hooks
 
 
 def _named(code: Any) -> str:
@@ -217,9 +221,11 @@ def _tokens(x: Tensor) -> int:
 def _some_of(n: int, row: Mapping[str, Tensor]) -> Tensor | None:
     """Which of n tokens to ask with: a path of the row, [L], where it is all of its tokens; else half of them, turned
     round. None where there is no branch, or too few."""
+    if len(row) < len(PLACES):
+        return None
     if n != row["until"].shape[1]:
         return torch.arange(n - 1, n // 2 - 1, -1) if n > 1 else None
-    until, position, document = (row[key][0].cpu() for key in ("until", "position_ids", "document"))
+    until, position, document = (row[key][0].cpu() for key in PLACES)
     place = torch.arange(n)
     start = torch.full((int(document.max()) + 2,), n).scatter_reduce(0, document + 1, place, "amin")[document + 1]
     [branched] = ((place - start != position) & (document >= 0)).nonzero(as_tuple=True)

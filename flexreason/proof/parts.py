@@ -5,15 +5,14 @@ Parts of two models are compared as the objects that they are (identity.py); the
 
 import re
 from collections.abc import Hashable, Iterator
-from functools import cache
 from types import FunctionType
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig
 
-from flexreason.model.find import WRAPPERS, home_of, is_of, links_of, packages_of
+from flexreason.model.find import WRAPPERS, home_of, is_of, links_of, packages_of, put_in_place
 from flexreason.proof.harmless import ADAPTERS, QUANTISED, WRAPPED, code_of, is_harmless, written_as
 from flexreason.proof.identity import PLAIN, held_by, identity, is_own, names_in
 
@@ -45,9 +44,7 @@ def parts_of(root: nn.Module) -> set[Part]:
     their class; and where somebody's own code is among them, the plain values that it may read."""
     parts, kinds, functions = set[Part](), set[type](), list[Any]()
     for module in root.modules():
-        cls: Any = type(module)
-        for name in _of_class(cls) & vars(module).keys():
-            value = vars(module)[name]
+        for name, value in put_in_place(module).items():
             if (by := _replaced_by(module, name)) and not (module is root and is_of(by, HEADS)):
                 parts.add(Part(f"{name} of {type(module).__name__}, by {by}", identity(value)))
                 functions += links_of(value)
@@ -64,13 +61,6 @@ def parts_of(root: nn.Module) -> set[Part]:
     bases = {base for kind in kinds if _is_own(kind) for base in kind.__mro__ if _is_own(base)}
     functions += [value for base in bases for value in vars(base).values()]
     return parts | set(_values(root, functions))
-
-
-@cache
-def _of_class(kind: Any) -> set[str]:
-    """The names of the functions of a class that its forward may call."""
-    callables = {name for base in kind.__mro__ for name, value in vars(base).items() if callable(value)}
-    return callables - set(dir(PreTrainedModel)) - set(dir(GenerationMixin)) | {"forward"}
 
 
 def _values(root: nn.Module, functions: list[Any]) -> Iterator[Part]:
