@@ -228,6 +228,42 @@ def test_hooks_that_only_look_on_are_called_as_often_as_ever_and_dropout_is_no_f
     assert torch.equal(model.model.layers[1].mlp[0].inner.down_proj.weight.grad, first)
 
 
+class ByStorage(nn.Module):
+    """Counts places in storage, as wrappers do that know no rows."""
+
+    def __init__(self, inner, distance=None):
+        super().__init__()
+        self.inner, self.distance = inner, distance
+
+    def forward(self, position_ids=None, **kwargs):
+        counted = torch.arange(kwargs["input_ids"].shape[1])[None]
+        return self.inner(position_ids=counted if self.distance is None else position_ids + self.distance, **kwargs)
+
+
+def count_before(model):
+    def count(module, args, kwargs):
+        return args, {**kwargs, "position_ids": torch.arange(kwargs["input_ids"].shape[1])[None]}
+
+    model.register_forward_pre_hook(count, with_kwargs=True)
+    return model
+
+
+@pytest.mark.parametrize("put", [ByStorage, count_before])
+@pytest.mark.parametrize("first", ["patch", "put"])
+def test_other_places_on_the_way_to_the_decoder_are_refused(put, first):
+    model = put(fr.patch(tiny("Qwen3"))) if first == "patch" else fr.patch(put(tiny("Qwen3")))
+    with pytest.raises(ValueError, match="row: its position_ids are not the places of its tokens on their paths"):
+        model(**ROW)
+
+
+def test_a_distance_that_is_the_same_for_all_tokens_is_none():
+    stock = tiny("Qwen3").double()
+    with true_float64():
+        expected = oracle.n_samples(stock, samples_of(LAYOUTS), gradients=False)
+        loss = ByStorage(fr.patch(stock), 7)(**ROW).loss
+    assert float(loss.detach()) * expected.n_targets == pytest.approx(expected.loss_sum, rel=1e-9)
+
+
 def test_without_a_branch_there_is_nothing_to_ask():
     model = fr.patch(tiny("Qwen3"))
     a_module(model, shift)

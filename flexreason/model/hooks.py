@@ -52,7 +52,7 @@ from flexreason.attention.registry import (
 from flexreason.model.asking import Answer, ask, loss_of_forward, refuse_answer
 from flexreason.model.find import ATTRIBUTE, caller_of, find_root
 from flexreason.model.head import with_states
-from flexreason.model.holders import note_holders, refuse_embeddings
+from flexreason.model.holders import is_verifying, note_holders, refuse_embeddings
 from flexreason.model.listening import listen
 from flexreason.model.loss import LOSSES, REQUEST, Request, TreeLoss
 from flexreason.model.refuse import (
@@ -74,6 +74,7 @@ from flexreason.model.refuse_rows import (
     refuse_call,
     refuse_noise,
     refuse_other_layouts,
+    refuse_places,
     refuse_row,
     refuse_states,
     replaced_by,
@@ -291,6 +292,8 @@ class Patch:
         refuse_row(decoder, given, ROW_KEYS | {"position_ids"})
         refuse_embeddings(self.root, given)
         refuse_noise(self.root)
+        if not (is_verifying() or torch.compiler.is_compiling()):
+            refuse_places(given)
         self.as_it_is_now(decoder)
         refuse_weights(self.root, given, self.runs_head(given))
         if self.loss == "chunked" and REQUEST not in kwargs:

@@ -100,6 +100,25 @@ def refuse_row(decoder: nn.Module, given: Mapping[str, Any], required: set[str])
     refuse_rope(config, given)
 
 
+def refuse_places(given: Mapping[str, Any]) -> None:
+    """Raise if a row's tokens do not stand behind each other on their paths: somebody on the way to the decoder gave
+    them other places. On a GPU nobody asks: the answer would have to be waited for."""
+    position, until = given["position_ids"], given["until"][0]
+    if position.device.type != "cpu" or position.shape != given["until"].shape:
+        return
+    bounds = torch.zeros(len(until) + 1, dtype=torch.int64)
+    bounds[1:] += 1
+    bounds -= torch.zeros_like(bounds).scatter_add_(
+        0, until.long().clamp(max=len(until)), torch.ones_like(until).long()
+    )
+    beyond = (position[0] - bounds.cumsum(0)[:-1])[given["document"][0] != NOBODY]  # tokens before it on its path
+    if len(beyond) and not bool((beyond == beyond[0]).all()):
+        raise ValueError(
+            "row: its position_ids are not the places of its tokens on their paths: what holds the model, or a hook "
+            "before it, changed them; pass them on as fr.collate made them"
+        )
+
+
 def refuse_noise(root: PreTrainedModel) -> None:
     """Raise if a Trainer put NEFTune into the embeddings of a model in training."""
     embeddings: Any = root.get_input_embeddings()
