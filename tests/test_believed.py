@@ -231,6 +231,30 @@ def test_an_option_of_a_constructor_is_a_part(monkeypatch):
     assert fr.verify(made(Optional, True).double(), [LAYOUT]).verdict == "NOT exact"
 
 
+class Gated(Qwen3MLP):
+    def __init__(self, config):
+        super().__init__(config)
+        self.register_buffer("gate", torch.zeros(()))
+
+    def forward(self, x):
+        return super().forward(x + self.gate * (shift(x) - x))
+
+
+class WithGates(Qwen3ForCausalLM):
+    def __init__(self, config):
+        super().__init__(config)
+        self.model.layers[1].mlp = Gated(config)
+
+
+def test_a_number_in_a_buffer_is_what_it_is_in_the_model():
+    """As a checkpoint may bring it, which the class knows nothing of."""
+    model = made(WithGates)
+    assert_taken(model)
+    model.model.layers[1].mlp.gate.fill_(1)
+    with pytest.raises(ValueError, match=NOT_THE_SAMPLES):
+        fr.patch(model)
+
+
 class ByNumber(Qwen3ForCausalLM):
     """One of its layers is another one, by a setting of its config that nobody else knows."""
 
