@@ -1,13 +1,16 @@
 """What was found out in this process is believed of the same code and values only, whatever they are called."""
 
+import collections
 import functools
 import time
 import types
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 from transformers import Qwen3ForCausalLM
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.qwen3 import modeling_qwen3
 from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP
 
@@ -15,6 +18,7 @@ import flexreason as fr
 from exact import EXACT, errors
 from flexreason.proof import evidence, source
 from flexreason.proof.identity import identity
+from flexreason.proof.parts import parts_of
 from models import tiny
 from strategies import random_turns
 
@@ -71,6 +75,52 @@ def test_a_function_put_into_a_module_is_an_edit_too(monkeypatch):
     with pytest.raises(ValueError, match=NOT_THE_SAMPLES):
         fr.patch(tiny("Qwen3"))
     monkeypatch.setattr(modeling_qwen3, "apply_rotary_pos_emb", lambda *args, **kwargs: plain(*args, **kwargs))
+    fr.patch(tiny("Qwen3"))
+
+
+class Rotary:
+    def __call__(self, *args, **kwargs):
+        return modeling_qwen3.rotate_half(*args, **kwargs)
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        functools.partial,
+        functools.lru_cache,
+        functools.singledispatch,
+        functools.partialmethod,
+        torch.jit.script_if_tracing,
+        lambda function: Rotary(),
+        lambda function: Rotary().__call__,
+        lambda function: torch.compile(function, backend="eager"),
+        lambda function: torch.jit.script(nn.functional.relu),
+    ],
+)
+def test_whatever_calls_somebodys_code_is_an_edit(wrap, monkeypatch):
+    cls, config = Qwen3ForCausalLM, tiny("Qwen3").config
+    structure = evidence.structure_of(config, cls)
+    source.source_of(cls, config, structure)
+    assert not source.replaced_in_memory(cls, structure)
+    monkeypatch.setattr(modeling_qwen3, "rotate_half", wrap(shift))
+    monkeypatch.setattr(Qwen3MLP, "forward", functools.partialmethod(shift))
+    replaced = source.replaced_in_memory(cls, structure)
+    assert set(replaced) == {f"{modeling_qwen3.__name__}.{name}" for name in ("rotate_half", "Qwen3MLP")}
+
+
+def warmer(stock):
+    return lambda module, query, *args, **kwargs: stock(module, query * 1.3, *args, **kwargs)
+
+
+def test_attention_that_somebody_put_there_is_an_edit(monkeypatch):
+    """Rows do not go through it, and samples do."""
+    with monkeypatch.context() as patched:
+        patched.setitem(ALL_ATTENTION_FUNCTIONS, "sdpa", warmer(ALL_ATTENTION_FUNCTIONS["sdpa"]))
+        with pytest.raises(ValueError, match=r"; somebody replaced attention 'sdpa' in this process"):
+            fr.patch(tiny("Qwen3"))
+    monkeypatch.setattr(modeling_qwen3, "eager_attention_forward", warmer(modeling_qwen3.eager_attention_forward))
+    with pytest.raises(ValueError, match=NOT_THE_SAMPLES):
+        fr.patch(tiny("Qwen3", attn_implementation="eager"))
     fr.patch(tiny("Qwen3"))
 
 
@@ -181,6 +231,30 @@ def test_an_option_of_a_constructor_is_a_part(monkeypatch):
     assert fr.verify(made(Optional, True).double(), [LAYOUT]).verdict == "NOT exact"
 
 
+class Gated(Qwen3MLP):
+    def __init__(self, config):
+        super().__init__(config)
+        self.register_buffer("gate", torch.zeros(()))
+
+    def forward(self, x):
+        return super().forward(x + self.gate * (shift(x) - x))
+
+
+class WithGates(Qwen3ForCausalLM):
+    def __init__(self, config):
+        super().__init__(config)
+        self.model.layers[1].mlp = Gated(config)
+
+
+def test_a_number_in_a_buffer_is_what_it_is_in_the_model():
+    """As a checkpoint may bring it, which the class knows nothing of."""
+    model = made(WithGates)
+    assert_taken(model)
+    model.model.layers[1].mlp.gate.fill_(1)
+    with pytest.raises(ValueError, match=NOT_THE_SAMPLES):
+        fr.patch(model)
+
+
 class ByNumber(Qwen3ForCausalLM):
     """One of its layers is another one, by a setting of its config that nobody else knows."""
 
@@ -236,7 +310,79 @@ def test_what_was_verified_is_believed_of_the_same_code_and_values_only(put, mon
         fr.patch(model_of(True))
 
 
+class Options:
+    __slots__ = ("shifts",)
+
+    def __init__(self, shifts):
+        self.shifts = shifts
+
+    def apply(self, x):
+        return shift(x) if self.shifts else x
+
+
+class WithOptions(nn.Module):
+    def __init__(self, mlp, shifts):
+        super().__init__()
+        self.mlp, self.options = mlp, Options(shifts)
+
+    def forward(self, x):
+        return self.mlp(self.options.apply(x))
+
+
+def by_an_objects_method(mlp, shifts):
+    plain, options = mlp.forward, Options(shifts)
+    options_apply = options.apply
+    mlp.forward = lambda x: plain(options_apply(x))
+    return mlp
+
+
+def by_a_value_of_the_module(mlp, shifts):
+    plain, mlp.shifts = mlp.forward, shifts
+    mlp.forward = types.MethodType(lambda self, x: plain(shift(x) if self.shifts else x), mlp)
+    return mlp
+
+
+SWITCH = torch.tensor(False)
+
+
+def by_a_tensor(mlp, shifts):
+    plain = mlp.forward
+    SWITCH.fill_(shifts)
+    mlp.forward = lambda x: plain(shift(x) if SWITCH else x)
+    return mlp
+
+
+@pytest.mark.parametrize("put", [WithOptions, by_an_objects_method, by_a_value_of_the_module, by_a_tensor])
+def test_parts_differ_where_what_their_code_works_with_does(put):
+    def parts(shifts):
+        model = tiny("Qwen3")
+        for layer in model.model.layers:
+            layer.mlp = put(layer.mlp, shifts)
+        return parts_of(model)
+
+    assert parts(False) == parts(False) != parts(True)
+
+
+def test_a_function_in_the_place_of_a_method_is_a_part():
+    model = tiny("Qwen3Moe", num_experts=2, num_experts_per_tok=1, moe_intermediate_size=8)
+    before, experts = parts_of(model), model.model.layers[0].mlp.experts
+    model.generate = lambda *args: None  # which no forward calls
+    assert parts_of(model) == before
+    plain = experts._apply_gate
+    experts._apply_gate = lambda states: plain(states) * len(states)
+    [part] = parts_of(model) - before
+    assert part.is_foreign
+    assert part.words.startswith("_apply_gate of Qwen3MoeExperts, by ")
+
+
 # ---- identities
+
+
+def remembering(x):
+    return x * remembering.calls
+
+
+remembering.calls = 0
 
 
 def test_code_is_the_same_by_its_text_and_what_it_works_with():
@@ -253,6 +399,16 @@ def test_code_is_the_same_by_its_text_and_what_it_works_with():
     assert identity([1, {"a": (2,)}]) == identity([1, {"a": (2,)}])
     assert identity(torch.nn.functional.relu) == identity(torch.nn.functional.relu)
     assert identity(Edited) != identity(Global)
+    assert identity(Options(1)) == identity(Options(1)) != identity(Options(2))
+    assert identity(Options(1).apply) == identity(Options(1).apply) != identity(Options(2).apply)
+    assert identity(collections.deque([1])) != identity(collections.deque([2]))
+    assert identity(torch.tensor([1.0])) == identity(torch.tensor([1.0])) != identity(torch.tensor([2.0]))
+    assert identity(np.ones(2)) == identity(np.ones(2)) != identity(np.zeros(2))
+    assert identity(functools.lru_cache(scaled(2))) == identity(functools.lru_cache(scaled(2)))
+    assert identity(functools.lru_cache(scaled(2))) != identity(functools.lru_cache(scaled(3)))
+    before = identity(remembering)
+    remembering.calls += 1
+    assert identity(remembering) != before
     loop = [1]
     loop.append(loop)
     assert identity(loop) == identity(loop)

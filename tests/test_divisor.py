@@ -13,7 +13,7 @@ from transformers import Qwen3ForCausalLM, Trainer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 import flexreason as fr
-from exact import EXACT, samples_of
+from exact import EXACT, errors, samples_of
 from flexreason.model.hooks import apply_patch
 from flexreason.proof import oracle
 from flexreason.proof.float64 import true_float64
@@ -270,6 +270,10 @@ def by_neighbours(logits, labels, vocab_size, shift_labels=None, **kwargs):
     return (nll * torch.arange(1, len(nll) + 1)).mean()
 
 
+def divides_by_lines(logits, labels, vocab_size, shift_labels=None, **kwargs):
+    return nn.functional.cross_entropy(logits[0], shift_labels[0], reduction="none").mean()
+
+
 def with_loss(loss, kind=None):
     model = made() if kind is None else made(kind)
     model.loss_function = loss
@@ -282,7 +286,7 @@ class Focal(nn.Module):
         return ((1 - (-nll).exp()) ** 2 * nll).sum() / num_items_in_batch
 
 
-@pytest.mark.parametrize("loss", [shifts, drops_the_first, counts_all, by_neighbours])
+@pytest.mark.parametrize("loss", [shifts, drops_the_first, counts_all, by_neighbours, divides_by_lines])
 def test_a_loss_function_that_takes_other_lines_is_refused(loss):
     model = apply_patch(with_loss(loss))
     for _ in range(2):
@@ -454,6 +458,25 @@ def test_a_layer_that_was_made_before_takes_rows():
     with true_float64():
         found = float(model(**row_of(LONG)).loss.detach())
     assert found == pytest.approx(by_formula(stock, LONG), rel=EXACT)
+
+
+@pytest.mark.skipif(not hasattr(peft, "VeloraConfig"), reason="this peft has no such adapter")
+@pytest.mark.parametrize("init_type", ["random", "batch_average", "batch_average_once"])
+def test_an_adapter_whose_gradients_go_by_the_batch_is_refused(init_type):
+    """Its forward is that of a LoRA; in backward it makes do with averages over all tokens."""
+    velora = peft.VeloraConfig(num_groups=4, init_type=init_type)
+    config = peft.LoraConfig(target_modules=["q_proj"], velora_config=velora, task_type="CAUSAL_LM")
+    model = peft.get_peft_model(made(), config).double()
+    before = {name: p.clone() for name, p in model.state_dict().items()}
+    if init_type != "random":
+        with pytest.raises(ValueError, match=r"VeloraLinearVariant\) makes the gradient of a token from all tokens"):
+            fr.patch(model)
+    else:
+        for name, p in model.named_parameters():
+            p.data.add_(0.1 * ("lora_B" in name))
+        assert max(errors(model, [LONG]).values()) <= EXACT
+        return
+    assert all(torch.equal(p, before[name]) for name, p in model.state_dict().items())
 
 
 @pytest.mark.skipif(not hasattr(peft, "LilyConfig"), reason="this peft has no such adapter")

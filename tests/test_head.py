@@ -267,6 +267,8 @@ def in_place(self, hidden):
 
 HEADS = {
     "asks twice": lambda self, h: self.lm_head(h) - 0.5 * self.lm_head(h.roll(1, -1)),
+    "its weight alone": lambda self, h: torch.nn.functional.linear(h, self.lm_head.weight * 2, self.lm_head.bias),
+    "its weight again": lambda self, h: self.lm_head(h) + h @ self.lm_head.weight.t() * self.lm_head.weight.sum(),
     "uses a part of the decoder": lambda self, h: self.lm_head(self.model.extra(h)),
     "in place": in_place,
     "a part of a wider one": lambda self, h: self.lm_head(h)[..., :97],

@@ -543,6 +543,16 @@ def test_router_jitter_is_said_once():
         model(**fr.collate(layouts("paper")))
 
 
+def test_noise_that_goes_by_the_rows_length_is_refused_in_training():
+    """As transformers' Trainer puts it into the embeddings."""
+    model, row = fr.patch(tiny("Qwen3")), fr.collate(layouts("paper"))
+    model.get_input_embeddings().neftune_noise_alpha = 5.0
+    model.train()
+    with pytest.raises(ValueError, match="row: neftune_noise_alpha scales its noise by the length"):
+        model(**row)
+    model.eval()(**row)
+
+
 @pytest.mark.parametrize("family", ["Qwen3", "Gemma2"])
 def test_a_second_backward_raises(family):
     """The fused and the tiled route alike; dense has one."""

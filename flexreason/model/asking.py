@@ -49,6 +49,8 @@ def ask(loss: Loss, like: Tensor, vocabulary: int) -> Answer:
         if not torch.equal(moved, REAL):
             against = "holds other lines of the logits against labels than those that belong together: it shifts labels"
             return Answer(f"{against} by itself, or counts lines whose label is {IGNORED}")
+        if not _equal(loss(logits[:, REAL], labels[:, REAL]), value):
+            return Answer(f"goes by lines whose label is {IGNORED}, with which rows are filled up")
         if not _equal(loss(logits[:, turned], labels[:, turned]), value):
             return Answer("depends on the order of a row's targets")
         parts = [loss(logits[:, part], labels[:, part]) for part in (slice(n // 2), slice(n // 2, n))]

@@ -4,12 +4,12 @@ import contextlib
 import inspect
 import re
 import sys
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache, partial, partialmethod
 from typing import Any
 
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import GenerationMixin, PreTrainedModel
 
 from flexreason.attention.registry import find_decoder
 
@@ -71,14 +71,11 @@ def replaced_forward(module: nn.Module, harmless: Sequence[str] = WRAPPERS) -> A
     Args:
         harmless: packages whose functions are taken for wrappers.
     """
-    forward: Any = module.forward
-    while forward is not None:
-        inner = getattr(forward, "func", forward)  # of functools.partial
-        if getattr(inner, "__func__", inner) is type(module).forward:
+    for link in links_of(module.forward):
+        if getattr(link, "__func__", link) is type(module).forward:
             harmless = (*harmless, *packages_of(type(module)))
-        if not is_of(home_of(inner), harmless):
-            return inner
-        forward = getattr(forward, "__wrapped__", None)
+        if not is_of(home_of(link), harmless):
+            return link
     return None
 
 
@@ -96,6 +93,31 @@ def beneath_autocast(module: nn.Module) -> Callable:
     while is_of(home_of(forward), AUTOCAST) and hasattr(forward, "__wrapped__"):
         forward = forward.__wrapped__
     return partial(forward, module) if is_bound and not inspect.ismethod(forward) else forward
+
+
+def links_of(function: Any) -> Iterator[Any]:
+    """A function, what it was made of, and so on: wrappers take on the name of what they wrap."""
+    links = [function]
+    for link in links:
+        if isinstance(link, partial | partialmethod):
+            links.append(link.func)
+        else:
+            yield link
+        if (wrapped := getattr(link, "__wrapped__", None)) is not None:
+            links.append(wrapped)
+
+
+def put_in_place(module: nn.Module) -> dict[str, Any]:
+    """What stands in a module in the place of functions of its class, `forward` among them, by name."""
+    kind: Any = type(module)
+    return {name: vars(module)[name] for name in _functions_of(kind) & vars(module).keys()}
+
+
+@cache
+def _functions_of(kind: Any) -> set[str]:
+    """The names of the functions of a class that its forward may call."""
+    callables = {name for base in kind.__mro__ for name, value in vars(base).items() if callable(value)}
+    return callables - set(dir(PreTrainedModel)) - set(dir(GenerationMixin)) | {"forward"}
 
 
 def packages_of(cls: type) -> set[str]:

@@ -166,7 +166,8 @@ def sweep(
     size = min(len(labels), max(1, CHUNK_LOGITS // head.root.config.get_text_config().vocab_size))
     linear = head.projection(hidden)
     by_hand = InPlace(linear, parameters, size) if linear is not None else None
-    rest = [p for p in parameters if by_hand is None or id(p) not in by_hand.totals]
+    own = {} if by_hand is None else by_hand.totals
+    rest = [p for p in parameters if id(p) not in own]
     spare: Tensor | None = None
     known, more = {id(p) for p in parameters}, dict[int, Any]()
     for start in range(0, len(labels), size):
@@ -175,7 +176,8 @@ def sweep(
         with torch.set_grad_enabled(follow):
             logits = head(states) if by_hand is None else by_hand.logits(head, states)
         ours = known | {id(states), id(by_hand and by_hand.anchor)}
-        more |= {id(leaf): leaf for leaf in _leaves(logits) if id(leaf) not in ours}
+        leaves = {id(leaf): leaf for leaf in _leaves(logits)}
+        more |= {number: leaf for number, leaf in leaves.items() if number not in ours}
         value = logits.detach() if temperature == 1 else logits.detach().to(high) / temperature
         real = labels[chunk] != IGNORED
         label = labels[chunk].where(real, 0).unsqueeze(1)
@@ -193,18 +195,20 @@ def sweep(
         factor = (upstream[chunk].to(high) * real / temperature).unsqueeze(1)
         slope = p.mul_(-factor / mass).scatter_add_(1, label, factor)  # factor x (label's one - p)
         wanted = [states, *rest] if by_hand is None else [states, by_hand.anchor, *rest]
-        gradients = torch.autograd.grad(logits, wanted, slope.to(logits.dtype), allow_unused=True)
+        again = [leaves[number] for number in own if number in leaves]
+        gradients = torch.autograd.grad(logits, wanted + again, slope.to(logits.dtype), allow_unused=True)
         if gradients[0] is not None:
             swept.hidden[chunk] = gradients[0]
-        for p, gradient in zip(rest, gradients[len(wanted) - len(rest) :], strict=True):
+        for p, gradient in zip(again, gradients[len(wanted) :], strict=True):  # what the head uses in another way too
+            own[id(p)] = added(own[id(p)], gradient)
+        for p, gradient in zip(rest, gradients[len(wanted) - len(rest) : len(wanted)], strict=True):
             number = next(k for k, other in enumerate(parameters) if other is p)
             swept.parameters[number] = added(swept.parameters[number], gradient)
     if more:
         raise _MoreParameters(list(more.values()))
-    if by_hand is not None:
-        for number, p in enumerate(parameters):
-            if id(p) in by_hand.totals:
-                swept.parameters[number] = by_hand.totals[id(p)]
+    for number, p in enumerate(parameters):
+        if id(p) in own:
+            swept.parameters[number] = own[id(p)]
     return swept
 
 

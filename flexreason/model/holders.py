@@ -46,6 +46,10 @@ def verifying() -> Iterator[None]:
         _verifying.reset(token)
 
 
+def is_verifying() -> bool:
+    return _verifying.get()
+
+
 def refuse_embeddings(root: nn.Module, given: Mapping[str, Any]) -> None:
     """Raise if a row came with embeddings in the place of its tokens from a wrapper that nobody has verified."""
     if given.get("input_ids") is not None or given.get("inputs_embeds") is None or _verifying.get():

@@ -52,7 +52,7 @@ from flexreason.attention.registry import (
 from flexreason.model.asking import Answer, ask, loss_of_forward, refuse_answer
 from flexreason.model.find import ATTRIBUTE, caller_of, find_root
 from flexreason.model.head import with_states
-from flexreason.model.holders import note_holders, refuse_embeddings
+from flexreason.model.holders import is_verifying, note_holders, refuse_embeddings
 from flexreason.model.listening import listen
 from flexreason.model.loss import LOSSES, REQUEST, Request, TreeLoss
 from flexreason.model.refuse import (
@@ -72,12 +72,15 @@ from flexreason.model.refuse_losses import (
 from flexreason.model.refuse_rows import (
     real_targets,
     refuse_call,
+    refuse_noise,
     refuse_other_layouts,
+    refuse_places,
     refuse_row,
     refuse_states,
     replaced_by,
     warn_of_dropout,
 )
+from flexreason.model.strangers import Strangers
 from flexreason.model.views import Views
 from flexreason.recurrent import entries
 from flexreason.tree.mask import MASK_KEYS, MASKS
@@ -163,10 +166,11 @@ class Patch:
     awaited: bool = False  # whether a row is on its way through the model, and nobody has looked at its loss yet
     own_loss: bool = False  # whether the last row's loss did not come from our loss function
     views: Views = field(init=False)
+    strangers: Strangers = field(init=False)
     row_loss: TreeLoss = field(init=False)
 
     def __post_init__(self) -> None:
-        self.views = Views(self.root)
+        self.views, self.strangers = Views(self.root), Strangers(self.root)
 
     def apply(self, holders: Sequence[nn.Module] = ()) -> None:
         """Put everything in its place; `holders` are the modules that hold the model."""
@@ -183,6 +187,7 @@ class Patch:
         for holder in holders:
             self.held_by(holder)
         self.look()
+        self.strangers.look()
         listen()
 
     def take_divisor(self) -> None:
@@ -214,17 +219,19 @@ class Patch:
         ]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "answers": {}}  # what is asked is asked again
+        self.strangers.leave()
+        return {**self.__dict__, "answers": {}, "strangers": None}  # what is asked is asked again
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """A copy of a patched model is patched too, and so is one that another process wrote."""
         self.__dict__.update(state)
-        self.views.looked = -1
+        self.views.looked, self.strangers = -1, Strangers(self.root)
         listen()
 
     def undo(self) -> None:
         """Take everything away again."""
         self.views.undo()
+        self.strangers.leave()
         for hook in self.hooks:
             hook.remove()
         self.row_loss.undo()
@@ -251,6 +258,8 @@ class Patch:
     def called(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
         """Before the model, or what holds it, is called: give the row a request, unless it came with one."""
         if "target_source" not in kwargs:
+            if not torch.compiler.is_compiling():
+                self.strangers.leave()  # whom a row that raised has left waiting
             return None
         refuse_call(kwargs)
         if self.expected:
@@ -260,6 +269,9 @@ class Patch:
         kwargs = {REQUEST: Request(), **kwargs}
         kwargs[REQUEST].root, self.row_loss.took, self.awaited = self.root, None, True
         _handed.set(kwargs)
+        if not torch.compiler.is_compiling() and not kwargs[REQUEST].is_known:
+            kwargs[REQUEST].is_known = True  # what holds the model comes here too, and first
+            self.strangers.meet(kwargs, self.views.are_old())
         if not torch.compiler.is_compiling() and "target_document" in kwargs and replaced_by(self.root):
             document = kwargs["target_document"]  # what replaced the forward may keep the labels to itself
             kwargs["target_document"] = document.where(real_targets(kwargs), NOBODY)
@@ -279,6 +291,9 @@ class Patch:
             return None
         refuse_row(decoder, given, ROW_KEYS | {"position_ids"})
         refuse_embeddings(self.root, given)
+        refuse_noise(self.root)
+        if not (is_verifying() or torch.compiler.is_compiling()):
+            refuse_places(given)
         self.as_it_is_now(decoder)
         refuse_weights(self.root, given, self.runs_head(given))
         if self.loss == "chunked" and REQUEST not in kwargs:
@@ -408,6 +423,7 @@ class Patch:
         if "target_source" not in kwargs or kwargs[REQUEST].root is not self.root:
             return
         took, self.row_loss.took = self.row_loss.took, None
+        self.strangers.leave()
         if self.awaited and kwargs.get("labels") is not None:
             self.refuse_other_loss(kwargs, took)
         self.awaited = False  # what holds the model comes here too, and has nothing to add

@@ -46,6 +46,7 @@ class Request:
         self.loss = loss
         self.temperature = temperature
         self.root: Any = None  # the model that it is for: others may share its layers
+        self.is_known = False  # whether the code that a row comes to was looked at for this one
         self.states: Any = None  # what the decoder gave, where the loss makes the logits, until it has made them
         self.logprobs: Tensor | None = None  # [T], of every target; without a gradient where a loss was wanted
 
@@ -112,7 +113,7 @@ class TreeLoss:
             self.refuse_previous(logits, labels, *args, **kwargs)
             return self.previous(logits, labels, *args, **kwargs)
         nll = nn.functional.cross_entropy(
-            logits[0].float(), labels[0].to(logits.device), ignore_index=IGNORED, reduction="none"
+            logits[0].float(), labels[0].to(logits.device, torch.int64), ignore_index=IGNORED, reduction="none"
         )
         if request.loss:
             request.logprobs = -nll.detach()

@@ -31,7 +31,8 @@ def added(total: Tensor | None, gradient: Tensor | None) -> Tensor | None:
     """Summed over chunks in fp32 at least."""
     if gradient is None:
         return total
-    return gradient.to(torch.promote_types(gradient.dtype, torch.float32)) if total is None else total.add_(gradient)
+    high = torch.promote_types(gradient.dtype, torch.float32)
+    return gradient.to(high).contiguous() if total is None else total.add_(gradient)  # no expanded one, to add to
 
 
 class InPlace:

@@ -6,6 +6,7 @@ Shapes: S tokens, T targets.
 """
 
 import contextlib
+import copy
 import inspect
 import sys
 from collections.abc import Mapping
@@ -97,14 +98,20 @@ def model_class(root: nn.Module) -> type:
 
 def reason_against_adapters(model: nn.Module) -> Reason | None:
     """What speaks against the adapters of peft that are in a model or around it."""
-    layers = {type(module): module for module in model.modules() if hasattr(module, "base_layer")}
+    layers = {_kind_of_layer(module): module for module in model.modules() if hasattr(module, "base_layer")}
     found = (reason_against_adapter(module) for module in model.modules())
     return next(filter(None, (*found, *map(_reason_against_layer, layers.values()))), None)
 
 
+def _kind_of_layer(module: nn.Module) -> tuple:
+    """Layers of one class may hold variants of an adapter."""
+    variants = getattr(module, "lora_variant", {})
+    return type(module), *(type(variant) for _, variant in sorted(variants.items()))
+
+
 @torch.no_grad()
 def _reason_against_layer(module: nn.Module) -> Reason | None:
-    """What speaks against a layer with adapters: that what it gives one token depends on another.
+    """What speaks against a layer with adapters: that what it gives one token, or its gradient, depends on another.
 
     It is given two tokens, the second of which is no number: that goes wherever it is looked at, whatever the weights.
     """
@@ -123,10 +130,37 @@ def _reason_against_layer(module: nn.Module) -> Reason | None:
     finally:
         for part, mode in modes.items():
             part.training = mode
-    if not mixes:
-        return None
-    name = f"{type(module).__module__}.{type(module).__name__}"
-    return f"its adapter ({name}) lets each token see all others of the batch", "train a LoRA"
+    name = ", ".join(f"{kind.__module__}.{kind.__name__}" for kind in _kind_of_layer(module))
+    if mixes:
+        return f"its adapter ({name}) lets each token see all others of the batch", "train a LoRA"
+    if _mixes_gradients(module, base, width):
+        return (
+            f"its adapter ({name}) makes the gradient of a token from all tokens of the batch",
+            'train a LoRA, or a VeLoRA with init_type="random"',
+        )
+    return None
+
+
+def _mixes_gradients(module: nn.Module, base: nn.Module, width: int) -> bool:
+    """Whether one token's gradients by the weights of an adapter depend on another token, in training. Copies of the
+    adapter are asked, with other weights, since what begins with zeros gives none."""
+    gradients = []
+    try:
+        for other in (1, 2):
+            twin = copy.deepcopy(module, {id(base): base}).train()
+            for part in twin.modules():
+                part.training &= not isinstance(part, nn.modules.dropout._DropoutNd)
+            own = [p for name, p in twin.named_parameters() if not name.startswith("base_layer.") and p.requires_grad]
+            with torch.random.fork_rng(devices=[]), torch.inference_mode(False), torch.enable_grad():
+                torch.manual_seed(0)
+                for p in own:
+                    p.data = (torch.randn(p.shape) * 0.1).to(p)
+                tokens = torch.randn(1, 3, width)[:, [0, other]].to(own[0])
+                gradients.append(torch.autograd.grad(twin(tokens)[0, 0].sum(), own, allow_unused=True))
+    except Exception:  # as above
+        return False
+    pairs = [(one, another) for one, another in zip(*gradients, strict=True) if one is not None and another is not None]
+    return not all(torch.allclose(one, another, rtol=1e-2, atol=1e-6) for one, another in pairs)
 
 
 def reason_against_adapter(module: nn.Module) -> Reason | None:

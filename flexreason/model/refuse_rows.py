@@ -100,6 +100,35 @@ def refuse_row(decoder: nn.Module, given: Mapping[str, Any], required: set[str])
     refuse_rope(config, given)
 
 
+def refuse_places(given: Mapping[str, Any]) -> None:
+    """Raise if a row's tokens do not stand behind each other on their paths: somebody on the way to the decoder gave
+    them other places. On a GPU nobody asks: the answer would have to be waited for."""
+    position, until = given["position_ids"], given["until"][0]
+    if position.device.type != "cpu" or position.shape != given["until"].shape:
+        return
+    bounds = torch.zeros(len(until) + 1, dtype=torch.int64)
+    bounds[1:] += 1
+    bounds -= torch.zeros_like(bounds).scatter_add_(
+        0, until.long().clamp(max=len(until)), torch.ones_like(until).long()
+    )
+    beyond = (position[0] - bounds.cumsum(0)[:-1])[given["document"][0] != NOBODY]  # tokens before it on its path
+    if len(beyond) and not bool((beyond == beyond[0]).all()):
+        raise ValueError(
+            "row: its position_ids are not the places of its tokens on their paths: what holds the model, or a hook "
+            "before it, changed them; pass them on as fr.collate made them"
+        )
+
+
+def refuse_noise(root: PreTrainedModel) -> None:
+    """Raise if a Trainer put NEFTune into the embeddings of a model in training."""
+    embeddings: Any = root.get_input_embeddings()
+    if getattr(embeddings, "neftune_noise_alpha", None) and embeddings.training:
+        raise ValueError(
+            "row: neftune_noise_alpha scales its noise by the length of what a model is given, which is that of a row "
+            "and not of its samples; leave it out"
+        )
+
+
 def vocabulary_of(model: nn.Module) -> int | None:
     """How many tokens a model's embedding knows, where it says so."""
     with contextlib.suppress(NotImplementedError, AttributeError):
@@ -154,7 +183,7 @@ def refuse_other_layouts(row: Mapping[str, Tensor]) -> None:
 
 
 def warn_of_dropout(root: nn.Module) -> None:
-    """Say that one draw of dropout or embedding noise is shared by all samples of a row."""
+    """Say that one draw of dropout is shared by all samples of a row."""
     places = [name for name, m in root.named_modules() if isinstance(m, nn.Dropout) and m.p > 0 and m.training]
     config = root.config.get_text_config() if isinstance(root, PreTrainedModel) else None
     for key, value in (vars(config) if config is not None else {}).items():
@@ -167,9 +196,6 @@ def warn_of_dropout(root: nn.Module) -> None:
             "samples of a row, where N passes would draw N times",
             stacklevel=2,
         )
-    embeddings = root.get_input_embeddings() if isinstance(root, PreTrainedModel) else None
-    if getattr(embeddings, "neftune_noise_alpha", None):
-        warnings.warn("flexreason: NEFTune is on; one draw of noise is shared by all samples of a row", stacklevel=2)
     if any((getattr(getattr(m, "state", None), "threshold", None) or 0) > 0 for m in root.modules()):
         warnings.warn(  # LLM.int8 of bitsandbytes
             "flexreason: linear layers of 8 bits compute columns with an outlier apart, for all tokens of a row at "

@@ -10,13 +10,15 @@ where they differ, or where no tiny one can be built, only `fr.verify` on the mo
 """
 
 import copy
+import dataclasses
 import hashlib
 import json
 import logging
 import re
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
 from functools import cache
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -24,12 +26,13 @@ import transformers
 from packaging.version import Version
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from flexreason.attention.registry import attention_of
 from flexreason.model.refuse import SAMPLES, Reason, model_class
 from flexreason.proof import kept, selftest
-from flexreason.proof.identity import identity
+from flexreason.proof.identity import identity, is_own
 from flexreason.proof.parts import Part, parts_of
 from flexreason.proof.selftest import UNTESTED, Result
-from flexreason.proof.source import replaced_in_memory, source_of
+from flexreason.proof.source import replaced_attention, replaced_in_memory, source_of
 from flexreason.proof.tiny import shrink
 
 LIST = Path(__file__).parent / "models.json"
@@ -52,7 +55,7 @@ def evidence_of_model(root: PreTrainedModel, backend: str = "auto") -> Evidence:
         backend: the one that is to be used, which is the only one that is tested.
     """
     parts = parts_of(root)
-    result = evidence_of_class(model_class(root), root.config, _foreign(parts), backend)
+    result = evidence_of_class(model_class(root), root.config, _foreign(parts), backend, switches_of(root))
     unchunked = result.chunked_reason if result.chunked is False else ""
     if result.verdict == "refused":  # a test that failed, against which nothing counts
         against = newly_refused(model_class(root), root.config, result) if not _foreign(parts) else None
@@ -85,7 +88,7 @@ def note_verified(root: PreTrainedModel) -> None:
 
 def _kind(root: PreTrainedModel) -> tuple:
     cls = model_class(root)
-    return identity(cls), structure_of(root.config, cls), frozenset(parts_of(root))
+    return identity(cls), structure_of(root.config, cls), frozenset(parts_of(root)), tuple(switches_of(root).items())
 
 
 # ---- a class and a config: the list, or else the self-test
@@ -102,22 +105,40 @@ def evidence_of_class(
     config: PreTrainedConfig,
     edited: frozenset[Part] = frozenset(),
     backend: str = "auto",
+    switches: Mapping[str, float] = MappingProxyType({}),
 ) -> Result:
     """The verdict on a class with a config: from the list where it speaks of both, else from the self-test.
 
     Args:
         edited: what is in a model that transformers did not bring. Of such a model the list says nothing.
         backend: the one that is to be used, which is the only one that is tested.
+        switches: what `switches_of` a model found.
     """
     structure = structure_of(config, cls)
     source = source_of(cls, config, structure) if _is_transformers(cls) else ""
-    replaced = replaced_in_memory(cls, structure) if source else {}
+    replaced = replaced_attention(config) | (replaced_in_memory(cls, structure) if source else {})
     entry = listed()["models"].get(cls.__name__) if source and not edited and not replaced else None
     if entry and (entry.get("structure"), entry.get("source")) == (structure, source) and _is_listed_torch():
         return Result(cls.__name__, **{key: entry[key] for key in Result.__dataclass_fields__ if key in entry})
-    changed = edited, identity(replaced)
+    changed = edited, identity(replaced), tuple(switches.items())
     source = "" if edited or replaced else source  # else the files do not say what runs
-    return _tested(cls, config, structure, source, changed, "dense" if backend == "dense" else "segments")
+    used = "dense" if backend == "dense" else "segments"
+    result = _tested(cls, config, structure, source, changed, used, {} if _is_transformers(cls) else switches)
+    if replaced and result.verdict == "refused":
+        others = f"{result.reason}; somebody replaced {', '.join(replaced)} in this process"
+        result = dataclasses.replace(result, reason=others)
+    return result
+
+
+def switches_of(root: PreTrainedModel) -> dict[str, float]:
+    """Buffers of one number in somebody's own modules, by name: what such a number is may decide what code does."""
+    own = {name: module for name, module in root.named_modules() if is_own(type(module).__module__)}
+    return {
+        f"{name}.{key}".lstrip("."): float(buffer)
+        for name, module in own.items()
+        for key, buffer in module._buffers.items()
+        if buffer is not None and buffer.numel() == 1 and buffer.device.type != "meta"
+    }
 
 
 def since_the_list(listed_version: str | None = None) -> str:
@@ -174,6 +195,7 @@ def _tested(
     source: str,
     changed: Hashable,
     backend: str,
+    switches: Mapping[str, float],
 ) -> Result:
     """The self-test, once a process; and once a machine where the files of transformers, `source`, say all of what was
     tested. `changed` is what was changed in memory."""
@@ -183,11 +205,13 @@ def _tested(
             f"{cls.__name__} is tested on a tiny model of its structure, since {_why_tested(cls)}: about a second, or "
             "some for models of very many layers"
         )
-        return selftest.check(config, cls, (backend,))
+        return selftest.check(config, cls, (backend,), *([switches] if switches else []))
 
-    key = (identity(cls), structure, changed, backend)
+    attention = "eager" if attention_of(config) == "eager" else ""  # which is the class's own code
+    key = (identity(cls), structure, changed, backend, attention)
     if key not in _results:
         about = {"name": cls.__name__, "source": source, "structure": structure, "backend": backend}
+        about["attention"] = attention
         _results[key] = kept.recall(about, test) if source else test()
     return _results[key]
 

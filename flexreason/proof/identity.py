@@ -7,19 +7,21 @@ them is taken by object; a file of theirs that changed is told by its hash.
 """
 
 import inspect
+import sys
 import weakref
+from collections import deque
 from collections.abc import Hashable, Iterator
-from functools import partial
-from types import CodeType, FunctionType, MethodType, ModuleType
+from types import CodeType, FunctionType, MappingProxyType, MemberDescriptorType, MethodType, ModuleType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from transformers import PreTrainedConfig
 
 from flexreason.model.find import WRAPPERS, home_of, is_of
 
-TRUSTED = ("transformers", "flexreason", "numpy", "builtins", "typing", "collections", *WRAPPERS)
+TRUSTED = ("transformers", "flexreason", "numpy", "builtins", "typing", "collections", "logging", *WRAPPERS)
 
 PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.dtype)
 
@@ -76,27 +78,65 @@ def _identity(value: Any, seen: dict[int, tuple[int, Any]], depth: int) -> Hasha
     def each(values: Any) -> tuple[Hashable, ...]:
         return tuple(_identity(one, seen, depth + 1) for one in values)
 
-    if isinstance(value, list | tuple) and len(value) <= LONGEST:
-        return "list", each(value)
-    if isinstance(value, dict) and len(value) <= LONGEST:
-        return "table", each(value.keys()), each(value.values())
+    held = held_by(value) if is_own(type(value).__module__) else None
+    own = () if held is None else each((type(value), *held, *held.values()))
+    if isinstance(value, list | tuple | deque) and len(value) <= LONGEST:
+        return "list", each(value), own
+    if isinstance(value, dict | MappingProxyType) and len(value) <= LONGEST:
+        return "table", each(value.keys()), each(value.values()), own
     if isinstance(value, set | frozenset) and len(value) <= LONGEST:
-        return "set", frozenset(_identity(one, {}, depth + 1) for one in value)
+        return "set", frozenset(_identity(one, {}, depth + 1) for one in value), own
     if isinstance(value, property):
         return "property", each((value.fget, value.fset))
-    if isinstance(value, partial):
-        return "partial", each((value.func, value.args, value.keywords))
-    if isinstance(value, MethodType | staticmethod | classmethod):
-        return "method", _identity(value.__func__, seen, depth + 1)
+    if isinstance(value, MethodType):
+        return "method", each((value.__func__, value.__self__))
+    if isinstance(value, staticmethod | classmethod):
+        return "method", each((value.__func__,))
     if isinstance(value, FunctionType):
         return "function", value.__code__, each(_beside(value))
+    if type(value).__module__ == "functools":  # partial, partialmethod, cached_property; of lru_cache the last one
+        return type(value).__name__, each(getattr(value, name, None) for name in ("func", "args", "keywords", WRAPPED))
     if isinstance(value, type):
         if not is_own(value.__module__):
             return Same(value)
         return "class", value.__module__, value.__qualname__, each(map(_of_class, value.__mro__))
-    if not isinstance(value, nn.Module | PreTrainedConfig | torch.Tensor) and is_own(type(value).__module__):
-        return "object", each((type(value), getattr(value, "__dict__", None)))
-    return Same(value)
+    if isinstance(value, nn.Module):  # its weights count for nothing, here as anywhere
+        return "module", each((type(part), _values_of(part)) for part in value.modules())
+    if isinstance(value, PreTrainedConfig):
+        return "config", each((type(value), vars(value)))
+    if isinstance(value, np.ndarray) and value.size <= LONGEST:
+        return "array", str(value.dtype), each(value.tolist() if value.ndim else [value.item()]), value.shape
+    if isinstance(value, torch.Tensor) and value.numel() <= LONGEST and _is_value(value):
+        return "tensor", value.dtype, tuple(value.shape), tuple(value.detach().flatten().tolist())
+    return Same(value) if held is None else ("object", own)
+
+
+WRAPPED = "__wrapped__"
+
+
+def held_by(value: Any) -> dict[str, Any]:
+    """What an object holds, also where its class names the places (`__slots__`)."""
+    slots = [name for base in type(value).__mro__ if is_own(base.__module__) for name in _slots(base)]
+    return {**getattr(value, "__dict__", {}), **{name: getattr(value, name, None) for name in slots}}
+
+
+def _slots(base: type) -> list[str]:
+    return [name for name, place in vars(base).items() if isinstance(place, MemberDescriptorType)]
+
+
+def _values_of(module: nn.Module) -> dict[str, Any]:
+    """What somebody's own module holds beside modules and weights; a library's holds much that changes nothing."""
+    own = is_own(type(module).__module__)
+    return {name: value for name, value in vars(module).items() if name not in BARE} if own else {}
+
+
+BARE = vars(nn.Module()).keys()
+"""What every module holds."""
+
+
+def _is_value(tensor: torch.Tensor) -> bool:
+    """Whether a tensor holds numbers that can be read, and nobody trains them."""
+    return not isinstance(tensor, nn.Parameter) and tensor.device.type != "meta" and type(tensor) is torch.Tensor
 
 
 def _of_class(base: type) -> Any:
@@ -119,16 +159,26 @@ def _beside(function: FunctionType) -> Iterator[Any]:
     yield function.__kwdefaults__
     for cell in function.__closure__ or ():
         yield inspect.getattr_static(cell, "cell_contents", None) if _is_empty(cell) else cell.cell_contents
-    yield vars(function).get("__wrapped__")
     if not is_own(home_of(function)):
+        yield vars(function).get(WRAPPED)
         return
+    yield vars(function)
     named = sorted(names_in(function.__code__))
-    for name in named:
-        value = function.__globals__.get(name)
-        if isinstance(value, ModuleType) and is_own(value.__name__):
-            yield [vars(value).get(other) for other in named]  # as in `helpers.shift(x)`
-        elif name in function.__globals__:
-            yield value
+    spaces, looked_at = [function.__globals__, _imported(named)], set[int]()
+    for space in spaces:
+        for name in named:
+            value = space.get(name)
+            if isinstance(value, ModuleType) and is_own(value.__name__):
+                if id(value) not in looked_at:
+                    looked_at.add(id(value))
+                    spaces.append(vars(value))  # as in `helpers.shift(x)`
+            elif name in space:
+                yield value
+
+
+def _imported(named: list[str]) -> dict[str, Any]:
+    """The modules that code may import where it runs."""
+    return {name: sys.modules[name] for name in named if name in sys.modules}
 
 
 def _is_empty(cell: Any) -> bool:

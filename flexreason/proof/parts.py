@@ -3,6 +3,7 @@
 Parts of two models are compared as the objects that they are (identity.py); their words are for people.
 """
 
+import re
 from collections.abc import Hashable, Iterator
 from types import FunctionType
 from typing import Any, NamedTuple
@@ -11,15 +12,18 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig
 
-from flexreason.model.find import WRAPPERS, home_of, is_of, packages_of
+from flexreason.model.find import WRAPPERS, home_of, is_of, links_of, packages_of, put_in_place
 from flexreason.proof.harmless import ADAPTERS, QUANTISED, WRAPPED, code_of, is_harmless, written_as
-from flexreason.proof.identity import PLAIN, identity, names_in
+from flexreason.proof.identity import PLAIN, held_by, identity, is_own, names_in
 
 HEADS = ("trl",)
 """Packages whose heads, put in the place of a model's own forward, take a row's labels as they are, unshifted."""
 
 LIBRARIES = {"torch", *(name.partition(".")[0] for name in (*WRAPPED, *QUANTISED, *ADAPTERS))} - {"transformers"}
 """Packages whose modules stand in for linear layers, wrap others, or share them out."""
+
+DEEPEST = 5
+"""Values are looked into this deep."""
 
 STATES = {*vars(nn.Module()), "training", "gradient_checkpointing", "forward"}
 """What modules hold beside what their class gave them."""
@@ -36,12 +40,14 @@ class Part(NamedTuple):
 
 
 def parts_of(root: nn.Module) -> set[Part]:
-    """The kinds of modules in a model, beside harmless ones, whose `forward` is not that of their class; and where
-    somebody's own code is among them, the plain values that it may read."""
-    parts, kinds = set[Part](), set[type]()
+    """The kinds of modules in a model, beside harmless ones; the functions that stand in them in the place of those of
+    their class; and where somebody's own code is among them, the plain values that it may read."""
+    parts, kinds, functions = set[Part](), set[type](), list[Any]()
     for module in root.modules():
-        if "forward" in vars(module) and (by := _replaced_by(module)) and not (module is root and is_of(by, HEADS)):
-            parts.add(Part(f"forward of {type(module).__name__}, by {by}", identity(vars(module)["forward"])))
+        for name, value in put_in_place(module).items():
+            if (by := _replaced_by(module, name)) and not (module is root and is_of(by, HEADS)):
+                parts.add(Part(f"{name} of {type(module).__name__}, by {by}", identity(value)))
+                functions += links_of(value)
         if module is not root and is_harmless(module):
             continue
         kind, code = written_as(type(module)), code_of(module)
@@ -52,14 +58,15 @@ def parts_of(root: nn.Module) -> set[Part]:
         forward: Any = getattr(kind, "forward", None)  # which scripted modules do not have
         if by := _written_elsewhere(kind, forward):
             parts.add(Part(f"forward of {kind.__name__}, by {by}", identity(forward)))
-    return parts | set(_values(root, [kind for kind in kinds if _is_own(kind)]))
+    bases = {base for kind in kinds if _is_own(kind) for base in kind.__mro__ if _is_own(base)}
+    functions += [value for base in bases for value in vars(base).values()]
+    return parts | set(_values(root, functions))
 
 
-def _values(root: nn.Module, own: list[type]) -> Iterator[Part]:
-    """What the modules of a model hold under names that somebody's own classes mention."""
-    bases = {base for kind in own for base in kind.__mro__ if _is_own(base)}
-    functions = [_function(value) for base in bases for value in vars(base).values()]
-    named = {name for f in functions if f is not None for name in names_in(f.__code__)} - STATES
+def _values(root: nn.Module, functions: list[Any]) -> Iterator[Part]:
+    """What the modules of a model hold under names that somebody's own functions mention."""
+    codes = [f.__code__ for f in map(_function, functions) if f is not None and is_own(home_of(f))]
+    named = {name for code in codes for name in names_in(code)} - STATES
     for module in root.modules() if named else ():
         if _package(type(module)) not in LIBRARIES:
             for name in named & vars(module).keys():
@@ -74,18 +81,20 @@ def _function(value: Any) -> FunctionType | None:
     return value if isinstance(value, FunctionType) else None
 
 
-def _is_plain(value: Any) -> bool:
-    """Whether a value says something by itself, and is no module, tensor, config or place."""
-    if isinstance(value, list | tuple | set):
-        return all(map(_is_plain, value))
-    if isinstance(value, dict):
-        return all(map(_is_plain, value.values()))
-    is_other = isinstance(value, nn.Module | torch.Tensor | PreTrainedConfig | torch.device)
-    return isinstance(value, PLAIN) or (callable(value) and not is_other)
+def _is_plain(value: Any, depth: int = 0) -> bool:
+    """Whether a value says something by itself, and holds no module, tensor, config or place."""
+    if isinstance(value, nn.Module | torch.Tensor | PreTrainedConfig | torch.device) or depth > DEEPEST:
+        return False
+    if isinstance(value, PLAIN) or callable(value):
+        return True
+    inside = list(value) if isinstance(value, list | tuple | set) else []
+    inside += value.values() if isinstance(value, dict) else held_by(value).values()
+    known = isinstance(value, list | tuple | set | dict) or is_own(type(value).__module__)
+    return known and all(_is_plain(one, depth + 1) for one in inside)
 
 
 def _short(value: Any) -> str:
-    return getattr(value, "__qualname__", None) or repr(value)[:40]
+    return getattr(value, "__qualname__", None) or re.sub(r" at 0x\w+", "", repr(value))[:40]
 
 
 def _is_own(kind: type) -> bool:
@@ -97,10 +106,10 @@ def _package(kind: type) -> str:
     return kind.__module__.partition(".")[0]
 
 
-def _replaced_by(module: nn.Module) -> str:
-    """What replaced a module's own forward, or nothing where there are only known wrappers around it."""
-    for link in links_of(vars(module)["forward"]):
-        if getattr(link, "__func__", link) is getattr(type(module), "forward", None):
+def _replaced_by(module: nn.Module, name: str) -> str:
+    """What replaced a function of a module's class, or nothing where there are only known wrappers around it."""
+    for link in links_of(vars(module)[name]):
+        if getattr(link, "__func__", link) is getattr(type(module), name, None):
             return ""
         if not is_of(home_of(link), WRAPPERS):
             return f"{home_of(link)}.{getattr(link, '__qualname__', type(link).__name__)}"
@@ -112,10 +121,3 @@ def _written_elsewhere(kind: type, forward: Any) -> str:
     harmless = [*packages_of(kind), *WRAPPERS]
     homes = map(home_of, links_of(forward))
     return next((home for home in homes if not is_of(home, harmless)), "")
-
-
-def links_of(forward: Any) -> Iterator[Any]:
-    """A function, what it wraps, and so on: wrappers take on the name of what they wrap."""
-    while forward is not None:
-        yield getattr(forward, "func", forward)  # of functools.partial
-        forward = getattr(forward, "__wrapped__", None)

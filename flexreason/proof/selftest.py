@@ -10,16 +10,17 @@ import inspect
 import random
 import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from flexreason.attention.registry import INSTEAD, TreeRow, find_decoder
+from flexreason.attention.registry import INSTEAD, TreeRow, attention_of, find_decoder
 from flexreason.model import head
 from flexreason.model.hooks import apply_patch, find_patch, unpatch
 from flexreason.model.refuse import (
@@ -101,8 +102,17 @@ def _apart() -> Iterator[None]:
 
 
 @_apart()
-def check(what: Any, cls: type[PreTrainedModel] | None = None, backends: Sequence[str] = BACKENDS) -> Result:
-    """The verdict on a config, or on a class with its default config. Never raises, and leaves no trace."""
+def check(
+    what: Any,
+    cls: type[PreTrainedModel] | None = None,
+    backends: Sequence[str] = BACKENDS,
+    switches: Mapping[str, float] = MappingProxyType({}),
+) -> Result:
+    """The verdict on a config, or on a class with its default config. Never raises, and leaves no trace.
+
+    Args:
+        switches: what buffers of one number hold, by name, where that is not what the class begins with.
+    """
     name = getattr(cls or what, "__name__", type(what).__name__)
     try:
         if isinstance(what, type):
@@ -113,9 +123,12 @@ def check(what: Any, cls: type[PreTrainedModel] | None = None, backends: Sequenc
             return Result(name, "refused", layers)
         is_own = cls.__module__.partition(".")[0] != "transformers"
         small = shrink(what, every_layer=is_own)
-        if getattr(small, SOFTCAP, None):
+        if getattr(small, SOFTCAP, None) or attention_of(what) == "eager":
             small._attn_implementation = "eager"  # by default it is sdpa below transformers 5.21, which has no softcap
         model = build(small, cls)
+        for key, buffer in model.named_buffers():
+            if key in switches:
+                buffer.fill_(switches[key])
         in_float64(model)
     except Exception as error:  # whatever a config or class raises: it cannot be tested, and that is the answer
         return Result(name, UNTESTED, said(error))

@@ -12,12 +12,16 @@ import sys
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
-from types import FunctionType, ModuleType
+from types import ModuleType
 from typing import Any
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from flexreason.attention.registry import attention_of
+from flexreason.model.find import home_of, links_of
 from flexreason.proof.tiny import shrink
 
 MODELS = "transformers.models."
@@ -151,16 +155,27 @@ def replaced_in_memory(cls: type[PreTrainedModel], structure: str) -> dict[str, 
     return found
 
 
-def _homes(value: Any, module: str) -> Iterator[str]:
-    """The modules that a value's code is from: of a function by its globals, since wrappers take on names."""
-    while isinstance(value, FunctionType) and getattr(value, "finds_trees", False):
-        value = vars(value)["__wrapped__"]  # what ours calls for all but rows
-    if isinstance(value, FunctionType):
-        yield value.__globals__.get("__name__") or "?"
-    elif isinstance(value, type):
-        yield value.__module__
-        if value.__module__ == module:
-            for own in vars(value).values():
-                inner = getattr(own, "fget", None) or getattr(own, "__func__", own)
-                if isinstance(inner, FunctionType):
-                    yield from _homes(inner, module)
+def replaced_attention(config: PreTrainedConfig) -> dict[str, Any]:
+    """What somebody registered in the place of transformers' own attention and masks, under the name that a config
+    names."""
+    name = attention_of(config) or ""
+    registered = {f"attention {name!r}": ALL_ATTENTION_FUNCTIONS, f"masks of {name!r}": ALL_MASK_ATTENTION_FUNCTIONS}
+    found = {what: functions[name] for what, functions in registered.items() if name in functions}
+    return {what: value for what, value in found.items() if any(_package(home) not in USUAL for home in _homes(value))}
+
+
+def _homes(value: Any, module: str = "") -> Iterator[str]:
+    """The modules that a value's code is from: of a function by its globals, since wrappers take on names; and of a
+    class that is of `module`, its functions' too."""
+    if not isinstance(value, type):
+        for link in links_of(value):
+            if isinstance(link, torch.jit.ScriptFunction):
+                yield "?"
+            elif not getattr(link, "finds_trees", False):  # which is ours, and calls the next for all but rows
+                yield home_of(link)
+        return
+    yield value.__module__
+    for own in vars(value).values() if value.__module__ == module else ():
+        inner = getattr(own, "fget", None) or getattr(own, "__func__", own)
+        if not isinstance(inner, type):
+            yield from _homes(inner)

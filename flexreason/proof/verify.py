@@ -19,6 +19,7 @@ from flexreason.memory import available_bytes, peak_bytes
 from flexreason.model.holders import note_verified_holders, verifying
 from flexreason.model.hooks import Patch, apply_patch, find_patch, find_root, unpatch
 from flexreason.model.refuse import reason_against, reason_against_adapters
+from flexreason.model.strangers import note_verified_code
 from flexreason.proof import oracle
 from flexreason.proof.compare import (
     EXACT,
@@ -111,6 +112,7 @@ def verify(
         if not why_not:
             note_verified(root)
             note_verified_holders(root)
+            note_verified_code(root)
         elif known.against is not None:
             notes.append(f"this does not count for fr.patch, which goes on to refuse the model: {why_not}")
     trees = [conversation.layout for conversation in chosen]
