@@ -23,6 +23,7 @@ from typing import Any
 
 from flexreason.chat.before import Before
 from flexreason.chat.calls import lost_call
+from flexreason.chat.closed import behind_closed_block
 from flexreason.chat.ending import Endings, Stop
 from flexreason.chat.marks import Marked, joined, mark, new_base, stands_for, texts_between_marks
 from flexreason.chat.messages import REASONING_FIELDS, Message
@@ -210,6 +211,9 @@ class _Survey:
             return self._thinking_off(known)
         if not (marked.wanted or whole.startswith(lead)):  # a mark in an empty content may make another header
             raise self.before.no_seam(known, lead)
+        if off:
+            rest = behind_closed_block(self.before, known, asked, lead, marked, body)
+            return Turn(self.prompt, rest, 0, "thinking off" if self.reasoning else "rendered")
         seam = self.before.seam(known, lead, marked, plain=not self.reasoning)
         rest = body[seam.end :]
         if inside and markers.opening in seam.more:  # both open the block, behind a header that ends otherwise
@@ -219,12 +223,8 @@ class _Survey:
             rest = body[own + len(begun) :]
         elif inside and seam.more and not seam.more.strip():
             raise self.before.no_seam(known, lead)
-        if off and markers.around(lead):  # both close an empty block, and need not do so with the same white space
-            behind = known[known.rfind(markers.closing) :]
-            rest = body[lead.rfind(markers.closing) :]
-            rest = rest[len(self.template.shared(behind, rest)) :]
-        if inside or off or not (self.reasoning or opened):
-            return Turn(self.prompt, rest, 0, "thinking off" if off and self.reasoning else "rendered")
+        if inside or not (self.reasoning or opened):
+            return Turn(self.prompt, rest, 0, "rendered")
         between = lead[seam.end :]
         if opened and not self.reasoning and markers.closing in between:  # an empty block, which the prompt has begun
             own = between.find(markers.opening)
@@ -255,8 +255,9 @@ class _Survey:
         markers = self.template.markers
         if self.message.functions:
             lead = self.template.shared(lead, self.template.begins)
-        header = lead.partition(markers.opening)[0] if markers.opening else lead
-        return header.removesuffix(markers.begins)
+        for marker in filter(None, (markers.opening, markers.closing)):
+            lead = lead.partition(marker)[0]
+        return lead.removesuffix(markers.begins)
 
     def _splice(self, asked: str, lead: str, body: str) -> Turn:
         """Reasoning put in by hand, behind all of the header. A token by itself begins the response."""

@@ -56,6 +56,12 @@ class Markers:
     def closed_by(self, text: str) -> bool:
         return bool(self.closing) and text.rfind(self.closing) > text.rfind(self.opening)
 
+    def begin_of_closed(self, text: str) -> int:
+        """Where the closed block begins that a prompt ends with; its opening marker may be missing."""
+        ends = text.rfind(self.closing)
+        begins = text.rfind(self.opening, 0, ends) if self.opening else -1
+        return ends if begins < 0 or self.closing in text[begins:ends] else begins
+
     def rest_of_open(self, prompt: str) -> str:
         """What of `open` a prompt that has opened the block has not written yet."""
         written = prompt[prompt.rfind(self.opening) :]
@@ -253,9 +259,11 @@ class Template:
             plain: What stands before an answer without reasoning, and `header`, before the opening marker.
         """
         begins = plain.removeprefix(header) if plain.startswith(header) else ""
-        if opening and opening in begins:  # an empty block of it, and what closes that
-            closing = next((closing for known, closing in KNOWN_MARKERS if known in opening), "")
-            begins = begins.partition(closing)[2].lstrip() if closing else ""
+        closing = next((closing for known, closing in KNOWN_MARKERS if known in opening), "")
+        if closing and closing in begins:  # an empty block, or what closes it
+            begins = begins.partition(closing)[2].lstrip()
+        elif opening and opening in begins:
+            begins = ""
         rest = close.removesuffix(begins)
         own = begins.strip() and rest != close and rest.strip() and not header.endswith(rest.strip())
         return (rest, begins) if own else (close, "")
