@@ -279,6 +279,26 @@ def test_of_two_fields_that_are_accepted_the_templates_is_trained(template, fiel
         encode_samples(marked, tokenizer, accept=DOUBLED)
 
 
+@pytest.mark.parametrize("name", ["reasoningContent", "thoughts", "reasoning_details", "Thinking", "cot"])
+def test_reasoning_under_a_name_that_the_template_does_not_know_is_refused(name):
+    """The template writes an empty block for it, as if the answer had none."""
+    said = [{"type": "text", "text": "quartz"}] if name == "reasoning_details" else "quartz"
+    other = [user("harbour"), {**answer("granite"), name: said}]
+    rendered = QWEN.apply_chat_template(other, tokenize=False)
+    assert "quartz" not in rendered
+    assert "<think>\n\n</think>" in rendered
+    with pytest.raises(BadMessage, match=f"message 1: it has reasoning under '{name}'.*give it as reasoning_content"):
+        target(other)
+    assert "quartz" in target([user("harbour"), {**other[1], "reasoning": "quartz"}])
+    assert target([user("harbour"), {**answer("granite"), name: " " if isinstance(said, str) else []}])
+    assert target([user("harbour"), {**other[1], "train": False}, user("lantern"), answer("meadow")])
+    assert target(other, enable_thinking=False) == "granite<|im_end|>"
+    reads = "{% for m in messages %}<a>{{ m.role }}{% if m." + name + " %}<t>{{ m." + name + " }}</t>{% endif %}"
+    reads += "{{ m.content }}</a>{% endfor %}{% if add_generation_prompt %}<a>assistant{% endif %}"
+    tokenizer = with_template(byte_level(), reads, special=["<a>", "</a>"], eos="</a>")
+    assert target(other, tokenizer) == f"<t>{said}</t>granite</a>"
+
+
 # --- roles
 
 

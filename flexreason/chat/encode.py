@@ -192,9 +192,11 @@ class Encoder:
                     if dirt.opened_by(prompt, end, half) and not (asked and prompt.rstrip().endswith(asked)):
                         message = dirt.with_reasoning_before(message, half[1])
                 one = left_out.with_one_reasoning(message)
-                if number in trained and (found := list(dirt.find(message, one, number, pairs, endings))):
-                    dirty[number] = next((error for error in found if error.reason not in self.accept), found[0])
-                message = one if number in trained else message
+                if number in trained:
+                    left_out.check_reasoning(message, number)
+                    if found := list(dirt.find(message, one, number, pairs, endings)):
+                        dirty[number] = next((error for error in found if error.reason not in self.accept), found[0])
+                    message = one
             with blaming(number):
                 in_form.append(template.in_form(message))
         dirt.refuse(dirty, self.accept)
