@@ -160,6 +160,19 @@ def test_arguments_that_an_object_says_too_are_taken(arguments, written):
     assert written in target([user("harbour"), calling({"name": "f", "arguments": arguments})], QWEN_2_5)
 
 
+@pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity"])
+def test_numbers_that_json_does_not_have_are_refused_in_calls(number):
+    """Python reads and writes them; no reader of calls does."""
+    for arguments in ({"x": [{"y": float(number)}]}, f'{{"x": [{{"y": {number}}}]}}'):
+        made = QWEN.apply_chat_template(
+            [user("harbour"), calling({"name": "f", "arguments": arguments})], tokenize=False
+        )
+        assert number in made.partition("<tool_call>")[2]
+        with pytest.raises(BadMessage, match=r"^message 1: .*arguments have the number"):
+            target([user("harbour"), calling({"name": "f", "arguments": arguments})])
+    assert number in target([user("harbour"), calling({"name": "f", "arguments": {"x": number}})])
+
+
 # --- contents
 
 
