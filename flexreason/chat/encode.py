@@ -299,6 +299,11 @@ KEPT = 8
 
 def encoder_of(tokenizer: Any, **options: Any) -> Encoder:
     """The encoder for a tokenizer as it is now, kept from call to call."""
+    if not hasattr(tokenizer, "added_tokens_decoder"):
+        raise ConversationError(
+            f"tokenizer: expected a tokenizer of transformers, found {type(tokenizer).__name__}; give "
+            "AutoTokenizer.from_pretrained(...), or of a processor its tokenizer"
+        )
     tokens = str(tokenizer.added_tokens_decoder), str(tokenizer.special_tokens_map), len(tokenizer)
     now = (str(getattr(tokenizer, "chat_template", None)), *tokens)
     key = (id(tokenizer), now, repr(sorted(options.items())))  # the encoder holds the tokenizer: its id stays its own
