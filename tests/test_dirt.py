@@ -343,6 +343,21 @@ def test_the_users_own_markers_count():
         assert encode_samples(messages, LLAMA, **own, accept=reason)
 
 
+@pytest.mark.parametrize("behind", ["<response>", "\n<|answer|>\n"])
+def test_a_block_is_closed_by_the_known_tag_where_the_template_writes_more_behind_it(behind):
+    """Granite's form."""
+    shown = "{% if m.reasoning_content %}<think>{{ m.reasoning_content }}</think>" + behind + "{% endif %}"
+    template = "{% for m in messages %}<a>{{ m.role }} " + shown + "{{ m.content }}</a>{% endfor %}"
+    template += "{% if add_generation_prompt %}<a>assistant {% endif %}"
+    tokenizer = with_template(byte_level(), template, special=["<a>", "</a>"], eos="</a>")
+    [sample] = encode_samples([user("harbour"), answer("<think>\nquartz\n</think>\n\ngranite")], tokenizer)
+    assert tokenizer.decode(sample.target_ids) == f"<think>quartz</think>{behind}granite</a>"
+    for cut_off in ("<think>quartz", "<think>a</think><think>quartz"):
+        with pytest.raises(ConversationError, match="never closes it") as error:
+            encode_samples([user("harbour"), answer(cut_off)], tokenizer)
+        assert error.value.reason == UNCLOSED
+
+
 def test_a_known_tag_with_more_before_it_is_that_tag():
     for text in ("so <think>quartz</think> it is", "<think>quartz</think> it is"):
         messages = [user("harbour"), answer(text)]
