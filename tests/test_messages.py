@@ -173,6 +173,20 @@ def test_numbers_that_json_does_not_have_are_refused_in_calls(number):
     assert number in target([user("harbour"), calling({"name": "f", "arguments": {"x": number}})])
 
 
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_call_without_content_is_one_whose_content_is_empty(name):
+    """OpenAI's form has content null beside calls. A template that looks for the content is given an empty one."""
+    empty = calling({"name": "search", "arguments": {"key": "granite"}})
+    empty["tool_calls"][0]["id"] = "call00001"
+    if encoder(name).template().argument_form == "string":
+        empty["tool_calls"][0]["function"]["arguments"] = '{"key": "granite"}'
+    result = {"role": "tool", "name": "search", "tool_call_id": "call00001", "content": "pebble"}
+    for behind in ([], [result, answer("meadow")]):
+        for without in ({**empty, "content": None}, {key: empty[key] for key in empty if key != "content"}):
+            found, expected = (outcome([user("harbour"), each, *behind], name) for each in (without, empty))
+            assert found == expected
+
+
 # --- contents
 
 

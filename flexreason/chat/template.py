@@ -2,70 +2,15 @@
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from flexreason.chat.markers import KNOWN_MARKERS, Markers
 from flexreason.chat.messages import REASONING_FIELDS, Message, take_apart
 from flexreason.chat.probes import AGAIN, ANSWER, STORED, SYSTEM, THOUGHT, USER, assistant, calling, part, tool, user
 from flexreason.chat.render import Messages, Renderer
 from flexreason.chat.seam import find_seam, first_part
 from flexreason.chat.texts import common_prefix
-
-KNOWN_MARKERS = (
-    ("<think>", "</think>"),
-    ("<|START_THINKING|>", "<|END_THINKING|>"),
-    ("[THINK]", "[/THINK]"),
-    ("<thinking>", "</thinking>"),
-    ("<reasoning>", "</reasoning>"),
-)
-"""Pairs that surround reasoning, tried where a template does not show its own by rendering a reasoning field."""
-
-
-@dataclass(frozen=True)
-class Markers:
-    """What stands before reasoning, and between reasoning and response."""
-
-    open: str
-    close: str
-    origin: str  # "template", "vocabulary", "option" or "text"
-    begins: str = ""  # what an answer begins with behind them, and without them too
-
-    @property
-    def opening(self) -> str:
-        return self.open.strip()
-
-    @property
-    def closing(self) -> str:
-        return self.close.strip()
-
-    def opened_by(self, text: str) -> bool:
-        """Whether a prompt that ends with `text` leaves a reasoning block open."""
-        closed = text.rfind(self.closing) if self.closing else -1
-        return bool(self.opening) and text.rfind(self.opening) > closed
-
-    def around(self, text: str) -> bool:
-        """Whether a text holds a reasoning block, empty or not."""
-        return bool(self.opening) and 0 <= text.find(self.opening) < text.find(self.closing)
-
-    def block(self, text: str) -> bool:
-        """Whether a text is an opened block of reasoning, or a closed one without any."""
-        left = text.strip().removeprefix(self.opening).strip()
-        return bool(self.opening) and text.strip().startswith(self.opening) and left in ("", self.closing)
-
-    def closed_by(self, text: str) -> bool:
-        return bool(self.closing) and text.rfind(self.closing) > text.rfind(self.opening)
-
-    def begin_of_closed(self, text: str) -> int:
-        """Where the closed block begins that a prompt ends with; its opening marker may be missing."""
-        ends = text.rfind(self.closing)
-        begins = text.rfind(self.opening, 0, ends) if self.opening else -1
-        return ends if begins < 0 or self.closing in text[begins:ends] else begins
-
-    def rest_of_open(self, prompt: str) -> str:
-        """What of `open` a prompt that has opened the block has not written yet."""
-        written = prompt[prompt.rfind(self.opening) :]
-        return self.open.lstrip()[len(written) :] if self.open.lstrip().startswith(written) else ""
 
 
 class Template:
@@ -90,6 +35,14 @@ class Template:
         return text
 
     # --- which form of a message the template takes
+
+    @cached_property
+    def calls_need_content(self) -> bool:
+        """Whether a call raises that has no content, and one whose content is empty does not."""
+        form = "string" if self.argument_form == "string" else "object"
+        asked, empty = self.take([user(USER), calling(form)])
+        without = {key: value for key, value in empty.items() if key != "content"}
+        return self.probe([asked, without]) is None and self.probe([asked, empty]) is not None
 
     def content_form(self, role: str) -> str:
         """ "any", "string" or "parts": which contents of this role come out as their texts. Where nothing does, that of
@@ -329,6 +282,8 @@ class Template:
 
     def _in_forms(self, message: Message) -> Message:
         """The same, but inline reasoning stays inline."""
+        if message.functions and "content" not in message.as_dict and self.calls_need_content:
+            message = message.changed(content="")
         if message.functions and self.argument_form in ("object", "string"):
             message = message.with_arguments(self.argument_form)
         if message.fields and self.fields and not set(message.fields) & set(self.fields):
