@@ -2,11 +2,12 @@
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
 from flexreason.chat.markers import KNOWN_MARKERS, Markers
-from flexreason.chat.messages import REASONING_FIELDS, Message, take_apart
+from flexreason.chat.messages import CLOSE, OPEN, REASONING_FIELDS, Message, take_apart
 from flexreason.chat.probes import AGAIN, ANSWER, STORED, SYSTEM, THOUGHT, USER, assistant, calling, part, tool, user
 from flexreason.chat.render import Messages, Renderer
 from flexreason.chat.seam import find_seam, first_part
@@ -20,7 +21,7 @@ class Template:
         tokenizer = render.tokenizer
         self.render, self.think = render, think
         self._content_forms: dict[str, str] = {}
-        self._takes_out: dict[bool, bool] = {}
+        self._takes_out: dict[tuple[bool, str], bool] = {}
         self.eos, self.bos = tokenizer.eos_token, tokenizer.bos_token
         added = tokenizer.added_tokens_decoder.values()
         self.special = _any_of([*(str(t.content) for t in added if t.special), *tokenizer.all_special_tokens])
@@ -250,19 +251,24 @@ class Template:
 
     def in_history(self, given: Message, message: Message) -> Message:
         """A message, in the form that the template takes, as the prompts of later turns have it: with inline reasoning
-        as it was given, where the template takes that out of history itself and leaves its line breaks."""
-        if not given.inline or message.inline or not isinstance(given.as_dict["content"], str):
+        as it was given, where the template takes that out of history itself and leaves its line breaks. Where a prompt
+        had opened the block, it was given without its opening tag."""
+        opened = bool(message.fields and not given.fields and CLOSE in given.text) and not given.inline
+        if not (given.inline or opened) or message.inline or not isinstance(given.as_dict["content"], str):
             return message
-        takes_out = self._takes_inline_out(bool(given.functions))
-        return self._in_forms(message.without_reasoning().changed(content=given.text)) if takes_out else message
+        takes_out = self._takes_inline_out(bool(given.functions), "" if opened else f"{OPEN}\n")
+        if not takes_out:
+            return message
+        taken = self._in_forms(message.without_reasoning().changed(content=given.text))
+        return replace(taken, reasoning=message.reasoning, response=message.response, inline=True)
 
-    def _takes_inline_out(self, calls: bool) -> bool:
+    def _takes_inline_out(self, calls: bool, opening: str) -> bool:
         """Whether inline reasoning of an answer, or of one with calls, is left out in history as a field's is, but for
         white space."""
-        if calls not in self._takes_out:
+        if (calls, opening) not in self._takes_out:
             form = "string" if self.argument_form == "string" else "object"
             answered = calling(form, value=AGAIN, content=ANSWER) if calls else assistant(ANSWER)
-            inline = {**answered, "content": f"<think>\n{THOUGHT}\n</think>\n\n{ANSWER}"}
+            inline = {**answered, "content": f"{opening}{THOUGHT}\n{CLOSE}\n\n{ANSWER}"}
             field = {**answered, (self.fields or REASONING_FIELDS)[0]: THOUGHT}
             more = [tool(""), assistant("x"), user(USER)] if calls else [user(USER), assistant("x"), user(USER)]
             found = []
@@ -271,8 +277,8 @@ class Template:
                 shown = [self.probe([*self.take([user(USER)]), text, *self.take(behind)], True) or "" for text in texts]
                 alike = len({re.sub(r"\s", "", text) for text in shown}) == 1
                 found.append(alike and ANSWER in shown[0] and THOUGHT not in shown[0])
-            self._takes_out[calls] = all(found)
-        return self._takes_out[calls]
+            self._takes_out[calls, opening] = all(found)
+        return self._takes_out[calls, opening]
 
     def in_form(self, message: Message) -> Message:
         """The message in the forms that the template takes, changed only where it would come out wrong."""
