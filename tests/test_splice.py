@@ -68,6 +68,15 @@ def test_who_says_where_the_line_break_stands_is_believed(space, suffix):
 
 
 @suffixes
+def test_who_says_where_a_space_stands_is_believed(suffix):
+    """Where nobody says it, it is the answer's own, as it is in history."""
+    source = chatml("Assistant:", suffix=suffix, header="Assistant: ")
+    for before, behind in ((" <t>", "</t>"), ("<t>", "</t> ")):
+        assert target(source, WITH, think=(before, behind)) == f"{before}quartz{behind}granite"
+    assert target(source, WITH, think=("<t>", "</t>")) == "<t>quartz</t> granite"
+
+
+@suffixes
 @pytest.mark.parametrize("begun", ["Okay, ", "<budget>512</budget>\n"])
 def test_a_block_that_the_prompt_has_begun_is_not_opened_again(begun, suffix):
     thought = "{% if m.reasoning_content %}<think>\n{{ m.reasoning_content }}\n</think>\n\n{% endif %}{{ m.content }}"

@@ -23,7 +23,7 @@ def splice(
     Args:
         asked: What the prompt ends with, from its header on.
         lead: What the template writes behind the prompt and before the message's first text.
-        blank: The line breaks at its beginning, which may belong to the header.
+        blank: The white space at its beginning, which may belong to the header.
         body: All that it writes behind the prompt, without the reasoning.
     """
     opened = markers.opened_by(asked)

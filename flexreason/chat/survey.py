@@ -288,7 +288,8 @@ class _Survey:
                 self.number,
             )
         blank = header[: len(header) - len(header.lstrip())]
-        blank = blank if "\n" in blank else ""  # a space is the next word's own, for most tokenizers
+        said = markers.origin == "option" and (markers.open.startswith(blank) or markers.close.endswith(blank))
+        blank = blank if "\n" in blank or said else ""  # a space is the next word's own, for most tokenizers
         text, response = splice(markers, asked, lead, blank, body, self.reasoning, self.number)
         return Turn(self.prompt, text, response, "spliced")
 
