@@ -122,11 +122,13 @@ class Template:
     @cached_property
     def splits_inline(self) -> bool:
         """Whether inline reasoning comes out just as a reasoning field does, in every place."""
-        inline = assistant(f"<think>\n{THOUGHT}\n</think>\n\n{ANSWER}")
+        inline = assistant(f"{OPEN}\n{THOUGHT}\n{CLOSE}\n\n{ANSWER}")
         field = assistant(ANSWER, **{(self.fields or REASONING_FIELDS)[0]: THOUGHT})
-        for around in ([user(USER), None], [user(USER), None, user(AGAIN)], [user(USER), None, user(AGAIN), None]):
-            texts = [self.probe([m or form for m in around]) for form in (inline, field)]
-            if texts[0] != texts[1] or texts[0] is None:
+        [asked, again] = self.take([user(USER), user(AGAIN)])
+        forms = [self._in_forms(take_apart(message)).as_dict for message in (inline, field)]
+        for around in ([asked, None], [asked, None, again], [asked, None, again, None]):
+            texts = [self.probe([message or form for message in around]) or "" for form in forms]
+            if texts[0] != texts[1] or ANSWER not in texts[0]:
                 return False
         return True
 
