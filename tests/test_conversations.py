@@ -141,6 +141,28 @@ def test_no_message_has_two_line_numbers(tmp_path, line):
     assert re.findall(r"lines? \d+", str(error.value)) == ["line 2"]
 
 
+@pytest.mark.parametrize("name", ["chats.jsonl", "lines.json"])
+def test_a_byte_that_is_no_utf8_is_told_at_its_line_and_ends_nothing(tmp_path, name):
+    path, line = tmp_path / name, json.dumps(ENTRIES["messages"], ensure_ascii=False).encode()
+    bad = line.replace(b'"user"', b'"user", "name": "Ren\xe9"', 1)  # of a file in Latin-1
+    path.write_bytes(b"\xef\xbb\xbf" + b"\r\n".join([line, bad, line.replace(b"user", "usér".encode(), 1), line]))
+    found = list(read_all(path))
+    assert [isinstance(entry, BadInput) for entry in found] == [False, True, False, False]
+    assert re.search(rf"{name}, line 2: no UTF-8: the byte e9 at character {bad.find(233) + 1}; ", str(found[1]))
+    assert "usér" in str(found[2])
+
+
+def test_a_document_with_a_byte_that_is_no_utf8_is_told_at_its_line(tmp_path):
+    path, text = tmp_path / "whole.json", json.dumps([ENTRIES["messages"]] * 2, indent=1)
+    path.write_bytes(text.encode("utf-16"))
+    with pytest.raises(BadInput, match=r"whole.json, line 1: no UTF-8: the byte ff at character 1; save"):
+        list(read_all(path))
+    path.write_bytes(text.encode().replace(b'"content": "', b'"content": "\xe9', 1))
+    line = text[: text.find('"content": "')].count("\n") + 1
+    with pytest.raises(BadInput, match=rf"whole.json, line {line}: no UTF-8: the byte e9"):
+        list(read_all(path))
+
+
 def test_no_message_about_a_call_or_a_document_has_two_line_numbers(tmp_path):
     calls = [{"function": {"name": "f", "arguments": '{"a":\n]'}}]
     messages = [user("x"), {"role": "assistant", "tool_calls": calls}]

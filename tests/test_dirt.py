@@ -297,8 +297,18 @@ def headless(message):
 def test_what_a_model_answers_to_a_prompt_that_opens_the_block_is_reasoning_and_answer(name, history):
     tokenizer = trl_tokenizer(name)
     chat = [*CHAT, answer("meadow", "timber"), user("orchard"), answer("pebble", "walnut")]
-    expected = encode_samples(chat, tokenizer, history=history)
-    assert encode_samples(list(map(headless, chat)), tokenizer, history=history) == expected
+    expected, given = encode_samples(chat, tokenizer, history=history), list(map(headless, chat))
+    found = encode_samples(given, tokenizer, history=history)
+    assert [sample.target_ids for sample in found] == [sample.target_ids for sample in expected]
+    for at, sample, same in zip((1, 3, 5), found, expected, strict=True):
+        prompt = tokenizer.apply_chat_template(given[:at], add_generation_prompt=True, return_dict=False)
+        shown = tokenizer.decode(prompt)
+        takes_out = "\n\ngranite" in shown and "</think>" not in shown
+        if history == "template" and takes_out:  # the block, and not its line breaks
+            assert sample.prompt_ids == prompt
+        else:
+            assert sample == same
+    expected = found
     texts = [tokenizer.decode(sample.target_ids) for sample in expected]
     assert all(text.startswith(word) for text, word in zip(texts, ("quartz", "timber", "walnut"), strict=True))
     untrained = [{**headless(m), "train": m["content"] == "pebble"} if m["role"] == "assistant" else m for m in chat]
@@ -341,6 +351,21 @@ def test_the_users_own_markers_count():
             encode_samples(messages, LLAMA, **own)
         assert error.value.reason == reason
         assert encode_samples(messages, LLAMA, **own, accept=reason)
+
+
+@pytest.mark.parametrize("behind", ["<response>", "\n<|answer|>\n"])
+def test_a_block_is_closed_by_the_known_tag_where_the_template_writes_more_behind_it(behind):
+    """Granite's form."""
+    shown = "{% if m.reasoning_content %}<think>{{ m.reasoning_content }}</think>" + behind + "{% endif %}"
+    template = "{% for m in messages %}<a>{{ m.role }} " + shown + "{{ m.content }}</a>{% endfor %}"
+    template += "{% if add_generation_prompt %}<a>assistant {% endif %}"
+    tokenizer = with_template(byte_level(), template, special=["<a>", "</a>"], eos="</a>")
+    [sample] = encode_samples([user("harbour"), answer("<think>\nquartz\n</think>\n\ngranite")], tokenizer)
+    assert tokenizer.decode(sample.target_ids) == f"<think>quartz</think>{behind}granite</a>"
+    for cut_off in ("<think>quartz", "<think>a</think><think>quartz"):
+        with pytest.raises(ConversationError, match="never closes it") as error:
+            encode_samples([user("harbour"), answer(cut_off)], tokenizer)
+        assert error.value.reason == UNCLOSED
 
 
 def test_a_known_tag_with_more_before_it_is_that_tag():

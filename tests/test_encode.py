@@ -330,6 +330,21 @@ def test_a_tokenizer_without_a_template():
         encode(CHAT, small("{% if %}"))
 
 
+class Processor:
+    """Of a model for images and texts: it has a tokenizer, and applies its template."""
+
+    tokenizer = trl_tokenizer("qwen3")
+    apply_chat_template = tokenizer.apply_chat_template
+
+
+@pytest.mark.parametrize("tokenizer", [None, "Qwen/Qwen3-0.6B", Processor()])
+def test_what_is_no_tokenizer_is_named(tokenizer):
+    words = f"tokenizer: expected a tokenizer of transformers, found {type(tokenizer).__name__}; give "
+    for encoded in (encode, lambda messages, tokenizer: fr.EntryEncoder(tokenizer)({"messages": messages})):
+        with pytest.raises(ConversationError, match=words):
+            encoded(SHAPES["chat"], tokenizer)
+
+
 def test_a_tokenizer_without_a_stop_token():
     with pytest.raises(NoStopToken, match="message 1: nothing ends this message"):
         encode(CHAT[:2], small("{% for m in messages %}{{ m.content }}\n{% endfor %}", eos=None))

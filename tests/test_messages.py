@@ -160,6 +160,33 @@ def test_arguments_that_an_object_says_too_are_taken(arguments, written):
     assert written in target([user("harbour"), calling({"name": "f", "arguments": arguments})], QWEN_2_5)
 
 
+@pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity"])
+def test_numbers_that_json_does_not_have_are_refused_in_calls(number):
+    """Python reads and writes them; no reader of calls does."""
+    for arguments in ({"x": [{"y": float(number)}]}, f'{{"x": [{{"y": {number}}}]}}'):
+        made = QWEN.apply_chat_template(
+            [user("harbour"), calling({"name": "f", "arguments": arguments})], tokenize=False
+        )
+        assert number in made.partition("<tool_call>")[2]
+        with pytest.raises(BadMessage, match=r"^message 1: .*arguments have the number"):
+            target([user("harbour"), calling({"name": "f", "arguments": arguments})])
+    assert number in target([user("harbour"), calling({"name": "f", "arguments": {"x": number}})])
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_call_without_content_is_one_whose_content_is_empty(name):
+    """OpenAI's form has content null beside calls. A template that looks for the content is given an empty one."""
+    empty = calling({"name": "search", "arguments": {"key": "granite"}})
+    empty["tool_calls"][0]["id"] = "call00001"
+    if encoder(name).template().argument_form == "string":
+        empty["tool_calls"][0]["function"]["arguments"] = '{"key": "granite"}'
+    result = {"role": "tool", "name": "search", "tool_call_id": "call00001", "content": "pebble"}
+    for behind in ([], [result, answer("meadow")]):
+        for without in ({**empty, "content": None}, {key: empty[key] for key in empty if key != "content"}):
+            found, expected = (outcome([user("harbour"), each, *behind], name) for each in (without, empty))
+            assert found == expected
+
+
 # --- contents
 
 
@@ -277,6 +304,26 @@ def test_of_two_fields_that_are_accepted_the_templates_is_trained(template, fiel
     marked = [user("harbour"), {**messages[1], field: "<think>steel</think>"}]
     with pytest.raises(ConversationError, match="accept marked-reasoning"):  # in the field that is trained
         encode_samples(marked, tokenizer, accept=DOUBLED)
+
+
+@pytest.mark.parametrize("name", ["reasoningContent", "thoughts", "reasoning_details", "Thinking", "cot"])
+def test_reasoning_under_a_name_that_the_template_does_not_know_is_refused(name):
+    """The template writes an empty block for it, as if the answer had none."""
+    said = [{"type": "text", "text": "quartz"}] if name == "reasoning_details" else "quartz"
+    other = [user("harbour"), {**answer("granite"), name: said}]
+    rendered = QWEN.apply_chat_template(other, tokenize=False)
+    assert "quartz" not in rendered
+    assert "<think>\n\n</think>" in rendered
+    with pytest.raises(BadMessage, match=f"message 1: it has reasoning under '{name}'.*give it as reasoning_content"):
+        target(other)
+    assert "quartz" in target([user("harbour"), {**other[1], "reasoning": "quartz"}])
+    assert target([user("harbour"), {**answer("granite"), name: " " if isinstance(said, str) else []}])
+    assert target([user("harbour"), {**other[1], "train": False}, user("lantern"), answer("meadow")])
+    assert target(other, enable_thinking=False) == "granite<|im_end|>"
+    reads = "{% for m in messages %}<a>{{ m.role }}{% if m." + name + " %}<t>{{ m." + name + " }}</t>{% endif %}"
+    reads += "{{ m.content }}</a>{% endfor %}{% if add_generation_prompt %}<a>assistant{% endif %}"
+    tokenizer = with_template(byte_level(), reads, special=["<a>", "</a>"], eos="</a>")
+    assert target(other, tokenizer) == f"<t>{said}</t>granite</a>"
 
 
 # --- roles

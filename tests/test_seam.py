@@ -507,6 +507,63 @@ def test_an_argument_is_not_lost_by_what_other_messages_taught_either():
         with_arguments("{% if v is string %}{{ k }}={{ v }}{% endif %}", messages)
 
 
+@pytest.mark.parametrize(
+    ("how", "n", "written"),
+    [
+        ("{{ k }}={{ v | int }}", 3, "n=3"),
+        ("{{ k }}={{ v | float }}", 3, "n=3.0"),
+        ("{{ k }}={{ '%.2f' | format(v) }}", 3, "n=3.00"),
+        ("{{ k }}={{ '%.3e' | format(v) }}", 0.25, "n=2.500e-01"),
+        ("{{ c.function.arguments.n | int }}", 3, "3"),
+        ("{{ k }}={{ v + 0 }}", -7, "n=-7"),
+        ("{{ k }}={{ [v] | sum }}", 10**20, "n=100000000000000000000"),
+    ],
+)
+def test_numbers_that_a_template_computes_with_come_out(how, n, written):
+    """No mark does, since it is no number."""
+    assert with_arguments(how, calling(("f", {"n": n}))) == [f"<call>f({written})</call></a>"]
+    beside = calling(("f", {"n": n}), text="3 of f")
+    assert with_arguments(how, beside) == [f"3 of f<call>f({written})</call></a>"]
+
+
+@pytest.mark.parametrize("how", ["{{ k }}={{ v | int }}", "{{ k }}={{ v | round(1) }}", "{{ k }}={{ v * 2 }}"])
+def test_a_number_that_a_template_computes_to_another_one_is_refused(how):
+    with pytest.raises(NotRendered, match=r"tool call's argument n=2.25 of this message, or writes it otherwise; say"):
+        with_arguments(how, calling(("f", {"n": 2.25})))
+
+
+BY_ID = NAMED.replace("{{ c.function.name }}(WHAT)", "{{ c.id }}{{ c.function.arguments | tojson }}")
+
+
+def test_a_call_whose_name_stands_in_its_id_is_trained():
+    """Kimi's form: functions.NAME:0."""
+    messages = calling(("search", {"key": "granite"}), ("look", {"key": "quartz"}), text="search granite")
+    for at, name in enumerate(("search", "look")):
+        messages[1]["tool_calls"][at]["id"] = f"functions.{name}:{at}"
+    made = '<call>functions.search:0{"key": "granite"}</call><call>functions.look:1{"key": "quartz"}</call></a>'
+    thought = {**messages[1], "reasoning_content": "search granite, look quartz"}
+    shown = "<a>{% if m.reasoning_content %}<think>{{ m.reasoning_content }}</think>{% endif %}"
+    by_id = template(answered=BY_ID.replace("<a>", shown))
+    assert targets(by_id, messages, TOOLS) == ["search granite" + made]
+    assert targets(by_id, [messages[0], thought], TOOLS) == [
+        "<think>search granite, look quartz</think>search granite" + made
+    ]
+    messages[1]["tool_calls"][1]["id"] = "call_1"
+    with pytest.raises(NotRendered, match="does not render the tool call 'look'"):
+        targets(by_id, messages, TOOLS)
+
+
+@pytest.mark.parametrize("said", ["f x", "f", "x f x", ""])
+def test_a_call_that_is_lost_is_not_found_in_what_is_said_beside_it(said):
+    shown = "<a>{% if m.reasoning_content %}<think>{{ m.reasoning_content }}</think>{% endif %}"
+    messages = calling(("f", {"k": "x"}), text=said)
+    for thought in ({}, {"reasoning_content": "I call f with x"}):
+        for suffix in ("", IN_LAST.replace("WHAT", " /think")):
+            source = template("<u>{{ m.content }}" + suffix + "</u>", shown + "{{ m.content }}</a>")
+            with pytest.raises(NotRendered, match=r"tool call|renders nothing"):
+                targets(source, [messages[0], messages[1] | thought], TOOLS)
+
+
 @pytest.mark.parametrize("form", [dict, str])
 @pytest.mark.parametrize(
     "how",

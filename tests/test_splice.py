@@ -1,5 +1,7 @@
 """Reasoning that the template does not render: where it goes, and where nobody knows."""
 
+from functools import lru_cache
+
 import pytest
 
 from flexreason.chat.encode import Encoder
@@ -18,10 +20,16 @@ def chatml(asked="<|im_start|>assistant\n", said="{{ m.content }}", suffix="", h
     )
 
 
-def target(source, messages, tools=None, plain=("<think>", "</think>"), **options):
+@lru_cache(maxsize=1)
+def encoder_of(source, **options):
+    tokenizer = with_template(byte_level(), source, special=TAGS, plain=("<think>", "</think>"), eos="<|im_end|>")
+    return Encoder(tokenizer, **options)
+
+
+def target(source, messages, tools=None, **options):
     """The last turn's target, behind the prompt of apply_chat_template."""
-    tokenizer = with_template(byte_level(), source, special=TAGS, plain=plain, eos="<|im_end|>")
-    turn = Encoder(tokenizer, **options).encoded(messages, tools).texts[-1]
+    encoder = encoder_of(source, **options)
+    turn, tokenizer = encoder.encoded(messages, tools).texts[-1], encoder.tokenizer
     rendered = tokenizer.apply_chat_template(messages[:-1], tools=tools, add_generation_prompt=True, tokenize=False)
     assert turn.prompt == rendered
     return turn.target.removesuffix("<|im_end|>")
@@ -57,6 +65,15 @@ def test_who_says_where_the_line_break_stands_is_believed(space, suffix):
     assert target(source, WITH, think=think) == f"{space[0]}<t>quartz</t>{space[1]}granite"
     with pytest.raises(NotAligned, match=r"say so with think=\(before, behind\)"):
         target(source, WITH, think=("<t>", "</t>"))
+
+
+@suffixes
+def test_who_says_where_a_space_stands_is_believed(suffix):
+    """Where nobody says it, it is the answer's own, as it is in history."""
+    source = chatml("Assistant:", suffix=suffix, header="Assistant: ")
+    for before, behind in ((" <t>", "</t>"), ("<t>", "</t> ")):
+        assert target(source, WITH, think=(before, behind)) == f"{before}quartz{behind}granite"
+    assert target(source, WITH, think=("<t>", "</t>")) == "<t>quartz</t> granite"
 
 
 @suffixes
@@ -137,6 +154,49 @@ def test_markers_that_are_none_close_nothing(suffix):
     said += "{% for c in m.tool_calls or [] %}<call>{{ c.function | tojson }}</call>{% endfor %}"
     found = target(chatml(said=said, suffix=suffix), [user("harbour"), call(1, "pebble", "quartz")], TOOLS)
     assert found == 'quartz\n\n<call>{"name": "search", "arguments": {"key": "pebble"}}</call>'
+
+
+CALLS = "{% for c in m.tool_calls or [] %}<call>{{ c.function | tojson }}</call>{% endfor %}"
+MADE = '<call>{"name": "search", "arguments": {"key": "pebble"}}</call>'
+
+
+@suffixes
+@pytest.mark.parametrize("closes", ["", "</think>", "<think></think>", "<think>\n\n</think>\n\n"])
+@pytest.mark.parametrize("off", ["</think>", "</think>\n", "<think></think>", "<think>\n\n</think>\n\n"])
+def test_a_closed_block_is_closed_once_whatever_the_prompt_and_the_message_close_it_with(off, closes, suffix):
+    thought = THOUGHT.replace(" %}<think>", " and not m.tool_calls %}<think>").removesuffix("{% endif %}")
+    said = thought + "{% elif loop.last %}" + closes + "{% endif %}{{ m.content }}" + CALLS
+    source = chatml("<|im_start|>assistant\n" + off, said, suffix)
+    beside = {**call(1, "pebble", "quartz"), "content": "meadow"}
+    for message, said in (
+        (answer("granite"), "granite"),
+        (answer("granite", "quartz"), "granite"),
+        (call(1, "pebble"), MADE),
+        (call(1, "pebble", "quartz"), MADE),
+        (beside, "meadow" + MADE),
+    ):
+        found = target(source, [user("harbour"), message], TOOLS)
+        assert found.lstrip("\n") == said  # of both blocks' line breaks, those that both have stand in the prompt
+
+
+@suffixes
+def test_what_a_prompt_has_begun_behind_the_closed_block_is_written_by_the_message_too(suffix):
+    asked = "<|im_start|>assistant\n<think>\n\n</think>\n<answer>\n"
+    source = chatml(asked, "{% if loop.last %}<answer>\n{% endif %}{{ m.content }}", suffix)
+    assert [target(source, chat) for chat in (WITH, WITHOUT)] == ["granite", "granite"]
+    for chat in (WITH, WITHOUT):
+        with pytest.raises(NotAligned, match="neither goes on from the other"):
+            target(chatml(asked, "{{ m.content }}", suffix), chat)
+
+
+@suffixes
+@pytest.mark.parametrize("opens", [False, True])
+def test_what_closes_a_block_before_each_answer_is_not_written_again_behind_reasoning(opens, suffix):
+    asked = "<|im_start|>assistant\n" + ("<think>\n" if opens else "")
+    source = chatml(asked, "</think>{{ m.content }}" + CALLS, suffix)
+    thought = "quartz\n</think>" if opens else "<think>\nquartz\n</think>"
+    assert target(source, WITH) == thought + "granite"
+    assert target(source, [user("harbour"), call(1, "pebble", "quartz")], TOOLS) == thought + MADE
 
 
 # --- what a mark shows, and what it does not

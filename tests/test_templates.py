@@ -17,6 +17,7 @@ from templating import (
     byte_level,
     call,
     in_both_fields,
+    in_parts,
     reference,
     result,
     samples_of,
@@ -166,6 +167,23 @@ def inline(message):
     return {key: value for key, value in message.items() if key != "reasoning_content"} | {
         "content": block + message["content"]
     }
+
+
+@pytest.mark.parametrize("name", [name for name in TRL_TEMPLATES if name.startswith(("idefics3", "llava", "smolvlm"))])
+def test_inline_reasoning_is_taken_out_of_history_where_contents_are_parts_too(name):
+    """A text where parts are wanted comes out as nothing, and two of these are alike."""
+    chat, tokenizer = SHAPES["reasoning chat"], trl_tokenizer(name)
+    bare = in_parts([{key: text for key, text in m.items() if key != "reasoning_content"} for m in chat])
+    given = list(map(inline, chat))
+    given[1]["train"] = False
+    for messages in (given, in_parts(given)):
+        for number, turn in zip((3, 5), encoder(name).encoded(messages).texts, strict=True):
+            before, behind = bare[:number], bare[: number + 1]
+            prompt = tokenizer.apply_chat_template(before, add_generation_prompt=True, tokenize=False)
+            whole = tokenizer.apply_chat_template(behind, tokenize=False)
+            assert turn.prompt == prompt
+            thought = f"<think>\n{chat[number]['reasoning_content']}\n</think>\n\n"
+            assert turn.target == thought + whole.removeprefix(prompt).rstrip()
 
 
 @pytest.mark.parametrize("which", ["reasoning chat", "mixed"])

@@ -21,7 +21,11 @@ from flexreason.chat.render import BadMessage
 
 def parsed(text: str) -> Any:
     """What the JSON of arguments says. An empty text says that there are none."""
-    return json.loads(text or "{}")
+
+    def no_json(name: str) -> None:  # which Python reads all the same
+        raise BadMessage(f"arguments have the number {name}, which JSON has not; give it as text, or leave it out")
+
+    return json.loads(text or "{}", parse_constant=no_json)
 
 
 def in_form(arguments: Any, form: str) -> Any:

@@ -60,13 +60,14 @@ class Before:
             return asks
         return self.asked(self.tails()[0], "")
 
-    def seam(self, known: str, lead: str, marked: Marked, plain: bool) -> Seam:
-        """How much of the lead the prompt holds; its own block of reasoning, open or closed, stands behind that.
+    def seam(self, known: str, lead: str, marked: Marked, plain: bool, block: str = "") -> Seam:
+        """How much of the lead the prompt holds; its own open block of reasoning stands behind that.
 
         Args:
             known: What follows the last text in the prompt.
             lead: What follows it in the rendering of the marked message, up to the first mark.
             plain: Whether the message has no reasoning.
+            block: What the prompt has behind `known`: a closed block of reasoning.
         """
         opening, added, closed = self.template.markers.opening, self.template.added, self.closed
         seam = find_seam(known, lead, closed, opening, added)
@@ -76,7 +77,7 @@ class Before:
             seam = seam and Seam(seam.end, seam.more + known[blocks[0] :])
         if seam is None or not self._is_attribute(seam, lead, closed):
             begun = seam.more.strip() if seam and seam.end == len(lead) else ""
-            seam = self._without_header(known, lead, closed, marked) or (
+            seam = self._without_header(known, lead, closed, marked, block) or (
                 seam if plain and begun and not says_something(begun, added) else None  # a sign opens no block
             )
             if seam is None and begun:
@@ -107,7 +108,7 @@ class Before:
         one_line = not self.template.added.search(attribute) and "\n" not in attribute.strip()
         return not attribute.strip() or (bool(begins) and one_line and says_something(header, self.template.added))
 
-    def _without_header(self, known: str, lead: str, closed: str | None, marked: Marked) -> Seam | None:
+    def _without_header(self, known: str, lead: str, closed: str | None, marked: Marked, block: str) -> Seam | None:
         """The seam where the prompt ends with a header and this message has none, since its turn has already begun.
 
         The same message is rendered behind a user's text, where it has the header. If it goes on behind that header
@@ -124,8 +125,9 @@ class Before:
         if any(text is None or mark not in text for text in texts):
             return None
         ended, asked, answered = (text.rpartition(mark)[2] for text in texts if text is not None)
-        alike = asked == ended + known[len(closed) :] and answered.startswith(asked + lead[len(closed) :] + self.base)
-        return Seam(len(closed)) if alike else None
+        header, begins = ended + known[len(closed) :], lead[len(closed) :] + self.base
+        alike = any(answered.startswith(asked_with + begins) for asked_with in (header, header + block))
+        return Seam(len(closed)) if alike and asked == header + block else None
 
 
 def _appended(message: dict[str, Any], mark: str) -> dict[str, Any]:

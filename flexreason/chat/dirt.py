@@ -18,9 +18,9 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from flexreason.chat.ending import Endings
+from flexreason.chat.markers import KNOWN_MARKERS, Markers
 from flexreason.chat.messages import CLOSE, OPEN, REASONING_FIELDS, Message
 from flexreason.chat.render import ConversationError
-from flexreason.chat.template import KNOWN_MARKERS, Markers
 from flexreason.talk.nearest import did_you_mean
 
 Pair = tuple[str, str]
@@ -123,11 +123,11 @@ def unopened(text: str, pairs: Sequence[Pair]) -> Pair | None:
 def _past_blocks(text: str, pairs: Sequence[Pair]) -> tuple[str, Pair | None]:
     """What stands behind the blocks that a text begins with, and the pair of one that does not end."""
     rest = text.lstrip()
-    while pair := next((pair for pair in pairs if rest.startswith(pair[0])), None):
-        _, closed, behind = rest[len(pair[0]) :].partition(pair[1])
-        if not closed:
-            return rest, pair
-        rest = behind.lstrip()
+    while opened := [pair for pair in pairs if rest.startswith(pair[0])]:
+        parts = [rest[len(opening) :].partition(closing) for opening, closing in opened]
+        if not (behind := [text for _, closed, text in parts if closed]):
+            return rest, opened[0]
+        rest = max(behind, key=len).lstrip()
     return rest, None
 
 

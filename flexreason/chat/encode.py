@@ -192,9 +192,11 @@ class Encoder:
                     if dirt.opened_by(prompt, end, half) and not (asked and prompt.rstrip().endswith(asked)):
                         message = dirt.with_reasoning_before(message, half[1])
                 one = left_out.with_one_reasoning(message)
-                if number in trained and (found := list(dirt.find(message, one, number, pairs, endings))):
-                    dirty[number] = next((error for error in found if error.reason not in self.accept), found[0])
-                message = one if number in trained else message
+                if number in trained:
+                    left_out.check_reasoning(message, number)
+                    if found := list(dirt.find(message, one, number, pairs, endings)):
+                        dirty[number] = next((error for error in found if error.reason not in self.accept), found[0])
+                    message = one
             with blaming(number):
                 in_form.append(template.in_form(message))
         dirt.refuse(dirty, self.accept)
@@ -297,6 +299,11 @@ KEPT = 8
 
 def encoder_of(tokenizer: Any, **options: Any) -> Encoder:
     """The encoder for a tokenizer as it is now, kept from call to call."""
+    if not hasattr(tokenizer, "added_tokens_decoder"):
+        raise ConversationError(
+            f"tokenizer: expected a tokenizer of transformers, found {type(tokenizer).__name__}; give "
+            "AutoTokenizer.from_pretrained(...), or of a processor its tokenizer"
+        )
     tokens = str(tokenizer.added_tokens_decoder), str(tokenizer.special_tokens_map), len(tokenizer)
     now = (str(getattr(tokenizer, "chat_template", None)), *tokens)
     key = (id(tokenizer), now, repr(sorted(options.items())))  # the encoder holds the tokenizer: its id stays its own

@@ -1,4 +1,5 @@
-"""What a template leaves out of messages: all messages of some role, or one of two reasoning fields.
+"""What a template leaves out of messages: all messages of some role, one of two reasoning fields, or reasoning that
+stands under another name.
 
 Inference leaves out the same, so the samples are right. But people should know it: perhaps they did not mean it.
 """
@@ -7,12 +8,20 @@ from collections.abc import Iterable
 from functools import cache
 from typing import Any
 
-from flexreason.chat.messages import Message
+from flexreason.chat.messages import REASONING_FIELDS, Message
 from flexreason.chat.probes import AGAIN, ANSWER, MARK, THOUGHT, USER, assistant, calling, tool, user
+from flexreason.chat.render import BadMessage
 from flexreason.chat.template import Template
+from flexreason.talk.nearest import misspelt
 
 OF_CALLS = ("tool", "function", "ipython")
 """Roles of results, which stand behind a call."""
+
+AS_REASONING = (
+    "chain_of_thought", "cot", "rationale", "reasoning_details", "reasoning_text", "reasoning_trace", "think",
+    "thinking_blocks", "thinking_content", "thought", "thoughts",
+)  # fmt: skip
+"""What reasoning is called elsewhere."""
 
 
 class LeftOut:
@@ -39,6 +48,19 @@ class LeftOut:
         field = self._field(message.fields)
         return message.without(*(name for name in message.fields if field and name != field))
 
+    def check_reasoning(self, message: Message, number: int) -> None:
+        """Raise where a message has its reasoning under a name only that the template does not know."""
+        if message.reasoning.strip() or self.template.markers.closed_by(self.template.prompt_end):
+            return
+        for key, value in message.as_dict.items():
+            says_something = value.strip() if isinstance(value, str) else value
+            if says_something and _is_for_reasoning(str(key)) and str(key) not in self.template.render.source:
+                raise BadMessage(
+                    f"it has reasoning under {key!r}, where the chat template does not look, so that an answer without "
+                    f"any would be trained; give it as {REASONING_FIELDS[0]}, or leave it out",
+                    number,
+                )
+
     def _probe_role(self, role: str, begins: bool) -> bool:
         """Whether nothing comes out of a message of this role, at the beginning or later. Where the template raises,
         nobody knows."""
@@ -63,3 +85,8 @@ class LeftOut:
 
     def _call(self) -> dict[str, Any]:
         return calling("string" if self.template.argument_form == "string" else "object")
+
+
+@cache
+def _is_for_reasoning(key: str) -> bool:
+    return key in AS_REASONING or bool(misspelt(key, REASONING_FIELDS))

@@ -36,13 +36,13 @@ def new_base(texts: Iterable[str]) -> str:
     return next(base for base in bases if not any(base in text for text in texts))
 
 
-def mark(message: Message, base: str, names: bool = True, calls: bool = True) -> Marked:
+def mark(message: Message, base: str, names: bool = True, arguments: bool = True) -> Marked:
     """Put marks for a message's texts. A content that is empty is marked, but need not come out.
 
-    Without `names`, the called functions keep theirs; without `calls`, they keep their arguments too.
+    Without `names`, the called functions keep theirs; without `arguments`, they keep these.
     """
     marks, wanted = {}, []
-    functions = message.functions if calls else []
+    functions = message.functions if names or arguments else []
     if message.reasoning.strip():
         marks["r"] = base + "r"
         wanted.append("r")
@@ -57,10 +57,10 @@ def mark(message: Message, base: str, names: bool = True, calls: bool = True) ->
             marks[f"n{n}"] = f"{base}n{n}x"
             wanted.append(f"n{n}")
             named[-1] = {**function, "name": marks[f"n{n}"]}
-        if "arguments" in function:
+        if arguments and "arguments" in function:
             named[-1] = {**named[-1], "arguments": marked_arguments(function["arguments"], f"{base}v{n}x")}
     for n, function in enumerate(functions):
-        if _has_arguments(function):
+        if arguments and _has_arguments(function):
             marks[f"v{n}"] = f"{base}v{n}x"
             wanted.append(f"v{n}")
     return Marked((marked.with_functions(named) if functions else marked).as_dict, marks, wanted)

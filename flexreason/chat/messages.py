@@ -11,7 +11,7 @@ from typing import Any
 
 from flexreason.chat.arguments import in_form, parsed
 from flexreason.chat.render import BadMessage
-from flexreason.chat.writable import kind_without_json, why_unwritable
+from flexreason.chat.writable import kind_without_json, number_without_json, why_unwritable
 from flexreason.talk.nearest import did_you_mean, misspelt
 
 REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
@@ -262,6 +262,8 @@ def _checked_calls(number: int, calls: Any) -> list[Any]:
         if isinstance(arguments, str):
             try:
                 arguments = parsed(arguments)
+            except BadMessage as error:
+                raise BadMessage(error.text, number) from error
             except json.JSONDecodeError as error:
                 words = f"arguments are no JSON: {json_words(error)}; give them as an object"
                 raise BadMessage(f"tool_calls[{at}]: {words}", number) from error
@@ -273,6 +275,9 @@ def _checked_calls(number: int, calls: Any) -> list[Any]:
         if arguments is not None and not isinstance(arguments, dict):
             kind = type(arguments).__name__
             raise BadMessage(f"tool_calls[{at}]: expected arguments as an object or its JSON, found {kind}", number)
+        if no_number := number_without_json(function.get("arguments")):
+            words = f"arguments have the number {no_number}, which JSON has not"
+            raise BadMessage(f"tool_calls[{at}]: {words}; give it as text, or leave it out", number)
         if kind := kind_without_json(function):
             words = f"it has a value of the type {kind}, which JSON has not"
             raise BadMessage(f"tool_calls[{at}]: {words}; give it as text or a number", number)

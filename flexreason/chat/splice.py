@@ -6,12 +6,13 @@ Where it goes is seen in what the prompt ends with, and in what the template wri
     <bot>                   (nothing)               <think>, reasoning, </think>, the message
     <bot><think>            (nothing)               reasoning, </think>, the message
     <bot>                   <think></think>         the same as above: the empty block is filled
+    <bot>                   </think>                the same: what closes a block stands there already
     <bot>                   a line break            unknown: it may stand before the reasoning or behind it
     <bot><think>Okay,       (nothing)               unknown: the prompt has begun the reasoning
 """
 
+from flexreason.chat.markers import Markers
 from flexreason.chat.render import ALONE, NotAligned
-from flexreason.chat.template import Markers
 
 
 def splice(
@@ -22,7 +23,7 @@ def splice(
     Args:
         asked: What the prompt ends with, from its header on.
         lead: What the template writes behind the prompt and before the message's first text.
-        blank: The line breaks at its beginning, which may belong to the header.
+        blank: The white space at its beginning, which may belong to the header.
         body: All that it writes behind the prompt, without the reasoning.
     """
     opened = markers.opened_by(asked)
@@ -33,8 +34,9 @@ def splice(
             f"reasoning behind that; say where reasoning begins with think=(before, behind),{ALONE[1:]}",
             number,
         )
-    if markers.closing and markers.closing in lead and (opened or markers.around(lead)):
-        begins, ends = lead.find(markers.opening), lead.find(markers.closing)
+    if markers.closing and markers.closing in lead:
+        ends = lead.find(markers.closing)
+        begins = lead.find(markers.opening) if markers.around(lead) else ends
         head = markers.rest_of_open(asked) if opened else lead[:begins] + markers.open
         text = f"{head}{reasoning}{markers.close.rstrip()}"
         return text + body[ends + len(markers.closing) :], len(text)

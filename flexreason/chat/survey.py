@@ -22,7 +22,8 @@ no second rendering is needed.
 from typing import Any
 
 from flexreason.chat.before import Before
-from flexreason.chat.calls import lost_call
+from flexreason.chat.calls import behind_content, lost_call
+from flexreason.chat.closed import behind_closed_block
 from flexreason.chat.ending import Endings, Stop
 from flexreason.chat.marks import Marked, joined, mark, new_base, stands_for, texts_between_marks
 from flexreason.chat.messages import REASONING_FIELDS, Message
@@ -40,7 +41,10 @@ from flexreason.chat.seam import find_seam
 from flexreason.chat.splice import splice
 from flexreason.chat.template import Template
 from flexreason.chat.texts import common_suffix, places_of
-from flexreason.chat.turns import Pattern, Turn
+from flexreason.chat.turns import Pattern, Turn, learned
+
+WAYS: tuple[dict[str, bool], ...] = ({}, {"names": False}, {"arguments": False}, {"names": False, "arguments": False})
+"""Ways to mark calls: a template may know names, leave them to the ids of calls, or compute with arguments."""
 
 
 class Turns:
@@ -97,8 +101,14 @@ class _Survey:
     def turn(self) -> Turn:
         """The turn, with all calls of the message in it, and nothing behind what stops generation."""
         turn = self._seen()
-        if what := lost_call(self.message.functions, self._calls_of(turn)):
-            raise NotRendered(f"the chat template does not render the {what} of this message{ALONE}", self.number)
+        functions, said = self.message.functions, turn.target[turn.response :]
+        if self.reasoning and turn.how == "rendered" and not turn.response:
+            said = said.partition(self.reasoning.strip())[2] or said
+        if what := lost_call(functions, behind_content(functions, self.response.strip(), said)):
+            raise NotRendered(
+                f"the chat template does not render the {what} of this message, or writes it otherwise{ALONE}",
+                self.number,
+            )
         self._check_stops(turn)
         return turn
 
@@ -117,14 +127,6 @@ class _Survey:
                     self.number,
                 )
 
-    def _calls_of(self, turn: Turn) -> str:
-        """The part of a target in which its calls stand. Reasoning, and content before the calls, are left out, since
-        they may name the same values."""
-        text, content = turn.target[turn.response :], self.response.strip()
-        names = [text.find(function["name"]) for function in self.message.functions[:1]]
-        before = content and names and 0 <= text.find(content) < names[0]
-        return text.partition(content)[2] if before else text
-
     def _seen(self) -> Turn:
         marked, shown = self._marked()
         if shown.startswith(self.prompt) and self.whole.startswith(self.prompt):
@@ -142,13 +144,25 @@ class _Survey:
     def _marked(self) -> tuple[Marked, str]:
         """The message with marks that leave its rendering as it is but for their places, and that rendering."""
         texts = {"r": self.reasoning, "c": self.message.response}
-        ways = ({}, {"names": False}, {"calls": False}) if self.message.functions else ({},)
-        for way in ways:  # the template may know names, or look into arguments
+        first = None
+        for way in WAYS if self.message.functions else WAYS[:1]:
             marked = mark(self.message, self.base, **way)
             shown = self.render.attempt([*self.messages, marked.message], False)
             if shown is not None and stands_for(marked, shown, texts, self.whole):
-                return marked, shown
-        return self._with_texts()
+                first = first or (marked, shown)
+                if self._shows_calls(marked, shown):
+                    return marked, shown
+        return first or self._with_texts()
+
+    def _shows_calls(self, marked: Marked, shown: str) -> bool:
+        """Whether all marks in the calls come out; where there are none, whether any comes out, and the calls change
+        what is rendered."""
+        in_calls = [text for slot, text in marked.marks.items() if slot[0] in "nv"]
+        if in_calls or not self.message.functions:
+            return all(text in shown for text in in_calls)
+        bare = self.message.without("tool_calls").as_dict
+        seen = any(text in shown for text in marked.marks.values())
+        return seen and self.render.attempt([*self.messages, bare], False) != self.whole
 
     def _with_texts(self) -> tuple[Marked, str]:
         """The message with a mark before and a mark behind each of its texts, and its rendering.
@@ -198,7 +212,7 @@ class _Survey:
             if self.reasoning and "r" in missing:
                 return self._splice(self.before.behind_text(ahead), shown[:first], body)
             if not missing and not (set(marked.marks) - set(marked.wanted)):
-                self._learn(marked, places, shown, whole, kept, stop)
+                self.pattern = learned(self.message, marked, places, shown, whole, kept, stop)
             return Turn(self.prompt, body, self._response(marked, places, shown, body), "rendered")
         lead = shown[:first]
         markers = self.template.markers
@@ -210,6 +224,9 @@ class _Survey:
             return self._thinking_off(known)
         if not (marked.wanted or whole.startswith(lead)):  # a mark in an empty content may make another header
             raise self.before.no_seam(known, lead)
+        if off:
+            rest = behind_closed_block(self.before, known, asked, lead, marked, body)
+            return Turn(self.prompt, rest, 0, "thinking off" if self.reasoning else "rendered")
         seam = self.before.seam(known, lead, marked, plain=not self.reasoning)
         rest = body[seam.end :]
         if inside and markers.opening in seam.more:  # both open the block, behind a header that ends otherwise
@@ -219,12 +236,8 @@ class _Survey:
             rest = body[own + len(begun) :]
         elif inside and seam.more and not seam.more.strip():
             raise self.before.no_seam(known, lead)
-        if off and markers.around(lead):  # both close an empty block, and need not do so with the same white space
-            behind = known[known.rfind(markers.closing) :]
-            rest = body[lead.rfind(markers.closing) :]
-            rest = rest[len(self.template.shared(behind, rest)) :]
-        if inside or off or not (self.reasoning or opened):
-            return Turn(self.prompt, rest, 0, "thinking off" if off and self.reasoning else "rendered")
+        if inside or not (self.reasoning or opened):
+            return Turn(self.prompt, rest, 0, "rendered")
         between = lead[seam.end :]
         if opened and not self.reasoning and markers.closing in between:  # an empty block, which the prompt has begun
             own = between.find(markers.opening)
@@ -255,8 +268,9 @@ class _Survey:
         markers = self.template.markers
         if self.message.functions:
             lead = self.template.shared(lead, self.template.begins)
-        header = lead.partition(markers.opening)[0] if markers.opening else lead
-        return header.removesuffix(markers.begins)
+        for marker in filter(None, (markers.opening, markers.closing)):
+            lead = lead.partition(marker)[0]
+        return lead.removesuffix(markers.begins)
 
     def _splice(self, asked: str, lead: str, body: str) -> Turn:
         """Reasoning put in by hand, behind all of the header. A token by itself begins the response."""
@@ -274,7 +288,8 @@ class _Survey:
                 self.number,
             )
         blank = header[: len(header) - len(header.lstrip())]
-        blank = blank if "\n" in blank else ""  # a space is the next word's own, for most tokenizers
+        said = markers.origin == "option" and (markers.open.startswith(blank) or markers.close.endswith(blank))
+        blank = blank if "\n" in blank or said else ""  # a space is the next word's own, for most tokenizers
         text, response = splice(markers, asked, lead, blank, body, self.reasoning, self.number)
         return Turn(self.prompt, text, response, "spliced")
 
@@ -314,28 +329,14 @@ class _Survey:
         turn = _Survey(self.endings, self.render, self.messages, bare, self.number, self.prompt, whole).turn()
         return Turn(turn.prompt, turn.target, turn.response, "thinking off")
 
-    def _learn(self, marked: Marked, places: dict[str, int], shown: str, whole: str, kept: int, stop: Stop) -> None:
-        """Keep what stands around the slots as the pattern, where it shows all of them in order and how it ends."""
-        slots = [slot for slot in marked.marks if slot in ("r", "c", "n0")]
-        marks = {slot: marked.marks[slot] for slot in slots}
-        order = [places[slot] for slot in marks]
-        if order != sorted(order) or (self.message.functions and "n0" not in marks):
-            return
-        last = max(at + len(marked.marks[slot]) for slot, at in places.items())
-        tail = shown[last:]
-        if any(mark in tail for mark in marked.marks.values()) or not whole.endswith(tail) or kept > len(tail):
-            return
-        begin = kept if stop.appended else kept - len(stop.text)
-        until = places["n0"] + len(marks["n0"]) if self.message.functions else last + begin
-        self.pattern = Pattern(shown[:until], marks, tail[begin:], kept - begin, stop)
-
     def _response(self, marked: Marked, places: dict[str, int], shown: str, body: str) -> int:
         """Where the response begins in the target, for roles only."""
         if places.get("r", -1) < 0:
             return 0
         behind = places["r"] + len(marked.marks["r"])
-        following = [at for slot, at in places.items() if slot != "r" and at >= behind]
-        between = min(following) - behind if following else 0
+        following = [at for slot, at in places.items() if slot in ("c", "n0") and at >= behind]
+        closes = len(self.template.markers.close) if shown.startswith(self.template.markers.close, behind) else 0
+        between = min(following) - behind if following else closes
         text, lead = self.reasoning.strip(), shown[: places["r"]]
         at = body.find(text, len(lead) if body.startswith(lead) else 0)
         return min(len(body), max(0, at) + len(text) + between)

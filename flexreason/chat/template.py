@@ -2,64 +2,16 @@
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
-from flexreason.chat.messages import REASONING_FIELDS, Message, take_apart
+from flexreason.chat.markers import KNOWN_MARKERS, Markers
+from flexreason.chat.messages import CLOSE, OPEN, REASONING_FIELDS, Message, take_apart
 from flexreason.chat.probes import AGAIN, ANSWER, STORED, SYSTEM, THOUGHT, USER, assistant, calling, part, tool, user
 from flexreason.chat.render import Messages, Renderer
 from flexreason.chat.seam import find_seam, first_part
 from flexreason.chat.texts import common_prefix
-
-KNOWN_MARKERS = (
-    ("<think>", "</think>"),
-    ("<|START_THINKING|>", "<|END_THINKING|>"),
-    ("[THINK]", "[/THINK]"),
-    ("<thinking>", "</thinking>"),
-    ("<reasoning>", "</reasoning>"),
-)
-"""Pairs that surround reasoning, tried where a template does not show its own by rendering a reasoning field."""
-
-
-@dataclass(frozen=True)
-class Markers:
-    """What stands before reasoning, and between reasoning and response."""
-
-    open: str
-    close: str
-    origin: str  # "template", "vocabulary", "option" or "text"
-    begins: str = ""  # what an answer begins with behind them, and without them too
-
-    @property
-    def opening(self) -> str:
-        return self.open.strip()
-
-    @property
-    def closing(self) -> str:
-        return self.close.strip()
-
-    def opened_by(self, text: str) -> bool:
-        """Whether a prompt that ends with `text` leaves a reasoning block open."""
-        closed = text.rfind(self.closing) if self.closing else -1
-        return bool(self.opening) and text.rfind(self.opening) > closed
-
-    def around(self, text: str) -> bool:
-        """Whether a text holds a reasoning block, empty or not."""
-        return bool(self.opening) and 0 <= text.find(self.opening) < text.find(self.closing)
-
-    def block(self, text: str) -> bool:
-        """Whether a text is an opened block of reasoning, or a closed one without any."""
-        left = text.strip().removeprefix(self.opening).strip()
-        return bool(self.opening) and text.strip().startswith(self.opening) and left in ("", self.closing)
-
-    def closed_by(self, text: str) -> bool:
-        return bool(self.closing) and text.rfind(self.closing) > text.rfind(self.opening)
-
-    def rest_of_open(self, prompt: str) -> str:
-        """What of `open` a prompt that has opened the block has not written yet."""
-        written = prompt[prompt.rfind(self.opening) :]
-        return self.open.lstrip()[len(written) :] if self.open.lstrip().startswith(written) else ""
 
 
 class Template:
@@ -69,7 +21,7 @@ class Template:
         tokenizer = render.tokenizer
         self.render, self.think = render, think
         self._content_forms: dict[str, str] = {}
-        self._takes_out: dict[bool, bool] = {}
+        self._takes_out: dict[tuple[bool, str], bool] = {}
         self.eos, self.bos = tokenizer.eos_token, tokenizer.bos_token
         added = tokenizer.added_tokens_decoder.values()
         self.special = _any_of([*(str(t.content) for t in added if t.special), *tokenizer.all_special_tokens])
@@ -84,6 +36,14 @@ class Template:
         return text
 
     # --- which form of a message the template takes
+
+    @cached_property
+    def calls_need_content(self) -> bool:
+        """Whether a call raises that has no content, and one whose content is empty does not."""
+        form = "string" if self.argument_form == "string" else "object"
+        asked, empty = self.take([user(USER), calling(form)])
+        without = {key: value for key, value in empty.items() if key != "content"}
+        return self.probe([asked, without]) is None and self.probe([asked, empty]) is not None
 
     def content_form(self, role: str) -> str:
         """ "any", "string" or "parts": which contents of this role come out as their texts. Where nothing does, that of
@@ -162,11 +122,13 @@ class Template:
     @cached_property
     def splits_inline(self) -> bool:
         """Whether inline reasoning comes out just as a reasoning field does, in every place."""
-        inline = assistant(f"<think>\n{THOUGHT}\n</think>\n\n{ANSWER}")
+        inline = assistant(f"{OPEN}\n{THOUGHT}\n{CLOSE}\n\n{ANSWER}")
         field = assistant(ANSWER, **{(self.fields or REASONING_FIELDS)[0]: THOUGHT})
-        for around in ([user(USER), None], [user(USER), None, user(AGAIN)], [user(USER), None, user(AGAIN), None]):
-            texts = [self.probe([m or form for m in around]) for form in (inline, field)]
-            if texts[0] != texts[1] or texts[0] is None:
+        [asked, again] = self.take([user(USER), user(AGAIN)])
+        forms = [self._in_forms(take_apart(message)).as_dict for message in (inline, field)]
+        for around in ([asked, None], [asked, None, again], [asked, None, again, None]):
+            texts = [self.probe([message or form for message in around]) or "" for form in forms]
+            if texts[0] != texts[1] or ANSWER not in texts[0]:
                 return False
         return True
 
@@ -253,9 +215,11 @@ class Template:
             plain: What stands before an answer without reasoning, and `header`, before the opening marker.
         """
         begins = plain.removeprefix(header) if plain.startswith(header) else ""
-        if opening and opening in begins:  # an empty block of it, and what closes that
-            closing = next((closing for known, closing in KNOWN_MARKERS if known in opening), "")
-            begins = begins.partition(closing)[2].lstrip() if closing else ""
+        closing = next((closing for known, closing in KNOWN_MARKERS if known in opening), "")
+        if closing and closing in begins:  # an empty block, or what closes it
+            begins = begins.partition(closing)[2].lstrip()
+        elif opening and opening in begins:
+            begins = ""
         rest = close.removesuffix(begins)
         own = begins.strip() and rest != close and rest.strip() and not header.endswith(rest.strip())
         return (rest, begins) if own else (close, "")
@@ -289,19 +253,24 @@ class Template:
 
     def in_history(self, given: Message, message: Message) -> Message:
         """A message, in the form that the template takes, as the prompts of later turns have it: with inline reasoning
-        as it was given, where the template takes that out of history itself and leaves its line breaks."""
-        if not given.inline or message.inline or not isinstance(given.as_dict["content"], str):
+        as it was given, where the template takes that out of history itself and leaves its line breaks. Where a prompt
+        had opened the block, it was given without its opening tag."""
+        opened = bool(message.fields and not given.fields and CLOSE in given.text) and not given.inline
+        if not (given.inline or opened) or message.inline or not isinstance(given.as_dict["content"], str):
             return message
-        takes_out = self._takes_inline_out(bool(given.functions))
-        return self._in_forms(message.without_reasoning().changed(content=given.text)) if takes_out else message
+        takes_out = self._takes_inline_out(bool(given.functions), "" if opened else f"{OPEN}\n")
+        if not takes_out:
+            return message
+        taken = self._in_forms(message.without_reasoning().changed(content=given.text))
+        return replace(taken, reasoning=message.reasoning, response=message.response, inline=True)
 
-    def _takes_inline_out(self, calls: bool) -> bool:
+    def _takes_inline_out(self, calls: bool, opening: str) -> bool:
         """Whether inline reasoning of an answer, or of one with calls, is left out in history as a field's is, but for
         white space."""
-        if calls not in self._takes_out:
+        if (calls, opening) not in self._takes_out:
             form = "string" if self.argument_form == "string" else "object"
             answered = calling(form, value=AGAIN, content=ANSWER) if calls else assistant(ANSWER)
-            inline = {**answered, "content": f"<think>\n{THOUGHT}\n</think>\n\n{ANSWER}"}
+            inline = {**answered, "content": f"{opening}{THOUGHT}\n{CLOSE}\n\n{ANSWER}"}
             field = {**answered, (self.fields or REASONING_FIELDS)[0]: THOUGHT}
             more = [tool(""), assistant("x"), user(USER)] if calls else [user(USER), assistant("x"), user(USER)]
             found = []
@@ -310,8 +279,8 @@ class Template:
                 shown = [self.probe([*self.take([user(USER)]), text, *self.take(behind)], True) or "" for text in texts]
                 alike = len({re.sub(r"\s", "", text) for text in shown}) == 1
                 found.append(alike and ANSWER in shown[0] and THOUGHT not in shown[0])
-            self._takes_out[calls] = all(found)
-        return self._takes_out[calls]
+            self._takes_out[calls, opening] = all(found)
+        return self._takes_out[calls, opening]
 
     def in_form(self, message: Message) -> Message:
         """The message in the forms that the template takes, changed only where it would come out wrong."""
@@ -321,6 +290,8 @@ class Template:
 
     def _in_forms(self, message: Message) -> Message:
         """The same, but inline reasoning stays inline."""
+        if message.functions and "content" not in message.as_dict and self.calls_need_content:
+            message = message.changed(content="")
         if message.functions and self.argument_form in ("object", "string"):
             message = message.with_arguments(self.argument_form)
         if message.fields and self.fields and not set(message.fields) & set(self.fields):

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from flexreason.chat.calls import lost_call
 from flexreason.chat.ending import Stop
+from flexreason.chat.marks import Marked
 from flexreason.chat.messages import Message
 from flexreason.chat.texts import places_of
 
@@ -53,3 +54,26 @@ class Pattern:
         marks = [mark for _, _, mark in places]
         behind = marks.index(self.marks["r"]) + 1 if "r" in self.marks else len(marks)
         return places[behind][0] if behind < len(places) else 0
+
+
+def learned(
+    message: Message, marked: Marked, places: dict[str, int], shown: str, whole: str, kept: int, stop: Stop
+) -> Pattern | None:
+    """What stands around the slots as a pattern, where a rendering shows all of them in order and how it ends.
+
+    Args:
+        places: Where the marks stand in what is shown behind the prompt; `whole` is the same of the message itself.
+        kept: How many characters of what the message ends with belong to it.
+    """
+    slots = [slot for slot in marked.marks if slot in ("r", "c", "n0")]
+    marks = {slot: marked.marks[slot] for slot in slots}
+    order = [places[slot] for slot in marks]
+    if order != sorted(order) or (message.functions and "n0" not in marks):
+        return None
+    last = max(at + len(marked.marks[slot]) for slot, at in places.items())
+    tail = shown[last:]
+    if any(mark in tail for mark in marked.marks.values()) or not whole.endswith(tail) or kept > len(tail):
+        return None
+    begin = kept if stop.appended else kept - len(stop.text)
+    until = places["n0"] + len(marks["n0"]) if message.functions else last + begin
+    return Pattern(shown[:until], marks, tail[begin:], kept - begin, stop)

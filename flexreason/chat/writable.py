@@ -3,6 +3,7 @@
 Such values are made by models that repeat themselves, and by texts that were cut at a length.
 """
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -36,6 +37,15 @@ def kind_without_json(value: Any) -> str:
     """
     plain = dict | list | tuple | str | int | float | None
     return next((type(one).__name__ for one, _ in _all_in(value) if not isinstance(one, plain)), "")
+
+
+def number_without_json(value: Any) -> str:
+    """A number in it that JSON cannot write, empty where there is none.
+
+    >>> number_without_json({"n": [1, 0.5]}), number_without_json({"n": float("nan")})
+    ('', 'nan')
+    """
+    return next((str(one) for one, _ in _all_in(value) if isinstance(one, float) and not math.isfinite(one)), "")
 
 
 def half_character(text: str) -> int | None:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from flexreason.chat.messages import json_words
+from flexreason.chat.writable import half_character
 from flexreason.data.folders import DEFAULT_SPLIT, PACKED, check_split, files_of
 from flexreason.data.formats import FORMATS, TURNS, BadInput, Conversation, as_conversation, as_sample, detect
 from flexreason.data.sharegpt import NO_JSON
@@ -168,7 +169,7 @@ def _from_file(path: Path) -> Iterator[tuple[str, Any]]:
         yield from _rows(data, f"{path}, row")
         return
     try:
-        with path.open(encoding="utf-8-sig") as file:
+        with path.open(encoding="utf-8-sig", errors="surrogateescape") as file:
             if path.suffix.lower() == ".json" and (whole := _json_document(path)) is not None:
                 for number, entry in enumerate(whole):
                     yield f"{path}, entry {number}", entry
@@ -177,6 +178,9 @@ def _from_file(path: Path) -> Iterator[tuple[str, Any]]:
                 if not line.strip():
                     continue
                 where = f"{path}, line {number}"
+                if error := _no_utf8(line, where):
+                    yield where, error
+                    continue
                 try:
                     yield where, json.loads(line.strip())
                 except NO_JSON as error:
@@ -184,8 +188,18 @@ def _from_file(path: Path) -> Iterator[tuple[str, Any]]:
                         where,
                         BadInput(f"{where}: no JSON: {json_words(error)}; mend the line, or use --skip-invalid"),
                     )
-    except (OSError, UnicodeDecodeError) as error:
-        raise BadInput(f"{path}: cannot be read: {error}; expected JSON in UTF-8 that you may read") from error
+    except OSError as error:
+        raise BadInput(f"{path}: cannot be read: {error}; expected JSON that you may read") from error
+
+
+def _no_utf8(text: str, where: str) -> BadInput | None:
+    """What is wrong with a text that was read with "surrogateescape", which writes half a character for a bad byte."""
+    if (at := half_character(text)) is None:
+        return None
+    byte = text[at].encode(errors="surrogateescape").hex()
+    return BadInput(
+        f"{where}: no UTF-8: the byte {byte} at character {at + 1}; save the file as UTF-8, or use --skip-invalid"
+    )
 
 
 def _check_parquet(path: Path) -> None:
@@ -201,21 +215,27 @@ def _check_parquet(path: Path) -> None:
 
 def _json_document(path: Path) -> list[Any] | None:
     """The entries of a file that is one JSON document; None where it is JSON line by line."""
-    text = path.read_text(encoding="utf-8-sig")
+    text = path.read_text(encoding="utf-8-sig", errors="surrogateescape")
     if not text.strip():
         return []
+    lines = (_no_utf8(line, f"{path}, line {number}") for number, line in enumerate(text.split("\n"), start=1))
+    bad = None if half_character(text) is None else next(filter(None, lines))
     try:
         whole = json.loads(text)
     except NO_JSON as error:
         try:
             json.loads(text.lstrip().partition("\n")[0])  # other ends of lines may stand in a text
         except json.JSONDecodeError:
+            if bad:
+                raise bad from error
             at = f", line {error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
             words = f"{error.msg} at character {error.colno}" if isinstance(error, json.JSONDecodeError) else error
             raise BadInput(f"{path}{at}: no JSON: {words}; mend it there, or use one entry a line") from error
         except NO_JSON:
             pass  # it will be told where the lines are read
         return None
+    if bad:
+        raise bad
     if isinstance(whole, dict) and not _is_entry(whole):
         whole = next((whole[key] for key in ("data", "rows") if key in whole), whole)
     if isinstance(whole, list) and whole and isinstance(whole[0], dict) and ("role" in whole[0] or "from" in whole[0]):
