@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from transformers import get_cosine_schedule_with_warmup
 
 import flexreason as fr
@@ -64,13 +65,9 @@ def sample_by_sample(model: nn.Module, layouts: Sequence[fr.Layout]) -> float:
 
 def _padded(samples: Sequence[fr.Sample]) -> tuple[Tensor, Tensor]:
     """Ids and labels [B, S]; labels of prompts and padding are ignored."""
-    ids = torch.zeros(len(samples), max(map(len, samples)), dtype=torch.int64)
-    labels = torch.full_like(ids, -100)
-    for number, sample in enumerate(samples):
-        length, n_prompt = len(sample), len(sample.prompt_ids)
-        ids[number, :length] = torch.tensor([*sample.prompt_ids, *sample.target_ids])
-        labels[number, n_prompt:length] = ids[number, n_prompt:length]
-    return ids, labels
+    ids = [torch.tensor([*sample.prompt_ids, *sample.target_ids]) for sample in samples]
+    labels = [torch.tensor([*[-100] * len(sample.prompt_ids), *sample.target_ids]) for sample in samples]
+    return pad_sequence(ids, batch_first=True), pad_sequence(labels, batch_first=True, padding_value=-100)
 
 
 SINGLE_PASS = Way("single pass", "all samples of a conversation as one tree", one_row)

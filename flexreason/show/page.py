@@ -11,6 +11,7 @@ import json
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
+from string import Template
 from typing import Any
 
 import numpy as np
@@ -42,12 +43,7 @@ def fill(title: str, body: str, data: Any, script: str, more_style: str = "") ->
         "data": in_script.encode("utf-8", "replace").decode(),  # a lone surrogate cannot be written
         "script": script,
     }
-    frame = (HERE / "page.html").read_text()
-    pieces = [frame]
-    for name, text in parts.items():  # one after the other, so that no text is taken for a place
-        before, _, behind = pieces.pop().partition(f"{{{name}}}")
-        pieces += [before, text, behind]
-    return "".join(pieces)
+    return Template((HERE / "page.html").read_text()).substitute(parts)
 
 
 def _conversation(scene: Scene) -> dict[str, Any]:
