@@ -9,7 +9,6 @@
 import html
 import json
 from collections.abc import Sequence
-from itertools import pairwise
 from pathlib import Path
 from string import Template
 from typing import Any
@@ -21,7 +20,7 @@ from flexreason.show.notes import RefusedScene, Remark, Spoken
 from flexreason.show.scene import Scene, Turn
 from flexreason.show.texts import printable
 from flexreason.tree.blocks import BLOCK, block_mask
-from flexreason.tree.layout import Layout, begins_stretch
+from flexreason.tree.layout import Layout, stretches
 
 HERE = Path(__file__).parent
 
@@ -76,10 +75,8 @@ def _turn(scene: Scene, turn: Turn) -> dict[str, Any]:
 
 def _stretches(layout: Layout) -> list[list[int]]:
     """Tokens one behind the other on a path, of one turn and role and with one `until`."""
-    begins = begins_stretch(layout.position_ids, layout.until, layout.turn, layout.role)
-    edges = [*begins.nonzero()[:, 0].tolist(), len(layout)]
     columns = (layout.position_ids, layout.until, layout.turn, layout.role)
-    return [[start, end, *(int(column[start]) for column in columns)] for start, end in pairwise(edges)]
+    return [[start, end, *(int(column[start]) for column in columns)] for start, end in stretches(*columns)]
 
 
 def _block_rows(layout: Layout) -> list[list[list[int]]]:
