@@ -40,10 +40,14 @@ class Way:
     options: dict[str, Any] = field(default_factory=dict)  # of fr.encode
 
 
+def row_loss(model: Any, layouts: Sequence[fr.Layout]) -> Tensor:
+    """The mean over the targets of all layouts, side by side in one pass of a patched model."""
+    return model(**{key: value.to(model.device) for key, value in fr.collate(layouts).items()}).loss
+
+
 def one_row(model: nn.Module, layouts: Sequence[fr.Layout]) -> float:
-    """All layouts side by side in one pass of a patched model, and back; the mean over their targets."""
-    device = next(model.parameters()).device
-    loss = model(**{key: value.to(device) for key, value in fr.collate(layouts).items()}).loss
+    """That mean, and back."""
+    loss = row_loss(model, layouts)
     loss.backward()
     return float(loss.detach())
 
