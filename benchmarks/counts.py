@@ -16,7 +16,7 @@ import torch
 
 import flexreason as fr
 from flexreason.attention import flash
-from flexreason.bench.report import amount
+from flexreason.bench.report import amount, amount_of_samples
 from flexreason.data.figures import SIZES
 from flexreason.tree.blocks import BLOCK
 from shared import Run, Shape, conversation, in_tokens, shape
@@ -31,7 +31,7 @@ ROWS, KEYS = 128, 64
 
 def counted(turns: Shape) -> dict[str, Any]:
     layout = conversation([turns[1:]] * turns.turns)
-    samples, tree = amount([fr.lay_out([sample]) for sample in fr.unmerge(layout)]), amount([layout])
+    samples, tree = amount_of_samples(fr.unmerge(layout)), amount([layout])
     lists = fr.block_mask(layout)
     blocks = int(lists.kv_num_blocks.sum() + lists.full_kv_num_blocks.sum())
     calls = flash.calls(layout.until.tolist(), layout.position_ids.tolist(), None, None, torch.device("cpu"))

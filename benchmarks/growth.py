@@ -33,7 +33,7 @@ import flexreason as fr
 from flexreason.attention import segments
 from flexreason.bench import steps as ways
 from flexreason.bench.measure import interleaved, measure, peak
-from flexreason.bench.report import amount
+from flexreason.bench.report import amount, amount_of_samples
 from flexreason.bench.steps import Case
 from flexreason.proof.float64 import relative_l2, true_float64
 from shared import Run, Shape, conversation, logarithmic, shape
@@ -84,9 +84,9 @@ def attention(layout: fr.Layout) -> dict[str, Callable[[], Any]]:
 
 def growth(turns: int, a_turn: Shape, run: Run, whole_steps: bool) -> dict[str, Any]:
     layout = conversation([a_turn[1:]] * turns)
-    lengths = [len(sample) for sample in fr.unmerge(layout)]
-    found: dict[str, Any] = {"tokens, one": len(layout), "tokens, N": sum(lengths)}
-    found |= {"pairs, one": amount([layout]).pairs, "pairs, N": sum(n * (n + 1) // 2 for n in lengths)}
+    tree, samples = amount([layout]), amount_of_samples(fr.unmerge(layout))
+    found: dict[str, Any] = {"tokens, one": tree.tokens, "tokens, N": samples.tokens}
+    found |= {"pairs, one": tree.pairs, "pairs, N": samples.pairs}
     calls = attention(layout)
     for call in calls.values():
         call()

@@ -35,22 +35,16 @@ def three_turns(case: Case) -> tuple[float, float]:
     [layout] = case.layouts
     turns = sorted({0, layout.n_samples // 2, layout.n_samples - 1})
     weight = torch.isin(layout.target_turn, torch.tensor(turns)).float()
-    row = fr.collate([replace(layout, target_weight=weight)])
+    weighted = replace(case, layouts=[replace(layout, target_weight=weight)])
     samples = [sample for turn, sample in enumerate(fr.unmerge(layout)) if turn in turns]
     alone = Case(case.model, [fr.lay_out([sample]) for sample in samples], case.loss)
     found: list[tuple[float, list[Tensor]]] = []
-    for step in (lambda: stepped(case, row), ways.one_by_one(alone).step):
+    for step in (ways.one_pass(weighted).step, ways.one_by_one(alone).step):
         case.root.zero_grad()
         found.append((step(), gradients(case.root)))
     case.root.zero_grad()
     (ours, a), (theirs, b) = found
     return abs(ours / theirs - 1), relative_l2(a, b)
-
-
-def stepped(case: Case, row: dict[str, Tensor]) -> float:
-    loss = case.model(**{name: x.to(case.device) for name, x in row.items()}).loss
-    loss.backward()
-    return float(loss.detach())
 
 
 def cell(case: Case, with_samples: bool) -> dict[str, Any]:

@@ -39,11 +39,11 @@ def words_of(name, folder):
     """A command that takes a while."""
     model, data, many = (str(folder / one) for one in ("model", "data.jsonl", "many.jsonl"))
     return {
-        "bench": ["bench", model, "--data", data, "--length", "1024", "--repeats", "3"],
+        "bench": ["bench", model, "--data", data, "--length", "1024", "--repeats", "1"],
         "demo": ["demo", "--steps", "30", "--held-out", "8"],
         "models": ["models", "--scan", "--only", "Qwen3ForCausalLM", "LlamaForCausalLM", "GemmaForCausalLM"],
         "report": ["report", "--data", many, "--tokenizer", model],
-        "show": ["show", "--data", many, "--tokenizer", model, "--limit", "600"],
+        "show": ["show", "--data", many, "--tokenizer", model, "--limit", "300"],
         "template": ["template", model],
         "train": ["train", "--model", model, "--data", data, "--output", "run", "--length", "256", "--steps", "30"],
         "verify": ["verify", model, "--data", data],

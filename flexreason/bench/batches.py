@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AttentionInterface, PreTrainedModel
 
 from flexreason.tree.mask import in_papers_order
@@ -49,11 +50,8 @@ def pack(samples: Sequence[Sample], length: int, device: torch.device) -> list[B
 
 
 def padded_batch(samples: Sequence[Sample], device: torch.device) -> Batch:
-    longest = max(map(len, samples))
-    ids = torch.zeros(len(samples), longest, dtype=torch.long)
-    for n, sample in enumerate(samples):
-        ids[n, : len(sample)] = torch.tensor([*sample.prompt_ids, *sample.target_ids])
-    starts = [n * longest for n in range(len(samples))]
+    ids = pad_sequence([torch.tensor([*sample.prompt_ids, *sample.target_ids]) for sample in samples], batch_first=True)
+    starts = [n * ids.shape[1] for n in range(len(samples))]
     return Batch(ids.to(device), _sources(samples, starts).to(device), _labels(samples).to(device))
 
 

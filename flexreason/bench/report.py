@@ -10,6 +10,7 @@ from flexreason.bench.measure import Measured, Ratio, ratio, wrong
 from flexreason.data.figures import Amount, Shape, advice
 from flexreason.tree.draw import draw_table
 from flexreason.tree.layout import Layout
+from flexreason.tree.sample import Sample
 
 MORE = 1.05
 """How far a speed-up may be above the ratio of work before it is explained: less is noise."""
@@ -122,8 +123,18 @@ def _count(n: int) -> str:
 
 
 def amount(layouts: Sequence[Layout]) -> Amount:
+    """What there is to compute for trees."""
     return Amount(
         tokens=sum(map(len, layouts)),
         pairs=sum(int((layout.position_ids + 1).sum()) for layout in layouts),
         targets=sum(len(layout.target_ids) for layout in layouts),
+    )
+
+
+def amount_of_samples(samples: Sequence[Sample]) -> Amount:
+    """What there is to compute for samples, each by itself."""
+    return Amount(
+        tokens=sum(map(len, samples)),
+        pairs=sum(len(sample) * (len(sample) + 1) // 2 for sample in samples),
+        targets=sum(len(sample.target_ids) for sample in samples),
     )

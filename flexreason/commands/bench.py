@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from flexreason.bench.measure import measure
-from flexreason.bench.report import Report, amount
+from flexreason.bench.report import Report, amount, amount_of_samples
 from flexreason.bench.steps import HONEST, WAYS, Case, chosen
 from flexreason.data import options as of_data
 from flexreason.data.figures import Shape, shape_of
@@ -29,7 +29,7 @@ from flexreason.load import load_model
 from flexreason.model.hooks import find_root
 from flexreason.patching import patch
 from flexreason.proof.compare import without_dropout
-from flexreason.tree.layout import Layout, unmerge
+from flexreason.tree.layout import Layout
 from flexreason.tree.merge import lay_out
 from flexreason.tree.sample import Sample
 
@@ -97,7 +97,7 @@ def run(options: argparse.Namespace) -> int:
         conversations=len(layouts),
         turns=sum(layout.n_samples for layout in layouts),
         tree=amount(layouts),
-        samples=amount([lay_out([sample]) for layout in layouts for sample in unmerge(layout)]),
+        samples=amount_of_samples(case.samples),
         shape=shape,
         ways=measured,
         notes=notes,

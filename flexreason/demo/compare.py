@@ -14,7 +14,7 @@ import torch
 
 import flexreason as fr
 from flexreason.demo import answers, material
-from flexreason.demo.ways import AS_SHOWN, LAST_TURN, LEAKING, N_SAMPLES, SINGLE_PASS, Step, Way, fit
+from flexreason.demo.ways import AS_SHOWN, LAST_TURN, LEAKING, N_SAMPLES, SINGLE_PASS, Step, Way, fit, row_loss
 from flexreason.tree.draw import draw_table
 
 Say = Callable[[str], None]
@@ -95,9 +95,7 @@ def _watched(training: Iterable[Step], steps: int, say: Say) -> list[Step]:
 def _held_out_loss(model: Any, data: material.Material) -> float:
     """The mean over all targets of the held-out conversations' samples, with the history that inference sees."""
     layouts = [fr.encode(messages, data.tokenizer) for messages in data.held_out]
-    row = {key: value.to(model.device) for key, value in fr.collate(layouts).items()}
-    fr.patch(model).eval()
     with torch.no_grad():
-        loss = float(model(**row).loss)
+        loss = float(row_loss(fr.patch(model).eval(), layouts))
     fr.unpatch(model)
     return loss

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from transformers import get_cosine_schedule_with_warmup
 
 import flexreason as fr
@@ -41,10 +42,14 @@ class Way:
     prepare: Callable[[Messages], Messages] = list  # what becomes of the messages before
 
 
+def row_loss(model: Any, layouts: Sequence[fr.Layout]) -> Tensor:
+    """The mean over the targets of all layouts, side by side in one pass of a patched model."""
+    return model(**{key: value.to(model.device) for key, value in fr.collate(layouts).items()}).loss
+
+
 def one_row(model: nn.Module, layouts: Sequence[fr.Layout]) -> float:
-    """All layouts side by side in one pass of a patched model, and back; the mean over their targets."""
-    device = next(model.parameters()).device
-    loss = model(**{key: value.to(device) for key, value in fr.collate(layouts).items()}).loss
+    """That mean, and back."""
+    loss = row_loss(model, layouts)
     loss.backward()
     return float(loss.detach())
 
@@ -66,13 +71,9 @@ def sample_by_sample(model: nn.Module, layouts: Sequence[fr.Layout]) -> float:
 
 def _padded(samples: Sequence[fr.Sample]) -> tuple[Tensor, Tensor]:
     """Ids and labels [B, S]; labels of prompts and padding are ignored."""
-    ids = torch.zeros(len(samples), max(map(len, samples)), dtype=torch.int64)
-    labels = torch.full_like(ids, -100)
-    for number, sample in enumerate(samples):
-        length, n_prompt = len(sample), len(sample.prompt_ids)
-        ids[number, :length] = torch.tensor([*sample.prompt_ids, *sample.target_ids])
-        labels[number, n_prompt:length] = ids[number, n_prompt:length]
-    return ids, labels
+    ids = [torch.tensor([*sample.prompt_ids, *sample.target_ids]) for sample in samples]
+    labels = [torch.tensor([*[-100] * len(sample.prompt_ids), *sample.target_ids]) for sample in samples]
+    return pad_sequence(ids, batch_first=True), pad_sequence(labels, batch_first=True, padding_value=-100)
 
 
 def last_reasoning_only(messages: Messages) -> Messages:

@@ -9,8 +9,8 @@
 import html
 import json
 from collections.abc import Sequence
-from itertools import pairwise
 from pathlib import Path
+from string import Template
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,7 @@ from flexreason.show.notes import RefusedScene, Remark, Spoken
 from flexreason.show.scene import Scene, Turn
 from flexreason.show.texts import printable
 from flexreason.tree.blocks import BLOCK, block_mask
-from flexreason.tree.layout import Layout, begins_stretch
+from flexreason.tree.layout import Layout, stretches
 
 HERE = Path(__file__).parent
 
@@ -42,12 +42,7 @@ def fill(title: str, body: str, data: Any, script: str, more_style: str = "") ->
         "data": in_script.encode("utf-8", "replace").decode(),  # a lone surrogate cannot be written
         "script": script,
     }
-    frame = (HERE / "page.html").read_text()
-    pieces = [frame]
-    for name, text in parts.items():  # one after the other, so that no text is taken for a place
-        before, _, behind = pieces.pop().partition(f"{{{name}}}")
-        pieces += [before, text, behind]
-    return "".join(pieces)
+    return Template((HERE / "page.html").read_text()).substitute(parts)
 
 
 def _conversation(scene: Scene) -> dict[str, Any]:
@@ -80,10 +75,8 @@ def _turn(scene: Scene, turn: Turn) -> dict[str, Any]:
 
 def _stretches(layout: Layout) -> list[list[int]]:
     """Tokens one behind the other on a path, of one turn and role and with one `until`."""
-    begins = begins_stretch(layout.position_ids, layout.until, layout.turn, layout.role)
-    edges = [*begins.nonzero()[:, 0].tolist(), len(layout)]
     columns = (layout.position_ids, layout.until, layout.turn, layout.role)
-    return [[start, end, *(int(column[start]) for column in columns)] for start, end in pairwise(edges)]
+    return [[start, end, *(int(column[start]) for column in columns)] for start, end in stretches(*columns)]
 
 
 def _block_rows(layout: Layout) -> list[list[list[int]]]:

@@ -24,6 +24,7 @@ import numpy as np
 from flexreason.show.notes import Remark, Spoken
 from flexreason.show.texts import MISSING, Reader
 from flexreason.tree.layout import Layout
+from flexreason.tree.merge import n_alike
 from flexreason.tree.sample import Role
 
 KINDS = ("prompt", "reasoning", "response")
@@ -98,8 +99,7 @@ class Scene:
             path = self._path(last)
             trained = np.zeros(len(path), dtype=bool)
             trained[1:] = np.isin(path[:-1], sources[mine[weights[mine] != 0]])
-            n = min(len(path), len(before))
-            n_shared = int((np.cumprod(path[:n] == before[:n])).sum())
+            n_shared = n_alike(path, before)
             n_prompt = int(np.searchsorted(path, sources[mine[0]])) + 1
             parts = self._parts(path, n_prompt, trained, n_shared)
             turns.append(Turn(number, last, n_prompt, n_shared, trained, parts))

@@ -1,12 +1,11 @@
 """A layout as a table with a line a stretch: what a terminal can show of any layout, however large."""
 
 from collections.abc import Callable
-from itertools import pairwise
 
 import torch
 
 from flexreason.tree.draw import role_name
-from flexreason.tree.layout import Layout, begins_stretch
+from flexreason.tree.layout import Layout, stretches
 
 
 def shortened(text: str, width: int) -> str:
@@ -25,10 +24,9 @@ def folded(layout: Layout, decode: Callable[[list[int]], str], width: int = 100)
     """A layout with a line a stretch: tokens one behind the other on one path, of one turn and role."""
     text_width = max(24, width - 56)
     position, until = layout.position_ids, layout.until
-    starts = [*begins_stretch(position, until, layout.turn, layout.role).nonzero()[:, 0].tolist(), len(layout)]
     targets = torch.bincount(layout.target_source, minlength=len(layout))
     lines = [["index", "tokens", "turn", "role", "position", "until", "targets", "text"]]
-    for start, end in pairwise(starts):
+    for start, end in stretches(position, until, layout.turn, layout.role):
         turn, role, n_targets = int(layout.turn[start]), role_name(int(layout.role[start])), targets[start:end].sum()
         text = shortened(decode(layout.input_ids[start:end].tolist()), text_width)
         cells = (start, end - start, turn, role, int(position[start]), int(until[start]), int(n_targets), text)

@@ -14,11 +14,10 @@ token is the one stored before it, except for the first token of a chain, whose 
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
 import torch
 
-from flexreason.tree.layout import begins_stretch
+from flexreason.tree.layout import stretches
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,10 +34,9 @@ class Chain:
 
 def chains(until: Sequence[int], position: Sequence[int]) -> list[Chain]:
     """All chains in storage order."""
-    starts = begins_stretch(torch.tensor(position)).nonzero()[:, 0].tolist()
     in_storage: list[Chain] = []
     path: list[int] = []  # chains from the root to here
-    for start, stop in pairwise([*starts, len(until)]):
+    for start, stop in stretches(torch.tensor(position)):
         while path and in_storage[path[-1]].position >= position[start]:
             path.pop()
         if position[start] == 0:

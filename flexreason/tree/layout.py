@@ -24,6 +24,7 @@ Shapes: S tokens, T targets.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from itertools import pairwise
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -214,16 +215,22 @@ def unmerge(layout: Layout) -> list[Sample]:
     return samples
 
 
-def begins_stretch(position: Tensor, *alike: Tensor) -> Tensor:
-    """[S] where a stretch of a path begins in storage; the tensors in `alike` do not change inside one either.
-
-    In preorder, a token whose position is one more than that of the token stored before it is the child of that one.
+def stretches(position: Tensor, *alike: Tensor) -> list[tuple[int, int]]:
+    """Where each stretch of a path begins and ends in storage; the tensors in `alike` do not change inside one either.
 
     >>> layout = lay_out_turns([([1, 2], [10, 11], [20]), ([3], [12], [21])])
-    >>> begins_stretch(layout.position_ids).nonzero()[:, 0].tolist()
-    [0, 6]
-    >>> begins_stretch(layout.position_ids, layout.until, layout.turn).nonzero()[:, 0].tolist()
-    [0, 2, 3, 6]
+    >>> stretches(layout.position_ids)
+    [(0, 6), (6, 9)]
+    >>> stretches(layout.position_ids, layout.until, layout.turn)
+    [(0, 2), (2, 3), (3, 6), (6, 9)]
+    """
+    return list(pairwise([*begins_stretch(position, *alike).nonzero()[:, 0].tolist(), len(position)]))
+
+
+def begins_stretch(position: Tensor, *alike: Tensor) -> Tensor:
+    """bool [S]: whether a stretch begins here.
+
+    In preorder, a token whose position is one more than that of the token stored before it is the child of that one.
     """
     begins = torch.ones_like(position, dtype=torch.bool)
     begins[1:] = position.diff() != 1

@@ -148,7 +148,7 @@ def _grow(samples: list[_Checked]) -> tuple[_Branch, list[_Branch]]:
     # Big-endian bytes sort as the non-negative numbers they spell, and a prefix sorts before what it begins.
     keys = [sample.ids.astype(">i4").tobytes() for sample in samples]
     in_order = sorted(range(len(samples)), key=keys.__getitem__)
-    shared = [0, *(_shared(samples[a].ids, samples[b].ids) for a, b in pairwise(in_order))]
+    shared = [0, *(n_alike(samples[a].ids, samples[b].ids) for a, b in pairwise(in_order))]
 
     edge = [_Branch(depth=0, end=0, sample=in_order[0], parent=None)]  # root to right-most leaf
     for i, n_shared in zip(in_order, shared, strict=True):
@@ -169,8 +169,8 @@ def _grow(samples: list[_Checked]) -> tuple[_Branch, list[_Branch]]:
     return edge[0], leaves
 
 
-def _shared(a: np.ndarray, b: np.ndarray) -> int:
-    """How many tokens two samples begin with alike."""
+def n_alike(a: np.ndarray, b: np.ndarray) -> int:
+    """How many numbers two arrays begin with alike."""
     n = min(len(a), len(b))
     differs = a[:n] != b[:n]
     at = int(differs.argmax()) if n else 0
