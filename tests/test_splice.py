@@ -199,6 +199,36 @@ def test_what_closes_a_block_before_each_answer_is_not_written_again_behind_reas
     assert target(source, [user("harbour"), call(1, "pebble", "quartz")], TOOLS) == thought + MADE
 
 
+RESPONSE = "{% if m.reasoning_content and not m.tool_calls %}<think>{{ m.reasoning_content }}</think><response>"
+RESPONSE += "{{ m.content }}</response>{% else %}{{ m.content }}{% endif %}" + CALLS
+
+
+@suffixes
+@pytest.mark.parametrize("off", ["<think></think>", "<think>\n\n</think>\n", "</think>"])
+def test_a_block_is_closed_by_its_tag_whatever_stands_behind_that_of_reasoning(off, suffix):
+    """Granite's form: what stands around an answer behind reasoning does not stand around others."""
+    source = chatml("<|im_start|>assistant\n" + off, RESPONSE, suffix)
+    assert [target(source, chat) for chat in (WITH, WITHOUT)] == ["granite", "granite"]
+    called = [[user("harbour"), call(1, "pebble", reasoning)] for reasoning in (None, "quartz")]
+    assert [target(source, chat, TOOLS) for chat in called] == [MADE, MADE]
+
+
+@suffixes
+def test_what_stands_around_an_answer_behind_reasoning_is_not_begun_before_others(suffix):
+    thought = "<think>quartz</think><response>granite</response>"
+    called = [[user("harbour"), call(1, "pebble", reasoning)] for reasoning in (None, "quartz")]
+    plain = chatml(said=RESPONSE, suffix=suffix)
+    assert [target(plain, chat) for chat in (WITH, WITHOUT)] == [thought, "granite"]
+    assert target(plain, called[0], TOOLS) == MADE
+    opens = chatml("<|im_start|>assistant\n<think>", RESPONSE, suffix)
+    assert target(opens, WITH) == thought.removeprefix("<think>")
+    assert target(opens, WITHOUT) == "</think><response>granite</response>"
+    breaks = chatml("<|im_start|>assistant\n<think>\n", RESPONSE, suffix)
+    for source, chat in ((plain, called[1]), (opens, called[1]), (opens, called[0]), (breaks, WITHOUT)):
+        with pytest.raises(NotAligned, match="begins an answer too: what stands before this one is unknown"):
+            target(source, chat, TOOLS)
+
+
 # --- what a mark shows, and what it does not
 
 

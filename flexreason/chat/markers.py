@@ -27,7 +27,9 @@ class Markers:
 
     @property
     def closing(self) -> str:
-        return self.close.strip()
+        close = self.close.strip()
+        known = (closing for opening, closing in KNOWN_MARKERS if opening in self.open and close.startswith(closing))
+        return next(known, close)
 
     def opened_by(self, text: str) -> bool:
         """Whether a prompt that ends with `text` leaves a reasoning block open."""

@@ -281,10 +281,11 @@ class _Survey:
             asks = self.prompt != self.render.attempt(self.messages, False) or self.template.appends_always
             if self.template.added.sub(" ", header).strip() or not asks:
                 raise self.before.no_seam(asked, lead)
-        if self.message.functions and len(self.template.added.findall(markers.close)) > 1:
+        more = "" if markers.origin == "option" else markers.close.strip().removeprefix(markers.closing)
+        if more or (self.message.functions and len(self.template.added.findall(markers.close)) > 1):
             raise NotAligned(
                 "the chat template does not render the reasoning of this message, and what it writes behind that of "
-                f"an answer, {markers.close!r}, begins an answer too: what stands before a call is unknown{ALONE}",
+                f"others, {markers.close!r}, begins an answer too: what stands before this one is unknown{ALONE}",
                 self.number,
             )
         blank = header[: len(header) - len(header.lstrip())]
