@@ -1,7 +1,7 @@
 """The command line: `flexreason NAME` is the module `flexreason.commands.NAME`.
 
 All commands have one form: a docstring, which is the command's help; `add_arguments(parser)`; and `run(options)`, which
-returns 0 only where the command did its job, and raises a ValueError about what the user can mend. A command that
+returns 0 only where the command did its job, and raises a ValueError about what the user can correct. A command that
 leaves something behind when it is stopped has `when_stopped(options)`, which says what.
 """
 

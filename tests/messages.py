@@ -51,7 +51,7 @@ EXCEPTIONS = exceptions()
 
 
 IMPERATIVES = (
-    "accept|add|another|mark|ask|call|change|choose|drop|evaluate|give|install|keep|leave|load|look|make|mend|model.|move"
+    "accept|add|another|mark|ask|call|change|choose|correct|drop|evaluate|give|install|keep|leave|load|look|make|model.|move"
     "|number|pass|pip|run|say|set|shorten|split|start|take|train|try|turn|unpack|use|verify"
 )
 

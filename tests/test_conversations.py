@@ -124,8 +124,8 @@ def test_entries_of_another_type_are_told_in_words_of_the_data(kind, bad):
 
 
 NO_JSON = {  # what follows a good line; where its fault is, counted by hand
-    '{"messages": [}': "no JSON: .* at character 15; mend the line",
-    '{"messages": [': "no JSON: .* at character 15; mend the line",
+    '{"messages": [}': "no JSON: .* at character 15; correct the line",
+    '{"messages": [': "no JSON: .* at character 15; correct the line",
     '{"messages": "[x"}': "messages: no JSON: .* at character 2; give it",
     '{"messages": [{"role": "user", "content": "x"}], "tools": "[1,\\n]"}': "tools: no JSON: .* [45]; give it",
     '{"messages": [{"role": "user", "content": "x"}], "chat_template_kwargs": "{x"}': "kwargs: no JSON: .* 2; give it",
@@ -171,11 +171,11 @@ def test_no_message_about_a_call_or_a_document_has_two_line_numbers(tmp_path):
     ):
         check(messages)
     turns = [{"from": "human", "value": "x"}, {"from": "function_call", "value": "{x"}]
-    with pytest.raises(BadInput, match=r"turn 1: value: the call is no JSON: .* at character 2; mend it$"):
+    with pytest.raises(BadInput, match=r"turn 1: value: the call is no JSON: .* at character 2; correct it$"):
         list(read_conversations([{"conversations": turns}]))
     path = tmp_path / "all.json"
     path.write_text('[\n {"messages":\n  }\n]')
-    with pytest.raises(BadInput, match=r"all.json, line 3: no JSON: Expecting value at character 3; mend it there"):
+    with pytest.raises(BadInput, match=r"all.json, line 3: no JSON: Expecting value at character 3; correct it there"):
         list(read_conversations(path))
 
 

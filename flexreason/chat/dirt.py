@@ -209,7 +209,7 @@ def find(
 
 
 def _error(kind: type[ConversationError], words: str, number: int) -> ConversationError:
-    return kind(f"{words}; mend it, say train: false, or accept {kind.reason} (--accept, accept=)", number)
+    return kind(f"{words}; correct it, say train: false, or accept {kind.reason} (--accept, accept=)", number)
 
 
 def refuse(dirty: Mapping[int, ConversationError], accept: frozenset[str]) -> None:

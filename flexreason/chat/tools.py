@@ -32,6 +32,6 @@ def _schema(number: int, function: Any) -> dict[str, Any]:
         return get_json_schema(function)
     except Exception as error:
         raise BadMessage(
-            f"tools[{number}]: no JSON schema can be made of the function: {error}; mend its types and its "
+            f"tools[{number}]: no JSON schema can be made of the function: {error}; correct its types and its "
             "docstring, or give a schema"
         ) from error

@@ -125,7 +125,7 @@ def find(model: str) -> tuple[PreTrainedConfig, type[PreTrainedModel], bool]:
             f"{model}: no class of transformers, and no config to be found: {why}; give a folder"
         ) from error
     except Exception as error:  # whatever a config's own checks raise
-        raise ValueError(f"{model}: its config cannot be used: {said(error)}; mend the config.json") from error
+        raise ValueError(f"{model}: its config cannot be used: {said(error)}; correct the config.json") from error
     return config, class_of(config), False
 
 
@@ -144,7 +144,7 @@ def _must_build(model: str, config: PreTrainedConfig, cls: type[PreTrainedModel]
             cls(config)
     except Exception as error:  # whatever a class raises
         raise ValueError(
-            f"{model}: {cls.__name__} cannot be built from its config: {said(error)}; mend the config.json"
+            f"{model}: {cls.__name__} cannot be built from its config: {said(error)}; correct the config.json"
         ) from error
 
 

@@ -186,7 +186,7 @@ def _from_file(path: Path) -> Iterator[tuple[str, Any]]:
                 except NO_JSON as error:
                     yield (
                         where,
-                        BadInput(f"{where}: no JSON: {json_words(error)}; mend the line, or use --skip-invalid"),
+                        BadInput(f"{where}: no JSON: {json_words(error)}; correct the line, or use --skip-invalid"),
                     )
     except OSError as error:
         raise BadInput(f"{path}: cannot be read: {error}; expected JSON that you may read") from error
@@ -230,7 +230,7 @@ def _json_document(path: Path) -> list[Any] | None:
                 raise bad from error
             at = f", line {error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
             words = f"{error.msg} at character {error.colno}" if isinstance(error, json.JSONDecodeError) else error
-            raise BadInput(f"{path}{at}: no JSON: {words}; mend it there, or use one entry a line") from error
+            raise BadInput(f"{path}{at}: no JSON: {words}; correct it there, or use one entry a line") from error
         except NO_JSON:
             pass  # it will be told where the lines are read
         return None

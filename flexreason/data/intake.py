@@ -2,7 +2,7 @@
 
 `EntryEncoder` is one step, from an entry to its layout, for DataLoader workers and `datasets.map`. `Intake` goes over a
 whole source with it. A refusal stops it once all that is left has been looked at. So nothing is left out silently, and
-nobody mends a file line by line. Or refusals are skipped, and listed.
+nobody corrects a file line by line. Or refusals are skipped, and listed.
 """
 
 import itertools

@@ -74,4 +74,4 @@ def _call(value: Any, at: int) -> tuple[str, Any]:
     try:
         return block + closing, json.loads(rest if closing else value)
     except NO_JSON as error:
-        raise ValueError(f"turn {at}: value: the call is no JSON: {json_words(error)}; mend it") from error
+        raise ValueError(f"turn {at}: value: the call is no JSON: {json_words(error)}; correct it") from error
