@@ -6,6 +6,7 @@ import accelerate
 import pytest
 import torch
 from torch import nn
+from transformers.models.qwen3 import modeling_qwen3
 from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP
 
 import flexreason as fr
@@ -185,6 +186,24 @@ def test_another_module_of_a_class_that_has_answered_is_asked_too():
     around_attention(model, shift)
     with pytest.raises(ValueError, match="gives tokens something else in a row"):
         model(**ROW)
+
+
+@pytest.mark.parametrize("mixes", [False, True])
+def test_a_function_that_is_put_into_a_file_later_is_asked(mixes, monkeypatch):
+    stock = tiny("Qwen3").double()
+    model, plain = fr.patch(copy.deepcopy(stock)), modeling_qwen3.apply_rotary_pos_emb
+    model(**ROW)
+
+    def rotary(q, k, cos, sin, **kwargs):
+        q, k = plain(q, k, cos, sin, **kwargs)
+        return q, k + nn.functional.pad(k, (0, 0, 1, 0))[..., :-1, :] * mixes
+
+    monkeypatch.setattr(modeling_qwen3, "apply_rotary_pos_emb", rotary)
+    if not mixes:
+        assert_exact(model, stock)
+    else:
+        with pytest.raises(ValueError, match=r"rotary in Qwen3Attention, .*gives tokens something else in a row"):
+            model(**ROW)
 
 
 def test_a_module_of_torch_that_mixes_tokens_is_asked():

@@ -9,6 +9,7 @@ as dropout does, and hooks that change nothing are not asked.
 Shapes: S tokens of the row, L of the path.
 """
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -65,6 +66,7 @@ class Strangers:
         if anew or not self.modules:  # which a copy of a model has not looked at
             self.look()
         now = [_state(module) for module in self.modules]
+        now += [tuple(map(id, called_by(kind))) for kind in {type(module): None for module in self.modules}]
         if now == self.seen or is_verifying():
             return
         inside = (part for module in self.modules if isinstance(module, ParametrizationList) for part in module)
@@ -158,10 +160,19 @@ def code_of(module: nn.Module) -> Iterator[Any]:
     kind = type(module)
     if not is_of(kind.__module__, FAMILIAR) or (is_of(kind.__module__, ("torch.nn.modules",)) and kind not in PLAIN):
         yield kind
-    for function in (getattr(kind, "forward", None), *put_in_place(module).values()):
+    for function in (getattr(kind, "forward", None), *called_by(kind), *put_in_place(module).values()):
         for link in links_of(function):
             if not is_of(home_of(link), FAMILIAR):
                 yield getattr(link, "__func__", link)
+
+
+def called_by(kind: Any) -> list[Any]:
+    """The functions that the forward of a class finds under the names that it calls."""
+    own: Any = getattr(kind, "forward", None)
+    forward = inspect.unwrap(own)
+    code, space = getattr(forward, "__code__", None), getattr(forward, "__globals__", {})
+    values = [space[name] for name in getattr(code, "co_names", ()) if name in space]
+    return [value for value in values if callable(value) and not isinstance(value, type)]
 
 
 def _of_accelerate(module: nn.Module) -> Iterator[Any]:
