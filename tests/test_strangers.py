@@ -166,6 +166,28 @@ def test_a_class_that_is_edited_later_is_asked(monkeypatch):
         model(**ROW)
 
 
+def test_rounding_is_no_fault():
+    for dtype in (torch.float32, torch.bfloat16):
+        model = fr.patch(tiny("Qwen3", hidden_size=256, intermediate_size=512).to(dtype))
+        for put in (*LATER, *HOOKS):
+            put(model, doubled)
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.float32):
+            model(**ROW).loss.backward()
+
+
+def test_what_is_inside_of_what_is_asked_is_asked_by_itself():
+    stock = tiny("Qwen3").double()
+    model = fr.patch(copy.deepcopy(stock))
+    for each in (model, stock):
+        for put in (*LATER, *HOOKS):
+            put(each, doubled)
+    assert_exact(model, stock)
+    a_module(model, shift)
+    around_a_layer(model, doubled)
+    with pytest.raises(ValueError, match="Held, which was put into the model, gives tokens something else"):
+        model(**ROW)
+
+
 def test_a_method_that_is_put_in_is_asked():
     model = fr.patch(tiny("Qwen3Moe", num_experts=2, num_experts_per_tok=2, moe_intermediate_size=8))
     model(**ROW)
