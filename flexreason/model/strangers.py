@@ -302,9 +302,7 @@ def _alike(one: Tensor, other: Tensor) -> bool:
     if one.shape != other.shape or not one.is_floating_point():
         return one.shape == other.shape and torch.equal(one, other)
     kind = one.device.type
-    rough = one.dtype != torch.float64 and (
-        kind != "cpu" or torch.is_autocast_enabled(kind)
-    )  # whatever it is stored as
-    eps = torch.finfo(torch.bfloat16 if rough else one.dtype).eps
+    rounded = kind != "cpu" or torch.is_autocast_enabled(kind)  # on the way, whatever it is stored in
+    eps = torch.finfo(torch.bfloat16 if rounded and one.dtype != torch.float64 else one.dtype).eps
     tolerance = eps**0.5 * float(other.abs().max()) if other.numel() else 0.0
     return torch.allclose(one, other, rtol=0.0, atol=tolerance, equal_nan=True)
