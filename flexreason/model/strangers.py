@@ -128,18 +128,22 @@ class Strangers:
         asked."""
         first_given = next((leaf for leaf in tree_leaves(given) if isinstance(leaf, Tensor) and leaf.dim() > 1), None)
         n = 0 if first_given is None else _tokens(first_given)
-        some = _some_of(n, self.row)
-        if first_given is None or some is None:
+        choices = _some_of(n, self.row)
+        if first_given is None or not choices:
             return False
         devices = [first_given.device] if first_given.device.type == "cuda" else []
         self.is_asking = True
         try:
             with torch.no_grad(), torch.random.fork_rng(devices):
-                alone = call(_only(some, n, given))
-                if _equal(alone, _only(some, n, found)):
-                    return True
-                first, second = call(_copied(given)), call(_copied(given))
-                right = not _equal(first, second) or _equal(alone, _only(some, n, first))  # or it draws at random
+                alone = [(some, call(_only(some, n, given))) for some in choices]
+
+                def is_right(found: Any) -> bool:
+                    return all(_equal(one, _only(some, n, found)) for some, one in alone)
+
+                right = is_right(found)
+                if not right:
+                    first, second = call(_copied(given)), call(_copied(given))
+                    right = not _equal(first, second) or is_right(first)  # or it draws at random
         except Exception as error:
             self.leave()
             said = f"{type(error).__name__}: {error}"[:200]
@@ -237,21 +241,26 @@ def _tokens(x: Tensor) -> int:
     return x.shape[0] if x.dim() == 2 and x.shape[0] > 1 else x.shape[1]
 
 
-def _some_of(n: int, row: Mapping[str, Tensor]) -> Tensor | None:
-    """Which of n tokens to ask with: a path of the row, [L], where it is all of its tokens; else half of them, turned
-    round. None where there is no branch, or too few."""
+def _some_of(n: int, row: Mapping[str, Tensor]) -> list[Tensor]:
+    """Which of n tokens to ask with: paths of the row, [L] each, where these are all of its tokens; else half of them,
+    turned round. None where there is no branch, or too few."""
     if len(row) < len(PLACES):
-        return None
+        return []
     if n != row["until"].shape[1]:
-        return torch.arange(n - 1, n // 2 - 1, -1) if n > 1 else None
+        return [torch.arange(n - 1, n // 2 - 1, -1)] if n > 1 else []
     until, position, document = (row[key][0].cpu() for key in PLACES)
     place = torch.arange(n)
     start = torch.full((int(document.max()) + 2,), n).scatter_reduce(0, document + 1, place, "amin")[document + 1]
     [branched] = ((place - start != position) & (document >= 0)).nonzero(as_tuple=True)
     if not len(branched):
-        return None
-    last = branched[(position[branched] - LENGTH).abs().argmin()]
-    return ((document == document[last]) & (place <= last) & (last < until)).nonzero().squeeze(1)
+        return []
+    gap = place[branched] - position[branched]
+    latest = branched[gap == gap.max()][:LENGTH][-1]  # of the branch that is furthest from its places by itself
+    usual = branched[(position[branched] - LENGTH).abs().argmin()]
+    return [
+        ((document == document[last]) & (place <= last) & (last < until)).nonzero().squeeze(1)
+        for last in (latest, usual)
+    ]
 
 
 def _only(some: Tensor, n: int, given: Any) -> Any:
@@ -281,7 +290,7 @@ DIMENSIONS = {1: (0,), 2: (0, 1), 3: (1,), 4: (2, 1)}
 """Which dimensions of a tensor may be its tokens, by how many it has."""
 
 LENGTH = 32
-"""How long a path is asked with, where there is a choice."""
+"""With how many tokens of a path, or of its branch, is asked where there is a choice."""
 
 
 def _copied(given: Any) -> Any:
@@ -304,5 +313,5 @@ def _alike(one: Tensor, other: Tensor) -> bool:
     kind = one.device.type
     rounded = kind != "cpu" or torch.is_autocast_enabled(kind)  # on the way, whatever it is stored in
     eps = torch.finfo(torch.bfloat16 if rounded and one.dtype != torch.float64 else one.dtype).eps
-    tolerance = eps**0.5 * float(other.abs().max()) if other.numel() else 0.0
+    tolerance = max(1e-8, min(100 * eps, eps**0.5)) * float(other.abs().max()) if other.numel() else 0.0
     return torch.allclose(one, other, rtol=0.0, atol=tolerance, equal_nan=True)
