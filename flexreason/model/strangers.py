@@ -49,7 +49,8 @@ class Strangers:
         self.modules: list[nn.Module] = []
         self.known: WeakKeyDictionary[nn.Module, set[Any]] = WeakKeyDictionary()  # code not to be asked, or that was
         self.met: set[Any] = set()  # the hooks that have answered
-        self.seen: list[tuple] = []
+        self.seen: list[tuple] = []  # what tells whether anything has changed
+        self.waiting: list[nn.Module] = []  # where there is somebody to ask
         self.row: Mapping[str, Tensor] = {}
         self.leaving: list[Callable[[], Any]] = []
         self.is_asking = False  # what is inside of what is asked is not asked meanwhile
@@ -68,18 +69,18 @@ class Strangers:
             self.look()
         now = [_state(module) for module in self.modules]
         now += [tuple(map(id, called_by(kind))) for kind in {type(module): None for module in self.modules}]
-        if now == self.seen or is_verifying():
+        if is_verifying():
             return
-        inside = (part for module in self.modules if isinstance(module, ParametrizationList) for part in module)
-        left_out = {self.root, *inside}  # asking.py asks the one, and the others work on weights
-        for module in self.modules:
-            if module not in left_out:
-                self.wait_at(module)
-        if not self.leaving:
-            self.seen = now
+        if now != self.seen:
+            inside = (part for module in self.modules if isinstance(module, ParametrizationList) for part in module)
+            left_out = {self.root, *inside}  # asking.py asks the one, and the others work on weights
+            self.seen, self.waiting = now, [module for module in self.modules if module not in left_out]
+        self.waiting = [module for module in self.waiting if self.wait_at(module)]
         self.row = {key: row[key] for key in PLACES if key in row}
 
-    def wait_at(self, module: nn.Module) -> None:
+    def wait_at(self, module: nn.Module) -> bool:
+        """Wait at a module for what has not been asked; whether there is anything."""
+        before = len(self.leaving)
         known = {*self.known.get(module, ()), *_verified.get(module, ()), *self.met}
         if new := [code for code in (*code_of(module), *_of_accelerate(module)) if code not in known]:
             hook = module.register_forward_hook(partial(self.module_came, new), with_kwargs=True, prepend=True)
@@ -89,6 +90,7 @@ class Strangers:
                 if _is_strange(hook) and hook not in known:
                     hooks[number] = partial(self.hook_came, hook)
                     self.leaving.append(partial(_put_back, hooks, number, hook))
+        return len(self.leaving) > before
 
     def leave(self) -> None:
         """What was put in places for a row is taken away."""
