@@ -402,6 +402,24 @@ def no_part_was_ever_replaced(original, cls, config, edited):
     return Everything()
 
 
+@mutation(
+    "what is put into a patched model gives a row's tokens what it gives them in their samples",
+    "flexreason.model.Strangers.meet",
+    "test_strangers.py::test_what_looks_at_others_or_goes_by_places_is_refused",
+)
+def strangers_are_not_met(original, strangers, row, anew):
+    return None
+
+
+@mutation(
+    "a row's tokens have the places that they have on their paths",
+    "flexreason.model.refuse_places",
+    "test_strangers.py::test_other_places_on_the_way_to_the_decoder_are_refused",
+)
+def places_are_taken_as_they_come(original, given):
+    return None
+
+
 KEPT = "a kept verdict is believed only where it is whole, and about exactly what is asked"
 
 

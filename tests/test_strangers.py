@@ -6,6 +6,7 @@ import accelerate
 import pytest
 import torch
 from torch import nn
+from transformers.models.qwen3 import modeling_qwen3
 from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP
 
 import flexreason as fr
@@ -165,6 +166,28 @@ def test_a_class_that_is_edited_later_is_asked(monkeypatch):
         model(**ROW)
 
 
+def test_rounding_is_no_fault():
+    for dtype in (torch.float32, torch.bfloat16):
+        model = fr.patch(tiny("Qwen3", hidden_size=256, intermediate_size=512).to(dtype))
+        for put in (*LATER, *HOOKS):
+            put(model, doubled)
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.float32):
+            model(**ROW).loss.backward()
+
+
+def test_what_is_inside_of_what_is_asked_is_asked_by_itself():
+    stock = tiny("Qwen3").double()
+    model = fr.patch(copy.deepcopy(stock))
+    for each in (model, stock):
+        for put in (*LATER, *HOOKS):
+            put(each, doubled)
+    assert_exact(model, stock)
+    a_module(model, shift)
+    around_a_layer(model, doubled)
+    with pytest.raises(ValueError, match="Held, which was put into the model, gives tokens something else"):
+        model(**ROW)
+
+
 def test_a_method_that_is_put_in_is_asked():
     model = fr.patch(tiny("Qwen3Moe", num_experts=2, num_experts_per_tok=2, moe_intermediate_size=8))
     model(**ROW)
@@ -185,6 +208,24 @@ def test_another_module_of_a_class_that_has_answered_is_asked_too():
     around_attention(model, shift)
     with pytest.raises(ValueError, match="gives tokens something else in a row"):
         model(**ROW)
+
+
+@pytest.mark.parametrize("mixes", [False, True])
+def test_a_function_that_is_put_into_a_file_later_is_asked(mixes, monkeypatch):
+    stock = tiny("Qwen3").double()
+    model, plain = fr.patch(copy.deepcopy(stock)), modeling_qwen3.apply_rotary_pos_emb
+    model(**ROW)
+
+    def rotary(q, k, cos, sin, **kwargs):
+        q, k = plain(q, k, cos, sin, **kwargs)
+        return q, k + nn.functional.pad(k, (0, 0, 1, 0))[..., :-1, :] * mixes
+
+    monkeypatch.setattr(modeling_qwen3, "apply_rotary_pos_emb", rotary)
+    if not mixes:
+        assert_exact(model, stock)
+    else:
+        with pytest.raises(ValueError, match=r"rotary in Qwen3Attention, .*gives tokens something else in a row"):
+            model(**ROW)
 
 
 def test_a_module_of_torch_that_mixes_tokens_is_asked():

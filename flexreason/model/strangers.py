@@ -9,6 +9,7 @@ as dropout does, and hooks that change nothing are not asked.
 Shapes: S tokens of the row, L of the path.
 """
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -48,9 +49,11 @@ class Strangers:
         self.modules: list[nn.Module] = []
         self.known: WeakKeyDictionary[nn.Module, set[Any]] = WeakKeyDictionary()  # code not to be asked, or that was
         self.met: set[Any] = set()  # the hooks that have answered
-        self.seen: list[tuple] = []
+        self.seen: list[tuple] = []  # what tells whether anything has changed
+        self.waiting: list[nn.Module] = []  # where there is somebody to ask
         self.row: Mapping[str, Tensor] = {}
         self.leaving: list[Callable[[], Any]] = []
+        self.is_asking = False  # what is inside of what is asked is not asked meanwhile
 
     def look(self) -> None:
         """Look at what modules there are. The code that they have when they are first looked at is not asked."""
@@ -65,18 +68,19 @@ class Strangers:
         if anew or not self.modules:  # which a copy of a model has not looked at
             self.look()
         now = [_state(module) for module in self.modules]
-        if now == self.seen or is_verifying():
+        now += [tuple(map(id, called_by(kind))) for kind in {type(module): None for module in self.modules}]
+        if is_verifying():
             return
-        inside = (part for module in self.modules if isinstance(module, ParametrizationList) for part in module)
-        left_out = {self.root, *inside}  # asking.py asks the one, and the others work on weights
-        for module in self.modules:
-            if module not in left_out:
-                self.wait_at(module)
-        if not self.leaving:
-            self.seen = now
+        if now != self.seen:
+            inside = (part for module in self.modules if isinstance(module, ParametrizationList) for part in module)
+            left_out = {self.root, *inside}  # asking.py asks the one, and the others work on weights
+            self.seen, self.waiting = now, [module for module in self.modules if module not in left_out]
+        self.waiting = [module for module in self.waiting if self.wait_at(module)]
         self.row = {key: row[key] for key in PLACES if key in row}
 
-    def wait_at(self, module: nn.Module) -> None:
+    def wait_at(self, module: nn.Module) -> bool:
+        """Wait at a module for what has not been asked; whether there is anything."""
+        before = len(self.leaving)
         known = {*self.known.get(module, ()), *_verified.get(module, ()), *self.met}
         if new := [code for code in (*code_of(module), *_of_accelerate(module)) if code not in known]:
             hook = module.register_forward_hook(partial(self.module_came, new), with_kwargs=True, prepend=True)
@@ -86,6 +90,7 @@ class Strangers:
                 if _is_strange(hook) and hook not in known:
                     hooks[number] = partial(self.hook_came, hook)
                     self.leaving.append(partial(_put_back, hooks, number, hook))
+        return len(self.leaving) > before
 
     def leave(self) -> None:
         """What was put in places for a row is taken away."""
@@ -94,6 +99,8 @@ class Strangers:
 
     def module_came(self, new: list[Any], module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
         """Behind a module that was put in, or works by code that was."""
+        if self.is_asking:
+            return
         where = "" if type(module) in new else f" in {type(module).__name__}"
         what = f"{_named(new[0])}{where}, which was put into the model,"
         with _without_dropout(module):
@@ -102,6 +109,8 @@ class Strangers:
 
     def hook_came(self, hook: Any, module: nn.Module, *given: Any) -> Any:
         """In the place of a hook: it does what it does, and is asked if that changes something."""
+        if self.is_asking:
+            return hook(module, *given)
         before, versions = _copied(given), _versions(given)
         result = hook(module, *given)
 
@@ -121,21 +130,28 @@ class Strangers:
         asked."""
         first_given = next((leaf for leaf in tree_leaves(given) if isinstance(leaf, Tensor) and leaf.dim() > 1), None)
         n = 0 if first_given is None else _tokens(first_given)
-        some = _some_of(n, self.row)
-        if first_given is None or some is None:
+        choices = _some_of(n, self.row)
+        if first_given is None or not choices:
             return False
         devices = [first_given.device] if first_given.device.type == "cuda" else []
+        self.is_asking = True
         try:
             with torch.no_grad(), torch.random.fork_rng(devices):
-                alone = call(_only(some, n, given))
-                if _equal(alone, _only(some, n, found)):
-                    return True
-                first, second = call(_copied(given)), call(_copied(given))
-                right = not _equal(first, second) or _equal(alone, _only(some, n, first))  # or it draws at random
+                alone = [(some, call(_only(some, n, given))) for some in choices]
+
+                def is_right(found: Any) -> bool:
+                    return all(_equal(one, _only(some, n, found)) for some, one in alone)
+
+                right = is_right(found)
+                if not right:
+                    first, second = call(_copied(given)), call(_copied(given))
+                    right = not _equal(first, second) or is_right(first)  # or it draws at random
         except Exception as error:
             self.leave()
             said = f"{type(error).__name__}: {error}"[:200]
             raise ValueError(f"row: {what} cannot be asked what it gives a sample ({said}); {REMEDY}") from error
+        finally:
+            self.is_asking = False
         if not right:
             self.leave()
             raise ValueError(
@@ -158,10 +174,19 @@ def code_of(module: nn.Module) -> Iterator[Any]:
     kind = type(module)
     if not is_of(kind.__module__, FAMILIAR) or (is_of(kind.__module__, ("torch.nn.modules",)) and kind not in PLAIN):
         yield kind
-    for function in (getattr(kind, "forward", None), *put_in_place(module).values()):
+    for function in (getattr(kind, "forward", None), *called_by(kind), *put_in_place(module).values()):
         for link in links_of(function):
             if not is_of(home_of(link), FAMILIAR):
                 yield getattr(link, "__func__", link)
+
+
+def called_by(kind: Any) -> list[Any]:
+    """The functions that the forward of a class finds under the names that it calls."""
+    own: Any = getattr(kind, "forward", None)
+    forward = inspect.unwrap(own)
+    code, space = getattr(forward, "__code__", None), getattr(forward, "__globals__", {})
+    values = [space[name] for name in getattr(code, "co_names", ()) if name in space]
+    return [value for value in values if callable(value) and not isinstance(value, type)]
 
 
 def _of_accelerate(module: nn.Module) -> Iterator[Any]:
@@ -218,21 +243,26 @@ def _tokens(x: Tensor) -> int:
     return x.shape[0] if x.dim() == 2 and x.shape[0] > 1 else x.shape[1]
 
 
-def _some_of(n: int, row: Mapping[str, Tensor]) -> Tensor | None:
-    """Which of n tokens to ask with: a path of the row, [L], where it is all of its tokens; else half of them, turned
-    round. None where there is no branch, or too few."""
+def _some_of(n: int, row: Mapping[str, Tensor]) -> list[Tensor]:
+    """Which of n tokens to ask with: paths of the row, [L] each, where these are all of its tokens; else half of them,
+    turned round. None where there is no branch, or too few."""
     if len(row) < len(PLACES):
-        return None
+        return []
     if n != row["until"].shape[1]:
-        return torch.arange(n - 1, n // 2 - 1, -1) if n > 1 else None
+        return [torch.arange(n - 1, n // 2 - 1, -1)] if n > 1 else []
     until, position, document = (row[key][0].cpu() for key in PLACES)
     place = torch.arange(n)
     start = torch.full((int(document.max()) + 2,), n).scatter_reduce(0, document + 1, place, "amin")[document + 1]
     [branched] = ((place - start != position) & (document >= 0)).nonzero(as_tuple=True)
     if not len(branched):
-        return None
-    last = branched[(position[branched] - LENGTH).abs().argmin()]
-    return ((document == document[last]) & (place <= last) & (last < until)).nonzero().squeeze(1)
+        return []
+    gap = place[branched] - position[branched]
+    latest = branched[gap == gap.max()][:LENGTH][-1]  # of the branch that is furthest from its places by itself
+    usual = branched[(position[branched] - LENGTH).abs().argmin()]
+    return [
+        ((document == document[last]) & (place <= last) & (last < until)).nonzero().squeeze(1)
+        for last in (latest, usual)
+    ]
 
 
 def _only(some: Tensor, n: int, given: Any) -> Any:
@@ -262,7 +292,7 @@ DIMENSIONS = {1: (0,), 2: (0, 1), 3: (1,), 4: (2, 1)}
 """Which dimensions of a tensor may be its tokens, by how many it has."""
 
 LENGTH = 32
-"""How long a path is asked with, where there is a choice."""
+"""With how many tokens of a path, or of its branch, is asked where there is a choice."""
 
 
 def _copied(given: Any) -> Any:
@@ -282,5 +312,8 @@ def _equal(found: Any, expected: Any) -> bool:
 def _alike(one: Tensor, other: Tensor) -> bool:
     if one.shape != other.shape or not one.is_floating_point():
         return one.shape == other.shape and torch.equal(one, other)
-    tolerance = torch.finfo(one.dtype).eps ** 0.5 * float(other.abs().max()) if other.numel() else 0.0
+    kind = one.device.type
+    rounded = kind != "cpu" or torch.is_autocast_enabled(kind)  # on the way, whatever it is stored in
+    eps = torch.finfo(torch.bfloat16 if rounded and one.dtype != torch.float64 else one.dtype).eps
+    tolerance = max(1e-8, min(100 * eps, eps**0.5)) * float(other.abs().max()) if other.numel() else 0.0
     return torch.allclose(one, other, rtol=0.0, atol=tolerance, equal_nan=True)
