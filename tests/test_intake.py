@@ -15,9 +15,10 @@ from torch.utils.data import DataLoader
 
 import flexreason as fr
 from flexreason.chat.render import ConversationError
-from flexreason.data import options
+from flexreason.data import intake, options
 from flexreason.data.formats import BadInput
 from flexreason.data.intake import AT_A_TIME, EntryEncoder, Intake, Refusals, Refused, start_workers
+from flexreason.talk import versions
 from templating import SHAPES, TOOLS, answer, call, result, trl_tokenizer, user
 
 CHAT = SHAPES["reasoning chat"]
@@ -182,8 +183,25 @@ def test_what_was_mapped_is_found_again(tokenizer, table, tmp_path, monkeypatch)
     assert done.stdout.splitlines()[-1] == first
     assert os.stat(first).st_mtime_ns == written
     others = {mapped(fresh, history="content"), mapped(trl_tokenizer("qwen3_6")), mapped(fresh, turns="last")}
-    monkeypatch.setattr(fr, "__version__", "another")
-    assert len({first, mapped(fresh), *others}) == 5
+    with monkeypatch.context() as other_version:
+        other_version.setattr(fr, "__version__", "another")
+        others.add(mapped(fresh))
+    monkeypatch.setattr(intake, "code_hash", lambda *folders: "another")
+    assert len({first, mapped(fresh), *others}) == 6
+
+
+def test_the_hash_of_the_code_is_another_after_an_edit_and_for_other_folders(monkeypatch, tmp_path):
+    for name, text in (("__init__.py", ""), ("chat/a.py", "x = 1"), ("data/b.py", "y = 1")):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    monkeypatch.setattr(fr, "__file__", str(tmp_path / "__init__.py"))
+    found = []
+    for name, text in ((None, ""), ("chat/a.py", "x = 2"), ("chat/a.py", "x = 1"), ("chat/c.py", "x = 1")):
+        if name:
+            (tmp_path / name).write_text(text)
+        found.append(versions.code_hash.__wrapped__("chat", "data"))
+    assert found[0] == found[2]
+    assert len({*found, versions.code_hash.__wrapped__("data")}) == 4
 
 
 # --- loaders

@@ -98,7 +98,7 @@ def test_a_run_goes_on_only_as_the_run_it_was(material, tmp_path):
     with pytest.raises(ValueError, match="holds a run already"):
         train(settings(material, tmp_path / "out", **given, resume="never"), silent)
     write_data(own, n=61)
-    with pytest.raises(ValueError, match=r"the template or the versions changed since: .*data.jsonl"):
+    with pytest.raises(ValueError, match=r"the versions or flexreason's code changed since: .*data.jsonl"):
         train(settings(material, tmp_path / "out", **given), silent)
     shutil.copy(data, own)
     other = tmp_path / "model"

@@ -28,6 +28,7 @@ from flexreason.data.files import read_all
 from flexreason.data.formats import BadInput, Conversation, as_conversation, as_sample, detect
 from flexreason.data.tables import features_of, row_as_entry
 from flexreason.talk.interrupt import deaf
+from flexreason.talk.versions import code_hash
 from flexreason.tree.layout import Layout
 from flexreason.tree.merge import lay_out
 
@@ -41,6 +42,11 @@ AT_A_TIME = 8
 """Conversations that a worker takes at a time."""
 
 log = logging.getLogger("flexreason")
+
+
+def version_of_encoding() -> str:
+    """What changes wherever a conversation may be encoded otherwise."""
+    return f"{flexreason.__version__} {code_hash('chat', 'data', 'tree')}"
 
 
 class EntryEncoder:
@@ -62,8 +68,8 @@ class EntryEncoder:
                 f"the chat template has no option {', '.join(unknown)}, so that it does nothing; `flexreason template` "
                 "lists those that it has"
             )
-        # what datasets keeps goes by this object's state, and another version may encode otherwise
-        self.versions = [flexreason.__version__, version("transformers"), version("tokenizers")]
+        # what datasets keeps goes by this object's state, and other code may encode otherwise
+        self.versions = [version_of_encoding(), version("transformers"), version("tokenizers")]
 
     def __call__(self, entry: Any, where: str = "entry") -> Layout:
         return self.layout(row_as_entry(entry, features_of(entry), where), where)

@@ -1,8 +1,11 @@
-"""What a report of a fault needs to say of where it happened."""
+"""Which versions these are: for a report of a fault, and for whoever keeps what was computed."""
 
+import hashlib
 import platform
 from collections.abc import Iterator
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 import flexreason
 
@@ -15,6 +18,16 @@ def version_of(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
+
+
+@cache
+def code_hash(*folders: str) -> str:
+    """The hash of the package's own code in some of its folders: one version, installed from git, may be many."""
+    package = Path(flexreason.__file__).parent
+    code = hashlib.sha256()
+    for file in sorted(file for folder in folders for file in (package / folder).glob("*.py")):
+        code.update(f"{file.relative_to(package)}\0".encode() + file.read_bytes())
+    return code.hexdigest()[:16]
 
 
 def lines() -> Iterator[str]:

@@ -22,9 +22,8 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-import flexreason
 from flexreason.data.folders import visible_files
-from flexreason.data.intake import EntryEncoder
+from flexreason.data.intake import EntryEncoder, version_of_encoding
 from flexreason.model.hooks import find_root
 from flexreason.talk.versions import version_of
 from flexreason.train.settings import Settings
@@ -79,7 +78,7 @@ def key_of(hashes: Mapping[str, str], encoder: EntryEncoder, how: Mapping[str, A
         "format": encoder.format,
         "turns": encoder.turns,
         **how,
-        "versions": [flexreason.__version__, transformers.__version__],
+        "versions": [version_of_encoding(), transformers.__version__],
     }
     return _hash(json.dumps(identity, sort_keys=True))[:16]
 
@@ -207,7 +206,7 @@ def _differences(before: dict[str, Any], record: dict[str, Any]) -> list[str]:
     if before["data"] != record["data"]:
         changed = [source for source, content in record["sources"].items() if before["sources"].get(source) != content]
         named = f": {', '.join(changed)}" if changed else ""
-        lines.append(f"the data, the tokenizer, the template or the versions changed since{named}")
+        lines.append(f"the data, the tokenizer, the template, the versions or flexreason's code changed since{named}")
     if before["evaluation"] != record["evaluation"]:
         lines.append("the data to evaluate on changed since")
     for name in ("rows_per_step", "precision"):
