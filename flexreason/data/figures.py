@@ -105,7 +105,7 @@ class Figures:
 def figures_of(item: Item, length: int, parts: Split | None = None) -> Figures:
     """The figures of a conversation in rows of `length`; `parts`, if it has been split for them already."""
     samples, layout, conversation = item.encoded.samples, item.layout, item.conversation
-    sizes = [len(sample.prompt_ids) + len(sample.target_ids) for sample in samples]
+    sizes = [len(sample) for sample in samples]
     parts = parts or split(layout, length, too_long="drop")
     reasoning = sum(map(_reasoning, samples))
     how = item.encoded.how

@@ -27,7 +27,7 @@ class Conversation(NamedTuple):
     @property
     def cost(self) -> int:
         """Tokens to compute, in the tree and in the samples."""
-        return len(self.layout) + sum(map(n_tokens, self.samples))
+        return len(self.layout) + sum(map(len, self.samples))
 
 
 WORK = 3e11
@@ -57,7 +57,7 @@ def choose(
     """
     conversations = _paired(layouts, samples, notes)
     chosen = _one_side_of_rope(config, _shortest(conversations, tokens, notes, cut), notes)
-    longest = max(n_tokens(sample) for conversation in chosen for sample in conversation.samples)
+    longest = max(len(sample) for conversation in chosen for sample in conversation.samples)
     notes += [
         f"{key} {constant}: no sample here is longer, so what is behind it is not compared"
         for key, constant in length_constants(config).items()
@@ -139,13 +139,9 @@ def _one_side_of_rope(config: PreTrainedConfig, chosen: list[Conversation], note
         except ValueError:
             if len(chosen) == 1:
                 raise
-            longest = max(chosen, key=lambda conversation: max(map(n_tokens, conversation.samples)))
+            longest = max(chosen, key=lambda conversation: max(map(len, conversation.samples)))
             chosen = [conversation for conversation in chosen if conversation is not longest]
             notes.append("a conversation on the other side of RoPE's threshold is left out; verify it by itself")
-
-
-def n_tokens(sample: Sample) -> int:
-    return len(sample.prompt_ids) + len(sample.target_ids)
 
 
 def random_conversations(

@@ -34,7 +34,7 @@ from flexreason.proof.compare import (
     suspended,
     without_dropout,
 )
-from flexreason.proof.conversations import Conversation, choose, has_fork, n_tokens, tokens_for
+from flexreason.proof.conversations import Conversation, choose, has_fork, tokens_for
 from flexreason.proof.diagnose import layout_faults, model_fault
 from flexreason.proof.draws import SameDraws
 from flexreason.proof.evidence import Evidence, evidence_of_model, note_verified
@@ -128,7 +128,7 @@ def verify(
         conversations=len(chosen),
         numbers=[conversation.number for conversation in chosen],
         turns=sum(layout.n_samples for layout in trees),
-        sample_tokens=sum(n_tokens(sample) for conversation in chosen for sample in conversation.samples),
+        sample_tokens=sum(len(sample) for conversation in chosen for sample in conversation.samples),
         tree_tokens=sum(map(len, trees)),
         targets=sum(len(layout.target_ids) for layout in trees),
         seconds=time.monotonic() - start,
@@ -283,7 +283,7 @@ class _Comparison:
 
     def check_repeatable(self, model: nn.Module | None = None) -> None:
         """A model that differs between two identical runs, or has no finite loss, has no single truth to compare."""
-        shortest = min(self.samples, key=n_tokens)
+        shortest = min(self.samples, key=len)
         model = self.model if model is None else model
         first, second = (self.run_samples(model, [shortest], gradients=False) for _ in range(2))
         if not math.isfinite(first.loss_sum):
@@ -329,9 +329,9 @@ class _Comparison:
     ) -> oracle.Reference:
         """The samples through the model without our patch."""
         samples = self.samples if samples is None else samples
-        words, total = f"the samples one by one in {_name(_dtype_of(model))}", sum(map(n_tokens, samples))
+        words, total = f"the samples one by one in {_name(_dtype_of(model))}", sum(map(len, samples))
         with suspended(model):
-            told = telling.each(samples, words, total, "tokens", n_tokens)
+            told = telling.each(samples, words, total, "tokens", len)
             reference = oracle.n_samples(model, told, gradients=gradients and not self.forward_only)
         for number, logprobs in enumerate(reference.logprobs):
             if not bool(logprobs.isfinite().all()):
