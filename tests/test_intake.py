@@ -191,10 +191,10 @@ def test_what_was_mapped_is_found_again(tokenizer, table, tmp_path, monkeypatch)
 
 
 def test_the_hash_of_the_code_is_another_after_an_edit_and_for_other_folders(monkeypatch, tmp_path):
-    for name, text in (("__init__.py", ""), ("chat/a.py", "x = 1"), ("data/b.py", "y = 1")):
+    for name, text in (("chat/a.py", "x = 1"), ("data/b.py", "y = 1")):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(text)
-    monkeypatch.setattr(fr, "__file__", str(tmp_path / "__init__.py"))
+    monkeypatch.setattr(versions, "__file__", str(tmp_path / "talk" / "versions.py"))
     found = []
     for name, text in ((None, ""), ("chat/a.py", "x = 2"), ("chat/a.py", "x = 1"), ("chat/c.py", "x = 1")):
         if name:

@@ -23,7 +23,7 @@ def version_of(package: str) -> str | None:
 @cache
 def code_hash(*folders: str) -> str:
     """The hash of the package's own code in some of its folders: one version, installed from git, may be many."""
-    package = Path(flexreason.__file__).parent
+    package = Path(__file__).parents[1]
     code = hashlib.sha256()
     for file in sorted(file for folder in folders for file in (package / folder).glob("*.py")):
         code.update(f"{file.relative_to(package)}\0".encode() + file.read_bytes())
