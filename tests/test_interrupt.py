@@ -107,7 +107,7 @@ def assert_true(left, run):
 
 def test_helpers_end_with_the_command(material, tmp_path):
     """While they are started, while they encode, and at the end; what is left of them would hold the group."""
-    whole, *found = press_at_moments([*words_of("report", material), "--workers", "2"], tmp_path)
+    whole, *found = press_at_moments([*words_of("report", material), "--workers", "2"], tmp_path, moments=3)
     assert whole["code"] == 0
     for one in found:
         assert one["code"] == 130, one
