@@ -404,17 +404,17 @@ def no_part_was_ever_replaced(original, cls, config, edited):
 
 @mutation(
     "what is put into a patched model gives a row's tokens what it gives them in their samples",
-    "flexreason.model.Strangers.meet",
-    "test_strangers.py::test_what_looks_at_others_or_goes_by_places_is_refused",
+    "flexreason.model.AddedCode.watch",
+    "test_added_code.py::test_what_looks_at_others_or_goes_by_places_is_refused",
 )
-def strangers_are_not_met(original, strangers, row, anew):
+def added_code_is_not_watched(original, added, row, anew):
     return None
 
 
 @mutation(
     "a row's tokens have the places that they have on their paths",
     "flexreason.model.refuse_places",
-    "test_strangers.py::test_other_places_on_the_way_to_the_decoder_are_refused",
+    "test_added_code.py::test_other_places_on_the_way_to_the_decoder_are_refused",
 )
 def places_are_taken_as_they_come(original, given):
     return None

@@ -49,6 +49,7 @@ from flexreason.attention.registry import (
     empty_mask,
     find_decoder,
 )
+from flexreason.model.added_code import AddedCode
 from flexreason.model.asking import Answer, ask, loss_of_forward, refuse_answer
 from flexreason.model.find import ATTRIBUTE, caller_of, find_root
 from flexreason.model.head import with_states
@@ -80,7 +81,6 @@ from flexreason.model.refuse_rows import (
     replaced_by,
     warn_of_dropout,
 )
-from flexreason.model.strangers import Strangers
 from flexreason.model.views import Views
 from flexreason.recurrent import entries
 from flexreason.tree.mask import MASK_KEYS, MASKS
@@ -166,11 +166,11 @@ class Patch:
     awaited: bool = False  # whether a row is on its way through the model, and nobody has looked at its loss yet
     own_loss: bool = False  # whether the last row's loss did not come from our loss function
     views: Views = field(init=False)
-    strangers: Strangers = field(init=False)
+    added: AddedCode = field(init=False)
     row_loss: TreeLoss = field(init=False)
 
     def __post_init__(self) -> None:
-        self.views, self.strangers = Views(self.root), Strangers(self.root)
+        self.views, self.added = Views(self.root), AddedCode(self.root)
 
     def apply(self, holders: Sequence[nn.Module] = ()) -> None:
         """Put everything in its place; `holders` are the modules that hold the model."""
@@ -187,7 +187,7 @@ class Patch:
         for holder in holders:
             self.held_by(holder)
         self.look()
-        self.strangers.look()
+        self.added.look()
         listen()
 
     def take_divisor(self) -> None:
@@ -219,19 +219,19 @@ class Patch:
         ]
 
     def __getstate__(self) -> dict[str, Any]:
-        self.strangers.leave()
-        return {**self.__dict__, "answers": {}, "strangers": None}  # what is asked is asked again
+        self.added.stop()
+        return {**self.__dict__, "answers": {}, "added": None}  # what is asked is asked again
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """A copy of a patched model is patched too, and so is one that another process wrote."""
         self.__dict__.update(state)
-        self.views.looked, self.strangers = -1, Strangers(self.root)
+        self.views.looked, self.added = -1, AddedCode(self.root)
         listen()
 
     def undo(self) -> None:
         """Take everything away again."""
         self.views.undo()
-        self.strangers.leave()
+        self.added.stop()
         for hook in self.hooks:
             hook.remove()
         self.row_loss.undo()
@@ -259,7 +259,7 @@ class Patch:
         """Before the model, or what holds it, is called: give the row a request, unless it came with one."""
         if "target_source" not in kwargs:
             if not torch.compiler.is_compiling():
-                self.strangers.leave()  # whom a row that raised has left waiting
+                self.added.stop()  # whom a row that raised has left waiting
             return None
         refuse_call(kwargs)
         if self.expected:
@@ -271,7 +271,7 @@ class Patch:
         _handed.set(kwargs)
         if not torch.compiler.is_compiling() and not kwargs[REQUEST].is_known:
             kwargs[REQUEST].is_known = True  # what holds the model comes here too, and first
-            self.strangers.meet(kwargs, self.views.are_old())
+            self.added.watch(kwargs, self.views.are_old())
         if not torch.compiler.is_compiling() and "target_document" in kwargs and replaced_by(self.root):
             document = kwargs["target_document"]  # what replaced the forward may keep the labels to itself
             kwargs["target_document"] = document.where(real_targets(kwargs), NOBODY)
@@ -423,7 +423,7 @@ class Patch:
         if "target_source" not in kwargs or kwargs[REQUEST].root is not self.root:
             return
         took, self.row_loss.took = self.row_loss.took, None
-        self.strangers.leave()
+        self.added.stop()
         if self.awaited and kwargs.get("labels") is not None:
             self.refuse_other_loss(kwargs, took)
         self.awaited = False  # what holds the model comes here too, and has nothing to add

@@ -16,10 +16,10 @@ import torch
 from torch import nn
 
 from flexreason.memory import available_bytes, peak_bytes
+from flexreason.model.added_code import note_verified_code
 from flexreason.model.holders import note_verified_holders, verifying
 from flexreason.model.hooks import Patch, apply_patch, find_patch, find_root, unpatch
 from flexreason.model.refuse import reason_against, reason_against_adapters
-from flexreason.model.strangers import note_verified_code
 from flexreason.proof import oracle
 from flexreason.proof.compare import (
     EXACT,

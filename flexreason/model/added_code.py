@@ -43,16 +43,16 @@ PLACES = ("until", "position_ids", "document")
 REMEDY = "run fr.verify on the model: once that has passed, it is taken"
 
 
-class Strangers:
+class AddedCode:
     def __init__(self, root: PreTrainedModel) -> None:
         self.root = root
         self.modules: list[nn.Module] = []
         self.known: WeakKeyDictionary[nn.Module, set[Any]] = WeakKeyDictionary()  # code not to be asked, or that was
-        self.met: set[Any] = set()  # the hooks that have answered
+        self.answered: set[Any] = set()  # the hooks that have answered
         self.seen: list[tuple] = []  # what tells whether anything has changed
         self.waiting: list[nn.Module] = []  # where there is somebody to ask
         self.row: Mapping[str, Tensor] = {}
-        self.leaving: list[Callable[[], Any]] = []
+        self.undoing: list[Callable[[], Any]] = []
         self.is_asking = False  # what is inside of what is asked is not asked meanwhile
 
     def look(self) -> None:
@@ -61,10 +61,10 @@ class Strangers:
         if first:
             self.known.update({module: set(code_of(module)) for module in self.modules})
 
-    def meet(self, row: Mapping[str, Tensor], anew: bool) -> None:
+    def watch(self, row: Mapping[str, Tensor], anew: bool) -> None:
         """Wait for those that have not been asked, where a row comes to them; `anew` is whether modules were put
         somewhere since."""
-        self.leave()
+        self.stop()
         if anew or not self.modules:  # which a copy of a model has not looked at
             self.look()
         now = [_state(module) for module in self.modules]
@@ -75,29 +75,29 @@ class Strangers:
             inside = (part for module in self.modules if isinstance(module, ParametrizationList) for part in module)
             left_out = {self.root, *inside}  # asking.py asks the one, and the others work on weights
             self.seen, self.waiting = now, [module for module in self.modules if module not in left_out]
-        self.waiting = [module for module in self.waiting if self.wait_at(module)]
+        self.waiting = [module for module in self.waiting if self.watch_module(module)]
         self.row = {key: row[key] for key in PLACES if key in row}
 
-    def wait_at(self, module: nn.Module) -> bool:
+    def watch_module(self, module: nn.Module) -> bool:
         """Wait at a module for what has not been asked; whether there is anything."""
-        before = len(self.leaving)
-        known = {*self.known.get(module, ()), *_verified.get(module, ()), *self.met}
+        before = len(self.undoing)
+        known = {*self.known.get(module, ()), *_verified.get(module, ()), *self.answered}
         if new := [code for code in (*code_of(module), *_of_accelerate(module)) if code not in known]:
-            hook = module.register_forward_hook(partial(self.module_came, new), with_kwargs=True, prepend=True)
-            self.leaving.append(hook.remove)
+            hook = module.register_forward_hook(partial(self.ask_module, new), with_kwargs=True, prepend=True)
+            self.undoing.append(hook.remove)
         for hooks in (getattr(module, name) for name in HOOKS):
             for number, hook in list(hooks.items()):
-                if _is_strange(hook) and hook not in known:
-                    hooks[number] = partial(self.hook_came, hook)
-                    self.leaving.append(partial(_put_back, hooks, number, hook))
-        return len(self.leaving) > before
+                if _is_foreign(hook) and hook not in known:
+                    hooks[number] = partial(self.ask_hook, hook)
+                    self.undoing.append(partial(_put_back, hooks, number, hook))
+        return len(self.undoing) > before
 
-    def leave(self) -> None:
+    def stop(self) -> None:
         """What was put in places for a row is taken away."""
-        while self.leaving:
-            self.leaving.pop()()
+        while self.undoing:
+            self.undoing.pop()()
 
-    def module_came(self, new: list[Any], module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+    def ask_module(self, new: list[Any], module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
         """Behind a module that was put in, or works by code that was."""
         if self.is_asking:
             return
@@ -107,7 +107,7 @@ class Strangers:
             if self.ask(lambda given: module.forward(*given[0], **given[1]), (args, kwargs), output, what):
                 self.known.setdefault(module, set()).update(new)
 
-    def hook_came(self, hook: Any, module: nn.Module, *given: Any) -> Any:
+    def ask_hook(self, hook: Any, module: nn.Module, *given: Any) -> Any:
         """In the place of a hook: it does what it does, and is asked if that changes something."""
         if self.is_asking:
             return hook(module, *given)
@@ -121,7 +121,7 @@ class Strangers:
         changes = result is not None or _versions(given) != versions
         found = given if result is None else result
         if not changes or self.ask(again, before, found, f"{_named(hook)}, a hook of {type(module).__name__},"):
-            self.met.add(hook)
+            self.answered.add(hook)
         return result
 
     @torch.compiler.disable
@@ -147,13 +147,13 @@ class Strangers:
                     first, second = call(_copied(given)), call(_copied(given))
                     right = not _equal(first, second) or is_right(first)  # or it draws at random
         except Exception as error:
-            self.leave()
+            self.stop()
             said = f"{type(error).__name__}: {error}"[:200]
             raise ValueError(f"row: {what} cannot be asked what it gives a sample ({said}); {REMEDY}") from error
         finally:
             self.is_asking = False
         if not right:
-            self.leave()
+            self.stop()
             raise ValueError(
                 f"row: {what} gives tokens something else in a row than in their samples: it looks at other tokens, or "
                 "goes by places in storage; let it look at one token at a time, or train on the N samples"
@@ -164,7 +164,7 @@ class Strangers:
 def note_verified_code(root: nn.Module) -> None:
     """The code in a model is taken from now on."""
     for module in root.modules():
-        hooks = [hook for name in HOOKS for hook in getattr(module, name).values() if _is_strange(hook)]
+        hooks = [hook for name in HOOKS for hook in getattr(module, name).values() if _is_foreign(hook)]
         if codes := {*code_of(module), *_of_accelerate(module), *hooks}:
             _verified[module] = codes
 
@@ -197,7 +197,7 @@ def _of_accelerate(module: nn.Module) -> Iterator[Any]:
             yield type(one)
 
 
-def _is_strange(hook: Any) -> bool:
+def _is_foreign(hook: Any) -> bool:
     return any(not is_of(home_of(link), FAMILIAR) for link in links_of(hook))
 
 

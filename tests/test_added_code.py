@@ -11,7 +11,7 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP
 
 import flexreason as fr
 from exact import samples_of
-from flexreason.model import strangers
+from flexreason.model import added_code
 from flexreason.proof import oracle
 from flexreason.proof.compare import compare, one_pass
 from flexreason.proof.float64 import true_float64
@@ -247,7 +247,7 @@ def test_what_cannot_be_asked_is_refused_until_it_is_verified():
     model.model.layers[0].mlp = nn.Sequential(model.model.layers[0].mlp, LongOnly())
     with pytest.raises(ValueError, match=r"LongOnly.* cannot be asked .*not for so few.*; run fr.verify on the model"):
         model(**ROW)
-    strangers.note_verified_code(model)
+    added_code.note_verified_code(model)
     model(**ROW)
 
 
