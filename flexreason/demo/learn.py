@@ -98,9 +98,9 @@ def judge(right: int, asked: int, losses: Sequence[float], same: dict[str, Any])
             fall <= WANTED_LOSS,
         ),
         Goal(
-            f"loss as on the N samples, {len(same['single_pass'])} steps",
-            f"to {WANTED_SAME:.0e}",
-            f"to {same['apart']:.0e}",
+            f"loss, relative to the N samples', {len(same['single_pass'])} steps",
+            f"apart by at most {WANTED_SAME:.0e}",
+            f"{same['apart']:.0e}",
             same["apart"] <= WANTED_SAME,
         ),
     ]

@@ -34,8 +34,8 @@ def example_picture() -> Picture:
     paths = [path_of(layout, turn) for turn in range(layout.n_samples)]
     picture = Picture(0, 0, "Three samples become one tree, and a mask says who sees whom in it")
 
-    words = f"{len(paths)} samples: {sum(map(len, paths))} tokens, {len(paths)} passes"
-    _add_title(picture, 16, 20, words, "what the model sees, and then writes, at each turn")
+    words = f"{len(paths)} samples: {sum(map(len, paths))} tokens"
+    _add_title(picture, 16, 20, words, "what the model sees at each turn, and is trained to write (orange, dark green)")
     y = 74.0
     for path in paths:
         x = 16.0
