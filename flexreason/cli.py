@@ -31,12 +31,12 @@ COMMANDS = {  # what each is for
     "verify": "hold one pass against the N samples on your own model and data",
 }
 
-DONE, WRONG, MEND, STOPPED = 0, 1, 2, 130
+DONE, WRONG, TO_CORRECT, STOPPED = 0, 1, 2, 130
 
 EXIT_CODES = {
     DONE: "it did its job",
     WRONG: "it found that something is wrong: not exact, refused, no number; or it failed, and shows where",
-    MEND: "it was given something wrong: an option, a setting, a file. One line says what; refused data are listed",
+    TO_CORRECT: "it was given something wrong: an option, a setting, a file. One line says what; refused data are listed",
     STOPPED: "it was stopped by Ctrl-C. One line says what is left to go on from",
 }
 
@@ -76,10 +76,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         older = "this flexreason may be older than what it stands on: pip install --upgrade flexreason"
         print(f"{title}: {error}; {older}", file=sys.stderr)
-        return MEND
+        return TO_CORRECT
     except (ValueError, OSError, NotImplementedError) as error:
         print(f"{title}: {error}", file=sys.stderr)
-        return MEND
+        return TO_CORRECT
     finally:
         if arguments is None:
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # all is done, and Python's own end is no moment to stop at

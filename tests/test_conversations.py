@@ -5,8 +5,8 @@ import re
 
 import pytest
 
+from flexreason.chat.errors import BadMessage
 from flexreason.chat.messages import check
-from flexreason.chat.render import BadMessage
 from flexreason.data.files import read_all, read_conversations, read_entries
 from flexreason.data.formats import BadInput
 from templating import answer, user

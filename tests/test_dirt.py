@@ -8,7 +8,7 @@ import pytest
 import flexreason as fr
 from flexreason.chat.dirt import REASONS
 from flexreason.chat.encode import Encoder
-from flexreason.chat.render import ConversationError, NotRendered
+from flexreason.chat.errors import ConversationError, NotRendered
 from flexreason.cli import main
 from flexreason.data.formats import BadInput
 from flexreason.train.settings import from_mapping

@@ -15,7 +15,7 @@ from flexreason import Role
 from flexreason.chat import bounds, render
 from flexreason.chat.dirt import REASONS
 from flexreason.chat.encode import Encoder, encode
-from flexreason.chat.render import (
+from flexreason.chat.errors import (
     BadMessage,
     ConversationError,
     NoStopToken,

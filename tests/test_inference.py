@@ -5,7 +5,7 @@ from random import Random
 import pytest
 
 from flexreason.chat.encode import Encoder
-from flexreason.chat.render import NotAligned
+from flexreason.chat.errors import NotAligned
 from inference import Inference, draw, tokenizer_of
 from templating import TOOLS, answer, call, result, user
 

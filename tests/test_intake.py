@@ -14,7 +14,7 @@ import torch
 from torch.utils.data import DataLoader
 
 import flexreason as fr
-from flexreason.chat.render import ConversationError
+from flexreason.chat.errors import ConversationError
 from flexreason.data import intake, options
 from flexreason.data.formats import BadInput
 from flexreason.data.intake import AT_A_TIME, EntryEncoder, Intake, Refusals, Refused, start_workers

@@ -8,7 +8,7 @@ import pytest
 
 import flexreason as fr
 from flexreason.chat.encode import Encoder
-from flexreason.chat.render import BadMessage, ConversationError
+from flexreason.chat.errors import BadMessage, ConversationError
 from templating import (
     TOOLS,
     TRL_TEMPLATES,

@@ -8,7 +8,7 @@ import pytest
 
 from flexreason.chat.dirt import StopInText
 from flexreason.chat.encode import Encoder
-from flexreason.chat.render import ConversationError, NotAligned, NotRendered, StopsWithin, TemplateThrowsDice
+from flexreason.chat.errors import ConversationError, NotAligned, NotRendered, StopsWithin, TemplateThrowsDice
 from flexreason.chat.seam import Seam, find_seam
 from templating import TOOLS, answer, byte_level, call, result, trl_tokenizer, user, with_template
 

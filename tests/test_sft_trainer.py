@@ -19,7 +19,7 @@ from trl import SFTConfig, SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 import flexreason as fr
-from flexreason.chat.render import ConversationError
+from flexreason.chat.errors import ConversationError
 from flexreason.data.documents import weighted
 from flexreason.data.files import read_conversations
 from flexreason.data.sets import encode_set

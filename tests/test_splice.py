@@ -5,7 +5,7 @@ from functools import lru_cache
 import pytest
 
 from flexreason.chat.encode import Encoder
-from flexreason.chat.render import NotAligned
+from flexreason.chat.errors import NotAligned
 from templating import TOOLS, answer, byte_level, call, user, with_template
 
 WITH, WITHOUT = [user("harbour"), answer("granite", "quartz")], [user("harbour"), answer("granite")]

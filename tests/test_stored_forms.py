@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from flexreason.chat.encode import Encoder
+from flexreason.chat.errors import BadMessage
 from flexreason.chat.messages import check
-from flexreason.chat.render import BadMessage
 from templating import TRL_TEMPLATES, answer, encode_samples, result, trl_tokenizer, user
 
 CALLING = [name for name in TRL_TEMPLATES if Encoder(trl_tokenizer(name)).template().argument_form != "none"]

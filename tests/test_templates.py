@@ -7,7 +7,8 @@ from functools import lru_cache
 import pytest
 
 from flexreason.chat.encode import Encoder
-from flexreason.chat.render import ConversationError, NotAligned, NotRendered, TemplateRaised, frozen_clock
+from flexreason.chat.errors import ConversationError, NotAligned, NotRendered, TemplateRaised
+from flexreason.chat.render import frozen_clock
 from flexreason.tree.sample import Role
 from templating import (
     SHAPES,

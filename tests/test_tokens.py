@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizer, PreTrainedTokenizerFast
 
 from flexreason.chat.dirt import REASONS
 from flexreason.chat.encode import Encoder
-from flexreason.chat.render import ConversationError, NoStopToken
+from flexreason.chat.errors import ConversationError, NoStopToken
 from flexreason.chat.tokens import Running, Tokens
 from fuzzing import conversation
 from templating import answer, byte_level, metaspace, samples_of, source, user, with_template, word_piece

@@ -7,7 +7,7 @@ digits than a float holds, and a key that stands twice, would come out as someth
 ({'n': 1.5}, '{"n": 1.5}')
 >>> in_form('{"n": 0.30000000000000000001}', "object")
 Traceback (most recent call last):
-flexreason.chat.render.BadMessage: arguments: 0.30000000000000000001 is 0.3 in an object, which is what this chat \
+flexreason.chat.errors.BadMessage: arguments: 0.30000000000000000001 is 0.3 in an object, which is what this chat \
 template takes; give fewer digits, or a text
 """
 
@@ -16,7 +16,7 @@ import math
 from decimal import Decimal, InvalidOperation
 from typing import Any
 
-from flexreason.chat.render import BadMessage
+from flexreason.chat.errors import BadMessage
 
 
 def parsed(text: str) -> Any:

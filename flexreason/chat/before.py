@@ -8,9 +8,10 @@ the message. So what the template writes there, and leaves out once an answer fo
 from functools import cached_property
 from typing import Any
 
+from flexreason.chat.errors import ALONE, NotAligned
 from flexreason.chat.marks import Marked, joined
 from flexreason.chat.probes import user
-from flexreason.chat.render import ALONE, Messages, NotAligned, Renderer
+from flexreason.chat.render import Messages, Renderer
 from flexreason.chat.seam import Seam, find_seam, says_something
 from flexreason.chat.template import Template
 

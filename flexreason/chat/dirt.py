@@ -18,9 +18,9 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from flexreason.chat.ending import Endings
+from flexreason.chat.errors import ConversationError
 from flexreason.chat.markers import KNOWN_MARKERS, Markers
 from flexreason.chat.messages import CLOSE, OPEN, REASONING_FIELDS, Message
-from flexreason.chat.render import ConversationError
 from flexreason.talk.nearest import did_you_mean
 
 Pair = tuple[str, str]

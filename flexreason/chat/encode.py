@@ -14,19 +14,12 @@ from typing import Any
 
 from flexreason.chat import dirt
 from flexreason.chat.ending import Endings
+from flexreason.chat.errors import BadMessage, ConversationError, NothingToTrain, blaming
 from flexreason.chat.history import History, Stretch, find_stretches, repeated
 from flexreason.chat.left_out import LeftOut
 from flexreason.chat.messages import TRAINING_KEYS, Message, check, is_trained
 from flexreason.chat.probes import PROBE_TOOL
-from flexreason.chat.render import (
-    BadMessage,
-    ConversationError,
-    NothingToTrain,
-    Renderer,
-    blaming,
-    frozen_clock,
-    refuse_half,
-)
+from flexreason.chat.render import Renderer, frozen_clock, refuse_half
 from flexreason.chat.survey import Turns
 from flexreason.chat.template import Template
 from flexreason.chat.tokens import Running, Tokens, joined

@@ -7,9 +7,10 @@ from typing import Any
 
 from flexreason.chat.encode import Encoder
 from flexreason.chat.ending import Endings
+from flexreason.chat.errors import ConversationError
 from flexreason.chat.messages import REASONING_FIELDS
 from flexreason.chat.probes import AGAIN, ANSWER, PROBE_TOOL, THOUGHT, USER, assistant, calling, tool, user
-from flexreason.chat.render import ConversationError, Messages, Renderer, frozen_clock
+from flexreason.chat.render import Messages, Renderer, frozen_clock
 from flexreason.chat.template import Template
 
 STANDARD = {"messages", "tools", "documents", "add_generation_prompt"}

@@ -8,9 +8,9 @@ from collections.abc import Iterable
 from functools import cache
 from typing import Any
 
+from flexreason.chat.errors import BadMessage
 from flexreason.chat.messages import REASONING_FIELDS, Message
 from flexreason.chat.probes import AGAIN, ANSWER, MARK, THOUGHT, USER, assistant, calling, tool, user
-from flexreason.chat.render import BadMessage
 from flexreason.chat.template import Template
 from flexreason.talk.nearest import misspelt
 

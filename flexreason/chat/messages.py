@@ -10,7 +10,7 @@ from functools import lru_cache
 from typing import Any
 
 from flexreason.chat.arguments import in_form, parsed
-from flexreason.chat.render import BadMessage
+from flexreason.chat.errors import BadMessage
 from flexreason.chat.writable import kind_without_json, number_without_json, why_unwritable
 from flexreason.talk.nearest import did_you_mean, misspelt
 

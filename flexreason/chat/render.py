@@ -3,8 +3,8 @@
 Templates come from strangers. They are rendered by `tokenizer.apply_chat_template`, that is, in the sandbox that
 transformers uses, and never in plain jinja. Around it stand four guards: the clock is frozen, so that all samples
 of a conversation bear one date; what would come out otherwise the next time is refused; a template that runs too long
-or takes too much memory is stopped; text beyond a size is refused. What goes wrong is raised as one of the
-`ConversationError`s below, in the template's own words.
+or takes too much memory is stopped; text beyond a size is refused. What goes wrong is raised as a
+`ConversationError`, in the template's own words.
 """
 
 import contextvars
@@ -14,10 +14,19 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import datetime
 from functools import lru_cache, wraps
-from types import MappingProxyType
 from typing import Any
 
 from flexreason.chat.bounds import OutOfBounds, bounded, huge_product
+from flexreason.chat.errors import (
+    CHANGE,
+    OTHER,
+    BadMessage,
+    ConversationError,
+    NoTemplate,
+    TemplateRaised,
+    TemplateRunsAway,
+    TemplateThrowsDice,
+)
 from flexreason.chat.writable import half_character, has_half_character
 from flexreason.talk.nearest import misspelt
 
@@ -44,91 +53,11 @@ NOT_OPTIONS = {
 }
 """What is no template's option, and what to do instead."""
 
-OTHER = "; set tokenizer.chat_template to another one"
-"""What can be done about a template."""
-
-ALONE = "; say train: false in this message, or set tokenizer.chat_template to another one"
-"""What can be done about a message that a template does not take apart."""
-
 ADDRESS = re.compile(r" at (0x[0-9a-f]+)", re.IGNORECASE)
 """How Python writes an object that has no text of its own: a function, or a filter's result that is no list yet."""
 
 PLACE = re.compile("0x[0-9a-f]+")
 """Such a place, whatever stands before it."""
-
-MEND = "; change the message to what the template takes, or leave the conversation out"
-"""What can be done where a template raises: by its own words, as it means to."""
-
-
-class ConversationError(ValueError):
-    """A conversation, template or tokenizer that cannot be encoded exactly; `reason` names the class it belongs to."""
-
-    reason = "cannot be encoded"
-    dirty: Mapping[str, int] = MappingProxyType({})
-    """How many dirty answers of each reason the conversation has, where it is refused for one."""
-
-    def __init__(self, text: str, message: int | None = None) -> None:
-        self.text, self.message = text, message
-        super().__init__(text if message is None else f"message {message}: {text}")
-
-    def __reduce__(self) -> Any:
-        return type(self), (self.text, self.message)
-
-
-class BadMessage(ConversationError):
-    reason = "bad message"
-
-
-class NothingToTrain(ConversationError):
-    reason = "nothing to train"
-
-
-class NoTemplate(ConversationError):
-    reason = "no chat template"
-
-
-class TemplateRaised(ConversationError):
-    reason = "template error"
-
-
-class TemplateRunsAway(ConversationError):
-    reason = "template out of bounds"
-
-
-class TemplateThrowsDice(ConversationError):
-    reason = "template draws at random"
-
-
-class NotRendered(ConversationError):
-    reason = "message not rendered by the template"
-
-
-class NotAligned(ConversationError):
-    reason = "prompt and answer do not fit together"
-
-
-class NoStopToken(ConversationError):
-    reason = "no stop token"
-
-
-class StopsWithin(ConversationError):
-    reason = "stop token before the end"
-
-
-class TokenBoundary(ConversationError):
-    reason = "target cannot be tokenized behind its prompt"
-
-
-@contextmanager
-def blaming(number: int) -> Iterator[None]:
-    """Within it, errors that name no message name this one."""
-    try:
-        yield
-    except ConversationError as error:
-        if error.message is not None:
-            raise
-        raise type(error)(error.text, number) from error
-
 
 _NOW: contextvars.ContextVar[datetime | None] = contextvars.ContextVar("flexreason_now", default=None)
 
@@ -184,7 +113,7 @@ class Renderer:
             number = self._first_failing(messages, str(error)) if blame is None else blame
             role = messages[number].get("role") if number < len(messages) else None
             about = f" ({role})" if role else ""
-            raise TemplateRaised(f"the chat template raises{about}: {_words(error)}{MEND}", number) from error
+            raise TemplateRaised(f"the chat template raises{about}: {_words(error)}{CHANGE}", number) from error
 
     def plain(self, messages: Messages, prompt: bool) -> str:
         start = time.perf_counter()

@@ -11,8 +11,8 @@ Where it goes is seen in what the prompt ends with, and in what the template wri
     <bot><think>Okay,       (nothing)               unknown: the prompt has begun the reasoning
 """
 
+from flexreason.chat.errors import ALONE, NotAligned
 from flexreason.chat.markers import Markers
-from flexreason.chat.render import ALONE, NotAligned
 
 
 def splice(

@@ -25,18 +25,10 @@ from flexreason.chat.before import Before
 from flexreason.chat.calls import behind_content, lost_call
 from flexreason.chat.closed import behind_closed_block
 from flexreason.chat.ending import Endings, Stop
+from flexreason.chat.errors import ALONE, ConversationError, NoStopToken, NotAligned, NotRendered, StopsWithin
 from flexreason.chat.marks import Marked, joined, mark, new_base, stands_for, texts_between_marks
 from flexreason.chat.messages import REASONING_FIELDS, Message
-from flexreason.chat.render import (
-    ALONE,
-    ConversationError,
-    Messages,
-    NoStopToken,
-    NotAligned,
-    NotRendered,
-    Renderer,
-    StopsWithin,
-)
+from flexreason.chat.render import Messages, Renderer
 from flexreason.chat.seam import find_seam
 from flexreason.chat.splice import splice
 from flexreason.chat.template import Template

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-from flexreason.chat.render import NoStopToken, TokenBoundary
+from flexreason.chat.errors import NoStopToken, TokenBoundary
 
 AWKWARD = (
     "", " ", "  ", "\n", "\n\n", " \n", "\t", "a", " a", "a ", "Word", "1", "12 ", ".", "'s", "é", "\u0301x",

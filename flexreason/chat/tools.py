@@ -3,7 +3,7 @@
 import inspect
 from typing import Any
 
-from flexreason.chat.render import BadMessage
+from flexreason.chat.errors import BadMessage
 from flexreason.chat.writable import kind_without_json, why_unwritable
 
 

@@ -16,8 +16,8 @@ import json
 from dataclasses import dataclass, field
 from typing import Any
 
+from flexreason.chat.errors import ConversationError, NothingToTrain
 from flexreason.chat.messages import json_words, untrained
-from flexreason.chat.render import ConversationError, NothingToTrain
 from flexreason.data.sharegpt import NO_JSON, as_message, is_turn
 from flexreason.tree.sample import Sample
 

@@ -23,7 +23,8 @@ import torch
 
 import flexreason
 from flexreason.chat.encode import Encoded, Encoder, encoder_of
-from flexreason.chat.render import ConversationError, unknown_options
+from flexreason.chat.errors import ConversationError
+from flexreason.chat.render import unknown_options
 from flexreason.data.files import read_all
 from flexreason.data.formats import BadInput, Conversation, as_conversation, as_sample, detect
 from flexreason.data.tables import features_of, row_as_entry

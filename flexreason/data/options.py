@@ -9,7 +9,7 @@ from typing import Any, NoReturn, TypeVar
 
 from flexreason.chat import dirt
 from flexreason.chat.encode import HISTORIES
-from flexreason.chat.render import ConversationError
+from flexreason.chat.errors import ConversationError
 from flexreason.data.files import DATA, read_all
 from flexreason.data.folders import DEFAULT_SPLIT, FILES
 from flexreason.data.formats import FORMATS, BadInput, Conversation

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
-from flexreason.chat.render import ConversationError
+from flexreason.chat.errors import ConversationError
 from flexreason.data.collator import is_document
 from flexreason.data.formats import BadInput
 from flexreason.data.intake import EntryEncoder, Refusals, Refused

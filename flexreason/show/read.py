@@ -9,8 +9,8 @@ from typing import Any
 
 from flexreason.chat import dirt
 from flexreason.chat.encode import REMARKS, Encoded
+from flexreason.chat.errors import ConversationError
 from flexreason.chat.messages import TRAINING_KEYS, take_apart
-from flexreason.chat.render import ConversationError
 from flexreason.data.formats import BadInput, Conversation
 from flexreason.data.intake import EntryEncoder
 from flexreason.show.notes import RefusedScene, Remark, Spoken, spoken
