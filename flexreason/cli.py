@@ -36,7 +36,7 @@ DONE, WRONG, TO_CORRECT, STOPPED = 0, 1, 2, 130
 EXIT_CODES = {
     DONE: "it did its job",
     WRONG: "it found that something is wrong: not exact, refused, no number; or it failed, and shows where",
-    TO_CORRECT: "it was given something wrong: an option, a setting, a file. One line says what; refused data are listed",
+    TO_CORRECT: "it was given something wrong: an option, a setting, a file. One line says it; refused data are listed",
     STOPPED: "it was stopped by Ctrl-C. One line says what is left to go on from",
 }
 

@@ -26,7 +26,14 @@ NO_MESSAGES = {"KeyboardInterrupt", "TimeoutError", "SystemExit", "AttributeErro
 OPTIONS = {"cli.py", "parsing.py"}
 """Where messages are handed to argparse's own way out."""
 
-REASONS = {"proof/tiny.py", "proof/sizes.py", "proof/selftest.py", "bench/steps.py", "bench/batches.py"}
+REASONS = {
+    "proof/tiny.py",
+    "proof/sizes.py",
+    "proof/selftest.py",
+    "proof/explain.py",
+    "bench/steps.py",
+    "bench/batches.py",
+}
 """Files whose exceptions are read as reasons: why a model is not known to be exact, or why a way is left out."""
 
 GATHERED = {"Refused"}

@@ -14,7 +14,7 @@ import flexreason as fr
 from exact import EXACT, worst_gradient
 from flexreason.model import head
 from flexreason.model.hooks import apply_patch
-from flexreason.proof import oracle, selftest
+from flexreason.proof import oracle, rows
 from flexreason.proof.evidence import listed
 from flexreason.proof.float64 import relative_l2, true_float64
 from flexreason.proof.tiny import build, default_config, shrink
@@ -399,7 +399,7 @@ def test_every_exact_class_is_exact_chunked():
     for name in (name for name, entry in listed()["models"].items() if entry["verdict"] == "exact"):
         cls = getattr(transformers, name)
         model = build(shrink(default_config(cls)), cls).double().eval()
-        layouts = selftest.rows_for(model)[0][0]
+        layouts = rows.rows_for(model)[0][0]
         row, parameters = fr.collate(layouts), [p for p in model.parameters() if p.requires_grad]
         real = row["labels"][0] != -100
         with true_float64():

@@ -21,7 +21,21 @@ import flexreason
 PACKAGE = Path(flexreason.__file__).parent
 
 TREE = ["sample", "layout", "chains", "merge", "mask", "blocks", "row"]  # reading order is import order
-PROOF = ["float64", "oracle", "sizes", "tiny", "compare", "verdict", "draws", "selftest", "source", "kept", "harmless"]
+PROOF = [
+    "float64",
+    "oracle",
+    "sizes",
+    "tiny",
+    "compare",
+    "verdict",
+    "draws",
+    "rows",
+    "explain",
+    "selftest",
+    "source",
+    "kept",
+    "harmless",
+]
 PROOF += ["identity", "parts", "evidence", "scan", "conversations", "diagnose"]
 TOOLS = ["talk", "memory", "load"]  # these know nothing of the rest
 

@@ -21,8 +21,9 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from flexreason.model.refuse import reason_against_config
 from flexreason.proof.evidence import evidence_of_class, listed, newly_refused, since_the_list
+from flexreason.proof.explain import said
 from flexreason.proof.scan import scan, write
-from flexreason.proof.selftest import check, said
+from flexreason.proof.selftest import check
 from flexreason.proof.tiny import causal_classes, class_of, default_config
 from flexreason.talk import telling
 from flexreason.talk.nearest import did_you_mean
