@@ -33,7 +33,7 @@ rehearse: $(READY)  ## what is for GPUs, on the CPU at small sizes: that it runs
 least:  ## the tests under the least versions declared, in an environment of its own: torch 2.11 brings CUDA, gigabytes
 	$(PYTHON) -m venv .venv-least
 	.venv-least/bin/pip install --quiet --disable-pip-version-check -r requirements-least.txt
-	PYTHONPATH=. .venv-least/bin/python -m pytest -q -n 2
+	PYTHONPATH=. .venv-least/bin/python -m pytest -q -n 2 --dist worksteal
 
 package: $(READY)  ## wheel and source distribution, installed in an empty environment with and without extras: minutes
 	$(BIN)/pytest -q tests/test_package.py -m "slow or not slow"
