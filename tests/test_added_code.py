@@ -242,10 +242,10 @@ class LongOnly(nn.Module):
         return x
 
 
-def test_what_cannot_be_asked_is_refused_until_it_is_verified():
+def test_what_cannot_be_checked_is_refused_until_it_is_verified():
     model = fr.patch(tiny("Qwen3"))
     model.model.layers[0].mlp = nn.Sequential(model.model.layers[0].mlp, LongOnly())
-    with pytest.raises(ValueError, match=r"LongOnly.* cannot be asked .*not for so few.*; run fr.verify on the model"):
+    with pytest.raises(ValueError, match=r"LongOnly.* cannot be called .*not for so few.*; run fr.verify on the model"):
         model(**ROW)
     added_code.note_verified_code(model)
     model(**ROW)
