@@ -16,13 +16,13 @@ from flexreason.chat.seam import says_something
 
 
 def behind_closed_block(before: Before, known: str, asked: str, lead: str, marked: Marked, body: str) -> str:
-    """What of a message's rendering stands behind the header, the block and what else the prompt has written.
+    """The rest of a message's rendering: without the header, the closed block, and what else the prompt holds already.
 
     Args:
-        known: What follows the last text in the prompt.
-        asked: The end of it that is there because generation is asked for, with the block in it.
-        lead: What follows that text in the rendering of the marked message, up to the first mark.
-        body: The same and the message itself, up to its stop token.
+        known: What follows the last user's text in the prompt.
+        asked: The part of `known` that the template writes only for generation. The closed block is in it.
+        lead: What follows the user's text in the rendering of the marked message, up to the first mark.
+        body: `lead` and the message itself, up to its stop token.
     """
     template, closing = before.template, before.template.markers.closing
     header = len(known) - len(asked) + template.markers.begin_of_closed(asked)

@@ -23,10 +23,12 @@ class Markers:
 
     @property
     def opening(self) -> str:
+        """The tag that opens a block, without the white space around it."""
         return self.open.strip()
 
     @property
     def closing(self) -> str:
+        """The tag that closes a block, without what the template writes behind it."""
         close = self.close.strip()
         known = (closing for opening, closing in KNOWN_MARKERS if opening in self.open and close.startswith(closing))
         return next(known, close)
@@ -46,6 +48,7 @@ class Markers:
         return bool(self.opening) and text.strip().startswith(self.opening) and left in ("", self.closing)
 
     def closed_by(self, text: str) -> bool:
+        """Whether the last tag in a text closes a block."""
         return bool(self.closing) and text.rfind(self.closing) > text.rfind(self.opening)
 
     def begin_of_closed(self, text: str) -> int:

@@ -21,6 +21,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
+from flexreason.model.find import dropouts_of
 from flexreason.model.holders import is_verifying
 from flexreason.model.some_tokens import PLACES, copied, equal, n_tokens, only, some_tokens, versions_of
 from flexreason.model.whose_code import HOOKS, called_by, code_of, hooks_of_accelerate, is_somebodys, name_of, state_of
@@ -167,8 +168,8 @@ def _put_back(hooks: dict[int, Any], number: int, hook: Any) -> None:
 
 @contextmanager
 def _without_dropout(module: nn.Module) -> Iterator[None]:
-    """Dropout is off meanwhile, and what a module keeps of what it sees is as before then."""
-    dropouts = [part for part in module.modules() if isinstance(part, nn.modules.dropout._DropoutNd) and part.training]
+    """Dropout is off meanwhile. Afterwards the buffers of the module hold what they held before."""
+    dropouts = [dropout for dropout in dropouts_of(module).values() if dropout.training]
     buffers = [(buffer, buffer.clone()) for buffer in module.buffers()]
     for part in dropouts:
         part.training = False

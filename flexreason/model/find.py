@@ -120,6 +120,11 @@ def _functions_of(kind: Any) -> set[str]:
     return callables - set(dir(PreTrainedModel)) - set(dir(GenerationMixin)) | {"forward"}
 
 
+def dropouts_of(model: nn.Module) -> dict[str, Any]:
+    """The dropout layers in a model, by name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, nn.modules.dropout._DropoutNd)}
+
+
 def packages_of(cls: type) -> set[str]:
     """The packages that a class and those that it derives from were written in."""
     return {base.__module__.partition(".")[0] for base in cls.__mro__}

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from flexreason.attention.registry import IMPLEMENTATIONS, attention_of
+from flexreason.model.find import dropouts_of
 from flexreason.recurrent.entries import INLINE, SCANS, names_of
 from flexreason.recurrent.kernels import reason_against_kernels
 
@@ -142,14 +143,16 @@ def _reason_against_layer(module: nn.Module) -> Reason | None:
 
 
 def _mixes_gradients(module: nn.Module, base: nn.Module, width: int) -> bool:
-    """Whether one token's gradients by the weights of an adapter depend on another token, in training. Copies of the
-    adapter are asked, with other weights, since what begins with zeros gives none."""
+    """Whether an adapter makes the gradients of one token from other tokens too, in training.
+
+    Copies of the adapter with random weights are tried, since weights of zero give no gradient.
+    """
     gradients = []
     try:
         for other in (1, 2):
             twin = copy.deepcopy(module, {id(base): base}).train()
-            for part in twin.modules():
-                part.training &= not isinstance(part, nn.modules.dropout._DropoutNd)
+            for dropout in dropouts_of(twin).values():
+                dropout.training = False
             own = [p for name, p in twin.named_parameters() if not name.startswith("base_layer.") and p.requires_grad]
             with torch.random.fork_rng(devices=[]), torch.inference_mode(False), torch.enable_grad():
                 torch.manual_seed(0)

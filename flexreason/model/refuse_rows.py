@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from flexreason.model.find import WRAPPERS, home_of, packages_of, replaced_forward
+from flexreason.model.find import WRAPPERS, dropouts_of, home_of, packages_of, replaced_forward
 from flexreason.model.refuse import refuse_rope
 from flexreason.tree.layout import begins_stretch
 from flexreason.tree.mask import MASK_KEYS, interval_rule, turn_role_rule
@@ -184,7 +184,7 @@ def refuse_other_layouts(row: Mapping[str, Tensor]) -> None:
 
 def warn_of_dropout(root: nn.Module) -> None:
     """Say that one draw of dropout is shared by all samples of a row."""
-    places = [name for name, m in root.named_modules() if isinstance(m, nn.Dropout) and m.p > 0 and m.training]
+    places = [name for name, dropout in dropouts_of(root).items() if dropout.p > 0 and dropout.training]
     config = root.config.get_text_config() if isinstance(root, PreTrainedModel) else None
     for key, value in (vars(config) if config is not None else {}).items():
         of_decoder = any(word in key for word in RANDOM) and not key.startswith("classifier")

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from flexreason.attention import flex
 from flexreason.attention.registry import computes
+from flexreason.model.find import dropouts_of
 from flexreason.model.hooks import find_patch, find_root
 from flexreason.model.logprobs import token_logprobs
 from flexreason.proof import oracle
@@ -218,11 +219,7 @@ def suspended(model: nn.Module) -> Any:
 @contextmanager
 def without_dropout(model: nn.Module, notes: list[str]) -> Iterator[None]:
     """Dropout is 0 meanwhile, and a note says so; the model is otherwise as it was, in training or not."""
-    dropouts = [
-        (name, module, module.p)
-        for name, module in model.named_modules()
-        if isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0
-    ]
+    dropouts = [(name, module, module.p) for name, module in dropouts_of(model).items() if module.p > 0]
     for _, module, _ in dropouts:
         module.p = 0.0
     if dropouts and model.training:
